@@ -1,0 +1,196 @@
+"""Checkpoints: written so that a kill loses nothing, read as tensors only, in the layouts people have.
+
+`read_encoder` takes our own files, MAE's (encoder only or full), MoCo v3's, DINO's and timm's ViT, told apart by
+their keys and shapes.
+"""
+import errno
+import hashlib
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+
+from data import RunError, UsageError
+from model import VisionTransformer
+
+
+# ---------------------------------------------------------------------------------------- writing and reading
+def save(obj, path):
+    """torch.save under a temporary name, flushed to disk, then renamed: `path` is always whole, old or new."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(obj, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                                # torch's writer reports a full disk so
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "file write failed" in str(error)
+        why = "the disk is full" if full else str(error).splitlines()[0]
+        kept = f"; the one before is intact: {path}" if os.path.exists(path) else ""
+        raise RunError(f"cannot write {path}: {why}{kept}") from None
+
+
+def read(path):
+    """What a checkpoint holds, on the CPU. Tensors and plain values only: a file that carries code is refused."""
+    if not os.path.isfile(path):
+        raise UsageError(f"{path}: no such checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                              # torch raises many kinds for a bad file
+        if "weights_only" in str(error).lower() or "unsupported global" in str(error).lower():
+            raise UsageError(f"{path}: refused, it holds more than tensors and plain values "
+                             "(a pickled object could run code when it is read)") from None
+        raise UsageError(f"{path}: not a readable PyTorch checkpoint ({str(error).splitlines()[0][:80]})") from None
+
+
+def in_folder(path, name="encoder.pt"):
+    """A run's folder stands for the encoder.pt in it."""
+    return os.path.join(path, name) if os.path.isdir(path) else path
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+def _strip(state, prefix):
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _tensors(state):
+    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+
+
+def unwrap(content, path="checkpoint", weights="base"):
+    """(state of one ViT with whatever hangs on it, name of the layout, heads if the layout tells)."""
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
+    state, layout = content, "timm"
+    for key, name in (("model", "MAE"), ("state_dict", "MoCo v3"), ("teacher", "DINO")):
+        if isinstance(content.get(key), dict):
+            state, layout = content[key], name
+            break
+    state = _tensors(state)
+    if any(k.startswith("module.") for k in state):
+        state = _strip(state, "module.")
+    if any(k.startswith("backbone.") for k in state):
+        state, layout = _strip(state, "backbone."), "DINO"
+    if any(k.startswith("base_encoder.") for k in state):
+        state, layout = _strip(state, {"base": "base_encoder.", "momentum": "momentum_encoder."}[weights]), "MoCo v3"
+    elif weights == "momentum":
+        raise UsageError(f"{path}: holds no momentum encoder")
+    return state, layout
+
+
+def is_encoder(key):
+    return key in ("cls_token", "pos_embed") or key.startswith(("patch_embed.proj.", "blocks.", "norm."))
+
+
+def config_of(state, layout, path):
+    """The VisionTransformer arguments that a state dict was made with, from its shapes."""
+    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+        raise UsageError(f"{path}: no ViT in it (no patch_embed.proj.weight and pos_embed); its first keys are "
+                         f"{', '.join(list(state)[:3]) or 'none'}")
+    weight, pos = state["patch_embed.proj.weight"], state["pos_embed"]
+    if weight.ndim != 4 or pos.ndim != 3 or weight.shape[2] != weight.shape[3] or pos.shape[2] != weight.shape[0]:
+        raise UsageError(f"{path}: patch projection {tuple(weight.shape)} and pos_embed {tuple(pos.shape)} "
+                         "are not those of a ViT")
+    side = math.isqrt(pos.shape[1] - 1)
+    if side * side != pos.shape[1] - 1:
+        raise UsageError(f"{path}: {pos.shape[1] - 1} positions are no square grid after one class token "
+                         "(distilled models and register tokens are not supported)")
+    depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+    dim, in_chans, patch, _ = weight.shape
+    hidden = state["blocks.0.mlp.fc1.weight"].shape[0] if "blocks.0.mlp.fc1.weight" in state else 0
+    # the number of heads leaves no trace in the shapes: 64 wide, but MoCo v3's ViT-S has 12, ViT-H 80 wide
+    heads = {1280: 16}.get(dim, max(dim // 64, 1))
+    if layout == "MoCo v3" and dim == 384:
+        heads = 12
+    return dict(img_size=[side * patch, side * patch], patch_size=patch, in_chans=in_chans, dim=dim, depth=depth,
+                heads=heads, mlp_ratio=hidden / dim)
+
+
+def read_encoder(path, weights="base"):
+    """The ViT in a checkpoint file (or in the encoder.pt of a run's folder).
+
+    Returns a dict: state (encoder tensors under the official names), config (arguments of VisionTransformer), rest
+    (every other tensor found beside them), meta (what our own files say besides: mean, std, system, ...), layout, digest.
+    weights: "base" or "momentum", for files of MoCo v3 that hold both.
+    """
+    path = in_folder(path)
+    content = read(path)
+    state, layout = unwrap(content, path, weights)
+    meta = {}
+    if isinstance(content.get("config"), dict):
+        config, meta, layout = content["config"], content.get("meta", {}), "ours"
+    else:
+        config = config_of(state, layout, path)
+    encoder = {k: v for k, v in state.items() if is_encoder(k)}
+    try:
+        with torch.device("meta"):
+            expected = {k: v.shape for k, v in VisionTransformer(**config).state_dict().items()}
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path}: not a ViT that can be rebuilt ({error})") from None
+    missing = sorted(set(expected) - set(encoder))
+    surplus = sorted(set(encoder) - set(expected))
+    wrong = [k for k in expected if k in encoder and encoder[k].shape != expected[k]]
+    if missing or surplus or wrong:
+        first = (missing or surplus or wrong)[0]
+        raise UsageError(f"{path}: {len(missing)} encoder tensors missing, {len(surplus)} unknown, {len(wrong)} of "
+                         f"another shape; first: {first}")
+    with open(path, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()[:12]
+    return dict(state=encoder, config=config, rest={k: v for k, v in state.items() if not is_encoder(k)}, meta=meta,
+                layout=layout, path=path, digest=digest)
+
+
+def fit(source, img_size=None, in_chans=None):
+    """The encoder of `read_encoder` for another picture size or number of channels, as (state, config).
+
+    Positions are carried, resampled (bicubic) for another grid: MoCo v3's table is not MAE's, and trained ones exist.
+    Channels: the patch projection is summed to one, else repeated in turn and scaled by old / new.
+    """
+    state, config = dict(source["state"]), dict(source["config"])
+    patch = config["patch_size"]
+    if in_chans is not None and in_chans != config["in_chans"]:
+        weight = state["patch_embed.proj.weight"]
+        old = config["in_chans"]
+        if in_chans == 1:
+            weight = weight.sum(1, keepdim=True)
+        else:
+            weight = weight[:, [i % old for i in range(in_chans)]] * (old / in_chans)
+        state["patch_embed.proj.weight"] = weight
+        config["in_chans"] = in_chans
+    if img_size is not None and list(img_size) != list(config["img_size"]):
+        old = [s // patch for s in config["img_size"]]
+        new = [s // patch for s in img_size]
+        pos = state["pos_embed"]
+        if old != new:
+            grid = pos[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2)
+            grid = F.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False).to(pos.dtype)
+            state["pos_embed"] = torch.cat([pos[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+        config["img_size"] = list(img_size)
+    return state, config
+
+
+def report(source, taken=()):
+    """Lines that say what a file gave: layout, tensors taken, tensors left out and why."""
+    c = source["config"]
+    left = [k for k in source["rest"] if k not in taken]
+    lines = [f"{source['path']}: {source['layout']} layout, ViT of width {c['dim']}, {c['depth']} blocks, "
+             f"{c['heads']} heads, patch {c['patch_size']}, pictures of {c['img_size'][0]}x{c['img_size'][1]}; "
+             f"{len(source['state'])} encoder tensors loaded" + (f", {len(taken)} more" if taken else "")]
+    if left:
+        groups = sorted({k.split(".")[0] for k in left})
+        lines.append(f"  left out: {len(left)} tensors that are not of the encoder ({', '.join(groups[:6])})")
+    return lines
+
+
+def encoder_file(model, meta):
+    """What encoder.pt holds: the encoder's weights under the official names and what rebuilds it.
+
+    A MoCo v3 projector is kept beside them (head.*): fine-tuning can start from its first layer.
+    """
+    encoder = getattr(model, "base_encoder", model)
+    state = {k: v.detach().cpu() for k, v in encoder.state_dict().items() if is_encoder(k) or k.startswith("head.")}
+    return {"model": state, "config": encoder.config, "meta": meta}

@@ -1,0 +1,65 @@
+"""Frozen features of a set of pictures, and the k-NN accuracy on them. The encoder is only ever read."""
+import hashlib
+
+import torch
+import torch.nn.functional as F
+
+import data
+
+
+@torch.no_grad()
+def extract(encoder, pictures, device="cpu", dtype=None, batch_size=256, workers=0, view=data.TEST_VIEW, epoch=0, seed=0,
+            function=None):
+    """(N, D) float32 features of every picture in order, on the device: the class token after the final norm.
+
+    view: the centre crop, or a random one for (seed, epoch); function(encoder, images) -> (n, ...) replaces the
+    class token. The encoder is put into evaluation mode for it.
+    """
+    loader = data.Loader(pictures, [view], encoder.config["img_size"], batch_size, seed, workers, device, shuffle=False)
+    function = function or (lambda net, images: net.forward_features(images))
+    training = encoder.training
+    encoder.eval()
+    parts = []
+    for batch in loader.epoch(epoch):
+        with torch.autocast(loader.device.type, dtype, enabled=dtype is not None):
+            parts.append(function(encoder, batch.views[0][:]).float())
+    encoder.train(training)
+    return torch.cat(parts)
+
+
+def digest(encoder):
+    """12 hexadecimal digits of a hash over every weight: equal before and after an evaluation."""
+    total = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:12]
+
+
+def knn_scores(queries, bank, labels, classes, k=20, temperature=0.07, chunk=1024):
+    """DINO's weighted k-NN: (Q, classes) sums of exp(cos / temperature) over the k nearest of the bank (N, D).
+
+    In chunks of queries, so that memory is chunk x N and not Q x N. k may be a list: then a list is returned.
+    """
+    ks = [k] if isinstance(k, int) else list(k)
+    queries, bank = F.normalize(queries, dim=1), F.normalize(bank, dim=1)
+    scores = [torch.zeros(len(queries), classes, device=queries.device) for _ in ks]
+    for start in range(0, len(queries), chunk):
+        similarity = queries[start:start + chunk] @ bank.T
+        nearest, index = similarity.topk(min(max(ks), len(bank)), dim=1)
+        weights, votes = (nearest / temperature).exp(), labels[index]
+        for score, n in zip(scores, ks):
+            score[start:start + chunk].scatter_add_(1, votes[:, :n], weights[:, :n])
+    return scores[0] if isinstance(k, int) else scores
+
+
+def online_knn(encoder, pictures, device, dtype, workers, most=10000):
+    """k-NN accuracy (percent) while training: a tenth of at most 10,000 training pictures against the others.
+
+    Their labels are held out of pre-training, and the test pictures are not looked at.
+    """
+    chosen = pictures.select(data.shuffled(len(pictures), 2, data.SUBSET)[:most])
+    features = extract(encoder, chosen, device, dtype, workers=workers)
+    labels, n = chosen.labels.to(device), len(chosen) // 10
+    scores = knn_scores(features[:n], features[n:], labels[n:], len(chosen.classes))
+    return (scores.argmax(1) == labels[:n]).float().mean().item() * 100

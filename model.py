@@ -1,0 +1,638 @@
+"""The networks and losses of Layer Grafted Pre-training. Needs torch alone: copy this file where you like.
+
+Shapes: N images, C channels, (H, W) pixels, p patch size, L patches, T = 1 + L tokens, D width, h heads.
+Layers are numbered as in layer-wise rate decay: 0 the embeddings, 1..depth the blocks, depth + 1 all that
+follows (final norm, heads, predictor, decoder).
+"""
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# name: (patch, dim, depth, heads), then the MAE decoder's (dim, depth, heads)
+ARCHS = {
+    "vit_mini": ((4, 128, 6, 4), (64, 1, 4)),       # the demonstration on two cores
+    "vit_tiny": ((16, 192, 12, 3), (192, 4, 6)),
+    "vit_small": ((16, 384, 12, 12), (512, 8, 16)),  # 12 heads as in MoCo v3; DINO and DeiT have 6
+    "vit_base": ((16, 768, 12, 12), (512, 8, 16)),
+    "vit_large": ((16, 1024, 24, 16), (512, 8, 16)),
+    "vit_huge": ((14, 1280, 32, 16), (512, 8, 16)),
+}
+
+
+# --------------------------------------------------------------------------------------------- processes
+def world():
+    """(rank, number of processes); (0, 1) where there is no process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+@torch.no_grad()
+def gather(x):
+    """(n, ...) on each process -> (processes * n, ...) in rank order, without gradient."""
+    if world()[1] == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world()[1])]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+class AllReduceSum(torch.autograd.Function):
+    """Sum over processes, whose backward sums the gradients of all processes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def gather_with_grad(x):
+    """As `gather`, and the gradient reaches every process: mean over processes of d(loss) is then exact."""
+    rank, n = world()
+    if n == 1:
+        return x
+    padded = x.new_zeros(n, *x.shape)
+    padded[rank] = x
+    return AllReduceSum.apply(padded).flatten(0, 1)
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm over the global batch, in float32 under autocast, on CPU and GPU (torch's SyncBatchNorm: GPU only).
+
+    One process computes exactly nn.BatchNorm1d. Several need equally many rows each.
+    """
+
+    def forward(self, x):                                                   # (N, D)
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        n = world()[1]
+        if n == 1 or not self.training:
+            return super().forward(x)
+        rows = len(x) * n
+        mean = AllReduceSum.apply(x.sum(0)) / rows
+        var = AllReduceSum.apply((x - mean).square().sum(0)) / rows
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (rows / (rows - 1)), self.momentum)
+        x = (x - mean) * torch.rsqrt(var + self.eps)
+        return x * self.weight + self.bias if self.affine else x
+
+
+# ----------------------------------------------------------------------------------------------- encoder
+def pair(x):
+    """16 -> (16, 16); (h, w) stays."""
+    return (x, x) if isinstance(x, int) else tuple(x)
+
+
+def sincos_pos_embed(dim, grid):
+    """MAE's fixed position embedding (1, 1 + h w, dim): [sin xw, cos xw, sin yw, cos yw], zeros for the class token.
+
+    w_i = 10000^(-i / (dim / 4)). Generated for any grid (h, w), not stretched. MoCo v3's has x and y swapped.
+    """
+    if dim % 4:
+        raise ValueError(f"the width {dim} must be divisible by 4 for the sine-cosine position embedding")
+    h, w = grid
+    freq = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    y, x = torch.meshgrid(torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64), indexing="ij")
+    x, y = x.reshape(-1, 1) * freq, y.reshape(-1, 1) * freq                 # (h w, dim / 4)
+    table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table])[None].to(torch.get_default_dtype())
+
+
+def patchify(imgs, p):
+    """(N, C, H, W) -> (N, L, p p C), each patch ordered (row, column, channel) as in MAE."""
+    n, c, h, w = imgs.shape
+    x = imgs.reshape(n, c, h // p, p, w // p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(n, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(x, p, grid):
+    """The inverse of `patchify`: (N, L, p p C) -> (N, C, H, W) for a grid of (H / p, W / p) patches."""
+    h, w = grid
+    n, _, d = x.shape
+    x = x.reshape(n, h, w, p, p, d // (p * p))
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(n, d // (p * p), h * p, w * p)
+
+
+def take(x, ids):
+    """Tokens (N, T, D) at ids (N, K) -> (N, K, D)."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
+
+
+class PatchEmbed(nn.Module):
+    """The patch projection, written as unfolding and one matrix product so that masked patches cost nothing."""
+
+    def __init__(self, patch_size, in_chans, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)        # a Conv2d for the official names
+
+    def forward(self, x, ids_keep=None):
+        n, c, h, w = x.shape
+        p = self.proj.kernel_size[0]
+        x = x.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
+        if ids_keep is not None:
+            x = take(x, ids_keep)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)     # (N, L or kept, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, attention=None):
+        """(N, T, D) -> (N, T, D); a list given as `attention` receives the weights (N, h, T, T)."""
+        n, t, d = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        # on a CPU in bf16, torch's fused kernel takes 2 to 5 times as long as the two products (torch 2.15)
+        if attention is None and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
+            x = F.scaled_dot_product_attention(q, k, v)                     # (N, h, T, D / h)
+        else:
+            weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+            x = weights @ v
+            if attention is not None:
+                attention.append(weights)
+        return self.proj(x.transpose(1, 2).reshape(n, t, d))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def drop_path(x, rate, training):
+    """Stochastic depth: the branch is dropped for a random share `rate` of the images, the rest scaled up."""
+    if rate == 0.0 or not training:
+        return x
+    keep = torch.rand(len(x), 1, 1, device=x.device) >= rate
+    return x * keep / (1 - rate)
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0):
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x, attention=None):
+        x = x + drop_path(self.attn(self.norm1(x), attention), self.drop_path, self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+
+
+class VisionTransformer(nn.Module):
+    """ViT, pre-norm, class token, fixed sine-cosine positions; state-dict names of MAE, MoCo v3 and timm.
+
+    `config` holds the arguments that rebuild it: VisionTransformer(**encoder.config).
+    `head` is what follows the class token: nothing here, the projector in MoCo v3, a classifier in fine-tuning.
+    """
+
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, dim=768, depth=12, heads=12, mlp_ratio=4.0,
+                 drop_path=0.0):
+        super().__init__()
+        img_size = pair(img_size)
+        if img_size[0] % patch_size or img_size[1] % patch_size:
+            raise ValueError(f"--img-size {img_size[0]}x{img_size[1]} is not a multiple of --patch-size {patch_size}")
+        if dim % heads:
+            raise ValueError(f"the width {dim} is not divisible by {heads} heads")
+        self.config = dict(img_size=list(img_size), patch_size=patch_size, in_chans=in_chans, dim=dim, depth=depth,
+                           heads=heads, mlp_ratio=mlp_ratio)
+        self.dim, self.depth, self.patch_size = dim, depth, patch_size
+        self.grid = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(sincos_pos_embed(dim, self.grid), requires_grad=False)
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]   # rising with depth
+        self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio, rate) for rate in rates])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Identity()
+        init_mae_(self)
+
+    def embed(self, x, ids_keep=None):
+        """(N, C, H, W) -> (N, 1 + L, D); with ids_keep (N, K) only those patches, (N, 1 + K, D)."""
+        if tuple(x.shape[-2:]) != tuple(self.config["img_size"]):
+            raise ValueError(f"pictures of {tuple(x.shape[-2:])} pixels, the encoder takes {self.config['img_size']}")
+        pos = self.pos_embed[:, 1:].expand(len(x), -1, -1)
+        if ids_keep is not None:
+            pos = take(pos, ids_keep)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        return torch.cat([cls, self.patch_embed(x, ids_keep) + pos], 1)
+
+    def tokens(self, x, ids_keep=None):
+        """All tokens after the final norm, (N, 1 + L, D)."""
+        x = self.embed(x, ids_keep)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward_features(self, x):
+        """The class token after the final norm, (N, D): the feature that the paper evaluates."""
+        return self.tokens(x)[:, 0]
+
+    def forward(self, x):
+        return self.head(self.forward_features(x))
+
+    def intermediate(self, x, blocks=None, attention=False):
+        """Tokens (N, T, D) after each of the given blocks (1 = the first; default all), before the final norm.
+
+        With attention=True returns (tokens, weights): weights (N, h, T, T) of every block that was run.
+        """
+        wanted = range(1, self.depth + 1) if blocks is None else blocks
+        if not all(1 <= b <= self.depth for b in wanted):
+            raise ValueError(f"blocks {list(wanted)}: the encoder has blocks 1 to {self.depth}")
+        weights = [] if attention else None
+        outputs = {}
+        x = self.embed(x)
+        for i, block in enumerate(self.blocks[:max(wanted)], start=1):
+            x = block(x, weights)
+            outputs[i] = x
+        outputs = [outputs[b] for b in wanted]
+        return (outputs, weights) if attention else outputs
+
+
+def init_mae_(model):
+    """MAE's initial weights: Linear xavier-uniform, biases 0, LayerNorm 1 and 0, tokens normal with std .02."""
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, PatchEmbed):
+            nn.init.xavier_uniform_(m.proj.weight.view(m.proj.weight.shape[0], -1))
+            nn.init.zeros_(m.proj.bias)
+    nn.init.normal_(model.cls_token, std=0.02)
+
+
+def init_moco_(encoder):
+    """MoCo v3's initial weights: as MAE's, but q, k and v xavier-uniform each on its own, cls_token std 1e-6."""
+    init_mae_(encoder)
+    for block in encoder.blocks:
+        bound = math.sqrt(6.0 / (encoder.dim + encoder.dim))
+        nn.init.uniform_(block.attn.qkv.weight, -bound, bound)
+    fan = encoder.patch_embed.proj.weight[0].numel() + encoder.dim
+    nn.init.uniform_(encoder.patch_embed.proj.weight, -math.sqrt(6.0 / fan), math.sqrt(6.0 / fan))
+    nn.init.normal_(encoder.cls_token, std=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- MAE
+class MaskedAutoencoder(VisionTransformer):
+    """MAE (He et al., 2021): encoder over the kept patches, light decoder over all, loss on the masked ones."""
+
+    def __init__(self, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pix_loss=True, **encoder):
+        super().__init__(**encoder)
+        self.norm_pix_loss = norm_pix_loss
+        self.decoder_config = dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_heads=decoder_heads,
+                                   norm_pix_loss=norm_pix_loss)
+        self.decoder_embed = nn.Linear(self.dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(decoder_dim, self.grid), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList([Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)])
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_dim, self.patch_size ** 2 * self.config["in_chans"])
+        init_mae_(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def random_masking(self, noise, mask_ratio):
+        """noise (N, L) -> ids_keep (N, K), mask (N, L) with 1 = removed, ids_restore (N, L)."""
+        n, length = noise.shape
+        keep = int(length * (1 - mask_ratio))
+        ids_shuffle = noise.argsort(dim=1, stable=True)                         # stable: the same on every device
+        ids_restore = ids_shuffle.argsort(1)
+        mask = (ids_restore >= keep).to(noise.dtype)
+        return ids_shuffle[:, :keep], mask, ids_restore
+
+    def decode(self, latent, ids_restore):
+        """latent (N, 1 + K, D), ids_restore (N, L) -> predicted patches (N, L, p p C)."""
+        x = self.decoder_embed(latent)
+        missing = ids_restore.shape[1] + 1 - x.shape[1]
+        masks = self.mask_token.to(x.dtype).expand(len(x), missing, -1)
+        patches = take(torch.cat([x[:, 1:], masks], 1), ids_restore)        # unshuffle
+        x = torch.cat([x[:, :1], patches], 1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def target(self, imgs):
+        """Pixels of each patch (N, L, p p C), normalised by the patch's mean and variance with norm_pix_loss."""
+        target = patchify(imgs, self.patch_size)
+        if self.norm_pix_loss:
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        return target
+
+    def forward(self, imgs, mask_ratio=0.75, noise=None):
+        """(N, C, H, W) -> (loss, pred (N, L, p p C), mask (N, L), 1 = removed). noise (N, L) decides what is kept."""
+        if noise is None:
+            noise = torch.rand(len(imgs), self.grid[0] * self.grid[1], device=imgs.device)
+        ids_keep, mask, ids_restore = self.random_masking(noise, mask_ratio)
+        pred = self.decode(self.tokens(imgs, ids_keep), ids_restore)
+        with torch.autocast(imgs.device.type, enabled=False):
+            pred = pred.float() if pred.dtype in (torch.float16, torch.bfloat16) else pred
+            loss = (pred - self.target(imgs)).square().mean(-1)             # (N, L)
+            loss = (loss * mask).sum() / mask.sum()
+        return loss, pred, mask
+
+
+# ------------------------------------------------------------------------------------ contrastive losses
+def info_nce(q, k, temperature, rank=0):
+    """2 T * cross-entropy of q k^T / T with the positive at its own index (MoCo v3, Algorithm 1).
+
+    q (n, D) of this process, k (N, D) gathered from all; row i of q belongs to row rank * n + i of k.
+    """
+    q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
+    labels = torch.arange(len(q), device=q.device) + len(q) * rank
+    return 2 * temperature * F.cross_entropy(q @ k.T / temperature, labels)
+
+
+def nt_xent(z1, z2, temperature, rank=0, processes=1):
+    """SimCLR's loss: each of 2 N embeddings against the 2 N - 1 others. z1, z2 (N, D), gathered from all.
+
+    Returns the mean over this process's rows, so that the mean over processes is the loss of the whole batch.
+    """
+    z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    n = len(z1) // processes
+    rows = torch.arange(n, device=z1.device) + n * rank
+    z = torch.cat([z1, z2])
+    loss = 0.0
+    for own, positive in ((rows, rows + len(z1)), (rows + len(z1), rows)):
+        logits = z[own] @ z.T / temperature
+        logits = logits.scatter(1, own[:, None], float("-inf"))             # never against itself
+        loss = loss + F.cross_entropy(logits, positive) / 2
+    return loss
+
+
+def vicreg_terms(x, y):
+    """VICReg's three terms (Bardes et al., 2021) of x, y (N, D), the whole batch: invariance, variance, covariance.
+
+    Mean squared error; hinge at 1 of sqrt(var + 1e-4), averaged over both; off-diagonal squares / D, summed over both.
+    """
+    invariance = F.mse_loss(x, y)
+    variance, covariance = 0.0, 0.0
+    for z in (x, y):
+        z = z - z.mean(0)
+        variance = variance + F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() / 2
+        cov = z.T @ z / (len(z) - 1)
+        covariance = covariance + (cov.square().sum() - cov.diagonal().square().sum()) / z.shape[1]
+    return invariance, variance, covariance
+
+
+def anchor_penalty(params, anchors, norm):
+    """Sum over all given parameters of |w - w0| (l1) or (w - w0)^2 (l2), w0 the weights grafting started from."""
+    power = {"l1": torch.abs, "l2": torch.square}[norm]
+    return sum(power(w - w0).sum() for w, w0 in zip(params, anchors, strict=True))
+
+
+@torch.no_grad()
+def feature_stats(features, q, k, rank=0):
+    """What shows a collapse before the accuracy does.
+
+    acc: share of q (n, D) whose nearest k (N, D) is its own, row rank * n + i; std: of the normalised q, 1 / sqrt(D)
+    when spread evenly and 0 when collapsed; rank: effective rank of the encoder's features (n, width), the
+    exponential of the entropy of their normalised singular values (Roy & Vetterli, 2007).
+    """
+    q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
+    own = torch.arange(len(q), device=q.device) + (len(q) * rank if len(k) > len(q) else 0)
+    centred = features.float() - features.float().mean(0)
+    singular = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
+    share = (singular / singular.sum().clamp_min(1e-12)).clamp_min(1e-12)
+    return {"acc": ((q @ k.T).argmax(1) == own).float().mean(), "std": q.std(0).mean(),
+            "rank": torch.exp(-(share * share.log()).sum())}
+
+
+# ------------------------------------------------------------------------------------ contrastive models
+def mlp_head(dims, last="batchnorm", bias=False):
+    """Linear, BatchNorm, ReLU, ..., Linear; then a BatchNorm without affine (MoCo v3) or nothing (VICReg)."""
+    layers = []
+    for i, (a, b) in enumerate(zip(dims[:-1], dims[1:])):
+        final = i == len(dims) - 2
+        layers.append(nn.Linear(a, b, bias=bias and not final))
+        if not final:
+            layers += [BatchNorm1d(b), nn.ReLU(inplace=True)]
+        elif last == "batchnorm":
+            layers.append(BatchNorm1d(b, affine=False))
+    return nn.Sequential(*layers)
+
+
+def class_tokens(encoder, x1, x2, micro_batch=0):
+    """Features of two views, (n, D) each, both views through the encoder at once, in float32 or better.
+
+    x1, x2: anything of length n that gives images when sliced. With micro_batch, activations are kept for that
+    many images per view only and computed again in the backward pass: exact, since nothing in the encoder mixes
+    images (Gao et al., 2021, "Scaling deep contrastive learning batch size under memory limited setup").
+    """
+    n = len(x1)
+    size = micro_batch or n
+
+    def run(start):
+        f = encoder.forward_features(torch.cat([x1[start:start + size], x2[start:start + size]]))
+        return f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
+
+    if size >= n:
+        return run(0).chunk(2)
+    parts = [checkpoint(run, start, use_reentrant=False, preserve_rng_state=False).chunk(2)
+             for start in range(0, n, size)]
+    return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
+
+
+class TwoViews(nn.Module):
+    """One encoder, two views: what MoCo v3, VICReg and SimCLR share. `base_encoder.head` is the projector.
+
+    forward(x1, x2) returns the loss over the global batch's share of this process; a dict given as `log` receives
+    the embeddings and the terms of the loss. For multi-task learning, `mim = (images, noise, mask_ratio)` adds
+    mim_weight * the MAE loss of the same encoder, which must then be a MaskedAutoencoder.
+    """
+
+    def __init__(self, encoder, head, mim_weight=0.0):
+        super().__init__()
+        self.base_encoder = encoder
+        self.base_encoder.head = head
+        self.mim_weight = mim_weight
+
+    def forward(self, x1, x2, micro_batch=0, mim=None, log=None):
+        log = {} if log is None else log
+        f1, f2 = class_tokens(self.base_encoder, x1, x2, micro_batch)
+        loss = self.loss(f1, f2, x1, x2, micro_batch, log)
+        if mim is not None:
+            mim_loss = self.mim_loss(*mim, micro_batch)
+            log.update(contrastive=loss.detach(), mim=mim_loss.detach())
+            loss = loss + self.mim_weight * mim_loss
+        return loss
+
+    def mim_loss(self, images, noise, mask_ratio, micro_batch=0):
+        """The MAE loss of the whole batch, as the mean of its micro-batches (all mask equally many patches)."""
+        size = micro_batch or len(images)
+
+        def run(start):
+            return self.base_encoder(images[start:start + size], mask_ratio, noise[start:start + size])[0]
+
+        starts = range(0, len(images), size)
+        total = 0.0
+        for start in starts:
+            part = run(start) if len(starts) == 1 else checkpoint(run, start, use_reentrant=False,
+                                                                  preserve_rng_state=False)
+            total = total + part * (len(noise[start:start + size]) / len(images))
+        return total
+
+    def update_momentum(self, m):
+        """Nothing to move: only MoCo v3 has a momentum encoder."""
+
+
+class MoCoV3(TwoViews):
+    """MoCo v3 (Chen et al., 2021), under the official names base_encoder, momentum_encoder and predictor."""
+
+    def __init__(self, encoder, hidden=4096, out=256, temperature=0.2, mim_weight=0.0):
+        super().__init__(encoder, mlp_head([encoder.dim, hidden, hidden, out]), mim_weight)
+        self.temperature = temperature
+        self.momentum_encoder = VisionTransformer(**encoder.config)
+        self.momentum_encoder.head = mlp_head([encoder.dim, hidden, hidden, out])
+        self.predictor = mlp_head([out, hidden, out])
+        base = encoder.state_dict()
+        self.momentum_encoder.load_state_dict({k: base[k] for k in self.momentum_encoder.state_dict()})
+        self.momentum_encoder.requires_grad_(False)
+
+    def loss(self, f1, f2, x1, x2, micro_batch, log):
+        q1, q2 = (self.predictor(self.base_encoder.head(f)) for f in (f1, f2))
+        with torch.no_grad():
+            m1, m2 = class_tokens(self.momentum_encoder, x1, x2, micro_batch)
+            k1, k2 = (gather(self.momentum_encoder.head(f)) for f in (m1, m2))
+        log.update(features=f1.detach(), q=q1.detach(), k=k2)
+        with torch.autocast(q1.device.type, enabled=False):                 # q and k leave a BatchNorm: float32
+            rank = world()[0]
+            return info_nce(q1, k2, self.temperature, rank) + info_nce(q2, k1, self.temperature, rank)
+
+    @torch.no_grad()
+    def update_momentum(self, m):
+        """momentum <- m * momentum + (1 - m) * base, for encoder and projector. As lerp: equal weights stay equal."""
+        base = dict(self.base_encoder.named_parameters())
+        names, ours = zip(*self.momentum_encoder.named_parameters())
+        torch._foreach_lerp_(list(ours), [base[name] for name in names], 1 - m)
+
+
+class VICReg(TwoViews):
+    """VICReg: expander Linear, BatchNorm, ReLU twice, then Linear; weights 25, 25, 1; batch gathered from all."""
+
+    def __init__(self, encoder, hidden=8192, out=8192, coefficients=(25.0, 25.0, 1.0), mim_weight=0.0):
+        super().__init__(encoder, mlp_head([encoder.dim, hidden, hidden, out], last="linear", bias=True), mim_weight)
+        self.coefficients = coefficients
+
+    def loss(self, f1, f2, x1, x2, micro_batch, log):
+        z1, z2 = self.base_encoder.head(f1), self.base_encoder.head(f2)
+        with torch.autocast(f1.device.type, enabled=False):                 # float32: the covariance overflows fp16
+            z1, z2 = gather_with_grad(z1.to(f1.dtype)), gather_with_grad(z2.to(f1.dtype))
+            terms = vicreg_terms(z1, z2)
+            log.update(zip(("invariance", "variance", "covariance"), (term.detach() for term in terms)))
+            log.update(features=f1.detach(), q=z1.detach(), k=z2.detach())
+            return sum(c * term for c, term in zip(self.coefficients, terms))
+
+
+class SimCLR(TwoViews):
+    """SimCLR's loss on MoCo v3's projector, without momentum encoder or predictor: a further contrastive end."""
+
+    def __init__(self, encoder, hidden=4096, out=256, temperature=0.2, mim_weight=0.0):
+        super().__init__(encoder, mlp_head([encoder.dim, hidden, hidden, out]), mim_weight)
+        self.temperature = temperature
+
+    def loss(self, f1, f2, x1, x2, micro_batch, log):
+        z1, z2 = self.base_encoder.head(f1), self.base_encoder.head(f2)
+        with torch.autocast(f1.device.type, enabled=False):
+            z1, z2 = gather_with_grad(z1.to(f1.dtype)), gather_with_grad(z2.to(f1.dtype))
+            log.update(features=f1.detach(), q=z1.detach(), k=z2.detach())
+            return nt_xent(z1, z2, self.temperature, *world())
+
+
+# ------------------------------------------------------------------------------------ rates and schedules
+def layer_of(name, depth):
+    """Layer number of a parameter name: 0 embeddings, 1..depth blocks, depth + 1 everything after them."""
+    name = name.removeprefix("module.").removeprefix("base_encoder.")
+    if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def freeze(model, depth, lrs=(1.0,), blocks=0, patch_embed=False):
+    """Exclude from training what must not move: layers whose stage has rate 0, the embeddings and the lowest
+    `blocks` blocks, the patch projection. No gradient is computed for them, nor below the lowest trained layer."""
+    for name, p in model.named_parameters():
+        layer = layer_of(name, depth)
+        if lrs[stage_of(layer, depth, len(lrs))] == 0 or (blocks and layer <= blocks):
+            p.requires_grad = False
+        if patch_embed and ".patch_embed." in "." + name:
+            p.requires_grad = False
+
+
+def stage_of(layer, depth, stages):
+    """The blocks in equal parts; embeddings go with the first, norm and heads with the last."""
+    if depth % stages:
+        raise ValueError(f"{stages} rates given (--lr) for {depth} blocks: the number of stages must divide the depth")
+    return min(max(layer - 1, 0) * stages // depth, stages - 1)
+
+
+def param_groups(model, depth, lrs, weight_decay, decay_all=False, layer_decay=None):
+    """AdamW groups with a base rate each. One table serves MAE (one rate), grafting (a rate per stage) and
+    fine-tuning (one rate times layer_decay ** layers above).
+
+    1-D parameters get no weight decay unless decay_all. Frozen parameters (requires_grad False) are in no group.
+    Returns a list of dicts with params, names, weight_decay, base_lr and stage.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        layer = layer_of(name, depth)
+        if layer_decay is None:
+            stage = stage_of(layer, depth, len(lrs))
+            base_lr = lrs[stage]
+        else:
+            stage = layer
+            base_lr = lrs[0] * layer_decay ** (depth + 1 - layer)
+        decay = weight_decay if decay_all or p.ndim > 1 else 0.0
+        group = groups.setdefault((stage, decay), dict(params=[], names=[], weight_decay=decay, base_lr=base_lr,
+                                                       stage=stage))
+        group["params"].append(p)
+        group["names"].append(name)
+    placed = [id(p) for g in groups.values() for p in g["params"]]
+    assert sorted(placed) == sorted(id(p) for p in model.parameters() if p.requires_grad), "each parameter once"
+    return [groups[key] for key in sorted(groups)]
+
+
+def group_table(groups, scale):
+    """Lines that show each group: base rate, rate in force (base * scale), weight decay, tensors, parameters."""
+    lines = [f"{'stage':>5} {'base rate':>10} {'actual':>10} {'decay':>6} {'tensors':>8} {'parameters':>12}  first tensor"]
+    for g in groups:
+        lines.append(f"{g['stage']:>5} {g['base_lr']:>10.3g} {g['base_lr'] * scale:>10.3g} {g['weight_decay']:>6.2g} "
+                     f"{len(g['params']):>8} {sum(p.numel() for p in g['params']):>12,}  {g['names'][0]}")
+    return lines
+
+
+def lr_factor(step, steps, warmup_steps, floor=0.0):
+    """Linear warm-up from 0, then half a cosine down to `floor`: the factor on every base rate at this step."""
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def momentum_at(step, steps, start=0.99):
+    """MoCo v3's encoder momentum, rising from `start` to 1 over half a cosine."""
+    return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -1,0 +1,384 @@
+"""What a training run needs besides its method: options, processes, precision, signals, log, checkpoints.
+
+The loops stay in the stage files; nothing here knows a model.
+"""
+import argparse
+import fcntl
+import json
+import math
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+import checkpoint
+from data import RunError, UsageError
+
+
+# ------------------------------------------------------------------------------------------------ options
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind=float, low=0.0, high=math.inf, above=False):
+    """An argparse type: a finite number in [low, high], or (low, high] with above=True."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+            bounds = f"above {low:g}" if above else f"at least {low:g}"
+            bounds += f" and at most {high:g}" if math.isfinite(high) else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds}")
+        return value
+    return parse
+
+
+def numbers(**limits):
+    """An argparse type: a comma list of numbers, such as a rate for each stage."""
+    parse = number(**limits)
+    return lambda text: [parse(part) for part in text.split(",")]
+
+
+def image_size(text):
+    """An argparse type: 224 or 192x256 (height x width) -> [height, width]."""
+    parse = number(int, 1, 4096)
+    sides = [parse(part) for part in text.lower().split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side (224) nor height x width (192x256)")
+    return sides * 2 if len(sides) == 1 else sides
+
+
+def fill(args, defaults):
+    """Put `defaults` where no option was given."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def program(main, get_args):
+    """Run a stage from the command line: what the user can mend ends in one line and exit code 2 (asked for
+    something impossible) or 1 (the run failed); a signal that asked for a stop ends in 128 + its number."""
+    try:
+        main(get_args())
+    except (UsageError, RunError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        code = 2 if isinstance(error, UsageError) else 1
+    except Stopped as stopped:
+        print(f"stopped by {stopped.signal.name}; the same command goes on from here", flush=True)
+        code = 128 + stopped.signal
+    else:
+        code = 0
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(code)
+
+
+# ------------------------------------------------------------------------------------- processes, precision
+def setup(device, timeout_minutes=10):
+    """(device, rank, processes) from --device and torchrun's environment; one process needs no process group."""
+    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    if cuda and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: no CUDA device here")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if processes > 1 else 0)
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    else:
+        device = torch.device("cpu")
+    if processes > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    return device, int(os.environ.get("RANK", 0)), processes
+
+
+def precision(choice, device):
+    """The autocast type for --amp, or None for float32: bf16 where the hardware has it, fp16 on older GPUs."""
+    if choice == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+        return torch.bfloat16 if cpu_has_bf16() else None
+    if choice == "fp16" and device.type == "cpu":
+        raise UsageError("--amp fp16 needs a GPU; on a CPU use bf16 or off")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
+
+
+def cpu_has_bf16():
+    """Whether this CPU multiplies bf16 matrices in hardware (AMX or AVX-512 BF16), as Linux tells."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            flags = f.read()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def grad_scaler(device, dtype):
+    """Loss scaling for fp16. Otherwise the scale is 1, or a power of two after a skipped step: exact. What is used
+    then is that a step with a non-finite gradient is skipped on the device, without synchronisation."""
+    if dtype == torch.float16:
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1.0, backoff_factor=0.5, growth_interval=1 << 30)
+
+
+def available_memory():
+    """Bytes of memory that programs can still get, as Linux tells; elsewhere 4 GiB."""
+    try:
+        with open("/proc/meminfo") as f:
+            lines = dict(line.split(":") for line in f)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 4 << 30
+
+
+def micro_batch(asked, step, n, device, processes, params, share=0.5):
+    """Images per micro-batch: as asked, else the largest of n, n/2, n/4, ... that fits the device of every process.
+
+    step(k) is one forward and backward of k images. On CUDA found by trying, with room left for AdamW's moments of
+    `params`. On a CPU, where a try that fails would kill the process, from the bytes that autograd keeps for one
+    image and `share` of the memory that is free.
+    """
+    if asked:
+        return min(asked, n)
+    size = n
+    if device.type == "cuda":
+        moments = [torch.empty_like(p) for p in params if p.requires_grad for _ in range(2)]
+        while True:
+            try:
+                step(size)
+                break
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise RunError("not even one image fits the memory of this device") from None
+            torch.cuda.empty_cache()
+            size = (size + 1) // 2
+        del moments
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        kept = {}
+
+        def note(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        probe = min(n, 2)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            step(probe)
+        while size > 1 and size * sum(kept.values()) / probe > share * available_memory() / processes:
+            size = (size + 1) // 2
+    if processes > 1:
+        smallest = torch.tensor([size], device=device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        size = int(smallest)
+    return size
+
+
+# options that change how a run goes, not what it computes: they may differ when it is resumed
+RUNTIME = ("out", "resume", "device", "workers", "compile", "accum", "micro_batch", "log_every", "save_minutes",
+           "knn_every", "max_bad")
+
+
+def settings(args, **more):
+    """What a run computes depends on: the options but those of RUNTIME, and `more`. Kept in its checkpoint."""
+    return {k: v for k, v in vars(args).items() if k not in RUNTIME} | more
+
+
+def peak_memory(device):
+    """Peak bytes: of the CUDA allocator, or of this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def commit():
+    """The commit of this code, with + if it was changed since; None where git does not know."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        head = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=here,
+                              capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() or None
+
+
+# ----------------------------------------------------------------------------------------------- the run
+class Stopped(Exception):
+    """A signal asked for a stop, and the checkpoint is written."""
+
+    def __init__(self, number):
+        self.signal = signal.Signals(number)
+
+
+class Run:
+    """The folder of a run: lock, signals, log.jsonl, last.pt and previous.pt. Use as `with Run(...) as run`."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, out, rank, processes, device, log_every, steps, batch_size, max_skipped=5):
+        self.out, self.rank, self.processes, self.device = out, rank, processes, device
+        self.log_every, self.steps, self.batch_size = log_every, steps, batch_size
+        self.max_skipped, self.skipped = max_skipped, 0
+        self.window = []                                                    # (step, loss, ids) since the last log
+        self.signal = None
+        self.lock = None
+
+    def path(self, name):
+        return os.path.join(self.out, name)
+
+    def __enter__(self):
+        if self.rank == 0:
+            try:
+                os.makedirs(self.out, exist_ok=True)
+                self.lock = open(self.path("lock"), "a+")
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.lock.seek(0)
+                raise UsageError(f"--out {self.out} is in use by {self.lock.read().strip()}") from None
+            except OSError as error:
+                raise UsageError(f"--out {self.out}: cannot write there ({error.strerror})") from None
+            self.lock.truncate(0)
+            self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self.lock.flush()
+        try:
+            self.previous = {s: signal.signal(s, self.on_signal) for s in self.SIGNALS}
+        except ValueError:                                                  # not the main thread: no signals then
+            self.previous = {}
+        self.started = self.marked = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception):
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
+        if self.lock is not None:
+            self.lock.close()
+
+    def on_signal(self, number, frame):
+        if self.signal == number == signal.SIGINT:
+            os._exit(128 + number)                                          # a second Ctrl-C: at once
+        self.signal = number
+
+    def stop_asked(self, step):
+        """The number of a signal that arrived on any process, or 0. Several processes agree when they log."""
+        if self.processes == 1:
+            return self.signal or 0
+        if step % self.log_every:
+            return 0
+        flag = torch.tensor([self.signal or 0], device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)
+
+    # -- checkpoints
+    def save(self, state):
+        """Write last.pt; the one before stays as previous.pt, and is only replaced once the new one was read back."""
+        if self.rank == 0:
+            fresh, last, previous = self.path("fresh.pt"), self.path("last.pt"), self.path("previous.pt")
+            checkpoint.save(state, fresh)
+            checkpoint.read(fresh)
+            if os.path.exists(last):
+                os.replace(last, previous)
+            os.replace(fresh, last)
+
+    def load(self, settings):
+        """The state in last.pt, or in previous.pt if that is damaged, or None. It must come from the same settings."""
+        for name in ("last.pt", "previous.pt"):
+            path = self.path(name)
+            if not os.path.exists(path):
+                continue
+            try:
+                state = checkpoint.read(path)
+            except UsageError as error:
+                self.say(f"warning: {error}; trying the checkpoint before it")
+                continue
+            changed = [k for k, v in settings.items() if state["settings"].get(k) != v]
+            if changed:
+                k = changed[0]
+                raise UsageError(f"{path} was written with {k} {state['settings'].get(k)}, now {k} is {settings[k]}: "
+                                 f"use another --out, or --resume never to start over")
+            self.cut_log(state["step"])
+            self.skipped = state["skipped"]
+            self.say(f"resumed {path} at step {state['step']} of {self.steps}")
+            return state
+        self.cut_log(0)
+        return None
+
+    def cut_log(self, step):
+        """Drop what log.jsonl says of steps after `step`: they are run again."""
+        path = self.path("log.jsonl")
+        if self.rank or not os.path.exists(path):
+            return
+        with open(path) as f:
+            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(path + ".tmp", "w") as f:
+            f.writelines(lines)
+        os.replace(path + ".tmp", path)
+
+    # -- log
+    def say(self, line):
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def record(self, step, loss, ids):
+        """Note the loss of a step; it is read, without stalling the device before, when it is logged."""
+        self.window.append((step, loss.detach(), ids))
+
+    def check(self, pictures):
+        """Stop when more than a few losses since the start were not finite (their steps were skipped); name them."""
+        for step, loss, ids in self.window:
+            if math.isfinite(loss):
+                continue
+            self.skipped += 1
+            names = ", ".join(pictures.file(i) for i in ids.tolist()[:8])
+            print(f"warning: rank {self.rank}: loss is {loss.item()} at step {step}, step skipped; "
+                  f"pictures {names}{', ...' if len(ids) > 8 else ''}", flush=True)
+            if self.skipped > self.max_skipped:
+                kept = self.path("last.pt")
+                raise RunError(f"the loss was not finite {self.skipped} times, last at step {step}; "
+                               + (f"the last good checkpoint is {kept}" if os.path.exists(kept) else "nothing saved yet")
+                               + ". Try a lower --lr, a longer warm-up or --amp off")
+
+    def log(self, step, epoch, lrs, loader, **more):
+        """Write a line of log.jsonl and the progress line: means since the last one, over all processes."""
+        self.check(loader.pictures)
+        losses = torch.stack([loss.float() for _, loss, _ in self.window]).to(self.device)
+        loss = losses[losses.isfinite()].mean()
+        if self.processes > 1:
+            dist.all_reduce(loss)
+            loss /= self.processes
+        now = time.perf_counter()
+        seconds = (now - self.marked) / len(self.window)
+        entry = dict(step=step, epoch=round(epoch, 4), loss=loss.item(), lr=lrs,
+                     images_per_second=round(self.batch_size / seconds, 1),
+                     data_wait=round(min(loader.waited / (now - self.marked), 1.0), 4),
+                     **{k: float(v) for k, v in more.items()})
+        self.marked, loader.waited = now, 0.0
+        self.window = []
+        if self.rank == 0:
+            with open(self.path("log.jsonl"), "a") as f:
+                f.write(json.dumps(entry) + "\n")
+            left = (self.steps - step) * seconds
+            extra = "".join(f" {k} {v:.3g}" for k, v in more.items())
+            rates = ",".join(f"{lr:.2g}" for lr in lrs)
+            print(f"epoch {epoch:.2f} step {step}/{self.steps} loss {entry['loss']:.4f} lr {rates}{extra} "
+                  f"{entry['images_per_second']:.0f} images/s wait {100 * entry['data_wait']:.0f}% "
+                  f"peak {peak_memory(self.device) / 2 ** 30:.1f} GiB left {duration(left)}", flush=True)
+        return entry
+
+
+def duration(seconds):
+    """1:02:03 or 2:03."""
+    hours, rest = divmod(int(seconds + 0.5), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
