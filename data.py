@@ -448,6 +448,63 @@ def load_data(source, train=True, in_chans=3, stats="imagenet", max_bad=0.01):
     return pictures
 
 
+def labelled(pictures, spec=None, seed=0):
+    """Indices of the pictures whose labels may be used, sorted, and how they were chosen.
+
+    spec: None for all; "1%" or "5 per class", a class-balanced draw by seed; or a list file (SimCLR's lists).
+    """
+    if pictures.labels is None:
+        raise UsageError(f"{pictures.name}: no labels (a labelled set has one folder a class in train/ and val/ or test/)")
+    labels = pictures.labels
+    counts = labels.bincount(minlength=len(pictures.classes))
+    if spec is None:
+        ids, how = torch.arange(len(labels)), "all"
+    elif os.path.isfile(spec):
+        if pictures.files is None:
+            raise UsageError(f"--labels {spec}: a list names files, and {pictures.name} has none")
+        ids = torch.tensor(sorted(find_listed(pictures.files, read_list(spec), f"--labels {spec}")))
+        how = f"list {os.path.basename(spec)}"
+    else:
+        text = spec.replace("per class", "").strip()
+        number = text.removesuffix("%")
+        try:
+            value = float(number) if text.endswith("%") else int(number)
+        except ValueError:
+            raise UsageError(f"--labels {spec!r}: neither a share (1%), nor '5 per class', nor an existing list file") from None
+        if not (0 < value <= 100 if text.endswith("%") else value > 0):
+            raise UsageError(f"--labels {spec!r}: out of range")
+        wanted = (counts * value / 100).round().clamp_min(1).long() if text.endswith("%") else torch.full_like(counts, value)
+        short = (counts < wanted).nonzero()[:, 0].tolist()
+        if short:
+            raise UsageError(f"--labels {spec!r}: class {pictures.classes[short[0]]} has only {counts[short[0]]} pictures")
+        order = shuffled(len(labels), SUBSET, 3, seed)
+        rank = torch.empty_like(order)                                      # place of each picture within its class
+        for c in range(len(counts)):
+            mine = order[labels[order] == c]
+            rank[mine] = torch.arange(len(mine))
+        ids, how = (rank < wanted[labels]).nonzero()[:, 0], f"{spec}, balanced draw, seed {seed}"
+    found = labels[ids].unique()
+    if len(found) < 2:
+        raise UsageError(f"{pictures.name}: one class only among the {len(ids)} labelled pictures, nothing to tell apart")
+    if len(found) < len(pictures.classes):
+        absent = sorted(set(range(len(pictures.classes))) - set(found.tolist()))
+        raise UsageError(f"--labels {spec!r}: no picture of {len(absent)} of the {len(pictures.classes)} classes, "
+                         f"first {pictures.classes[absent[0]]}")
+    return ids, how
+
+
+def same_classes(train, test):
+    """Give the test set the class numbers of the training set; every test class must be known there."""
+    if test.labels is None:
+        raise UsageError(f"{test.name}: the test pictures have no class folders")
+    unknown = [c for c in test.classes if c not in train.classes]
+    if unknown:
+        raise UsageError(f"{test.name}: the test class {unknown[0]} is not among the training classes")
+    test.labels = torch.tensor([train.classes.index(c) for c in test.classes])[test.labels]
+    test.classes = train.classes
+    return test
+
+
 def measure_stats(pictures, most=5000):
     """Mean and std of each channel over at most 5,000 pictures, chosen by hash."""
     total, squares, count = 0.0, 0.0, 0

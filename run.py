@@ -215,6 +215,18 @@ def commit():
     return head.stdout.strip() or None
 
 
+def write_result(out, entry):
+    """Print a result as one JSON line and append it to results.jsonl in the folder `out`."""
+    line = json.dumps(entry)
+    try:
+        os.makedirs(out, exist_ok=True)
+        with open(os.path.join(out, "results.jsonl"), "a") as f:
+            f.write(line + "\n")
+    except OSError as error:
+        raise RunError(f"cannot write {out}/results.jsonl ({error.strerror}); the result was {line}") from None
+    print(line, flush=True)
+
+
 # ----------------------------------------------------------------------------------------------- the run
 class Stopped(Exception):
     """A signal asked for a stop, and the checkpoint is written."""
