@@ -1,7 +1,6 @@
-"""Pictures: where they come from, how they are read, how they are augmented in batches on the device.
+"""Pictures: where they come from, how they are read, how they become batches on the device.
 
-Whatever is random about picture i in epoch e (its place in the order, its crops, colours and masks) is a hash of
-(seed, e, i): not of the number of processes, workers, restarts or accumulation steps. Needs torch, numpy, pillow;
+Order and augmentation are functions of (seed, epoch, picture) alone: see augment.py. Needs torch, numpy, pillow;
 torchvision only for `--data cifar10|cifar100`. Shapes: N images, C channels, (H, W) source, (h, w) output pixels.
 """
 import math
@@ -13,18 +12,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from augment import (COLOUR, CROP, MASK, ORDER, SUBSET, augment, central_boxes, grey, random_boxes, resample, shuffled,
+                     uniform)
+
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
 MEMORY_LIMIT = 4 << 30      # bytes of uint8 pixels up to which pictures of one size are held in memory
 MEMORY_SIDE = 128           # and up to which side: larger ones are cropped by workers as they are read
-
-# One dict a view; the probabilities are per image. BYOL's recipe as MoCo v3 uses it, and MAE's.
-MAE_VIEW = dict(scale=(0.2, 1.0), mode="bicubic", flip=0.5)
-MOCO_VIEWS = (dict(scale=(0.08, 1.0), mode="bilinear", jitter=0.8, grey=0.2, blur=1.0, solarise=0.0, flip=0.5),
-              dict(scale=(0.08, 1.0), mode="bilinear", jitter=0.8, grey=0.2, blur=0.1, solarise=0.2, flip=0.5))
-TRAIN_VIEW = dict(scale=(0.08, 1.0), mode="bilinear", flip=0.5)             # linear evaluation
-TEST_VIEW = dict(scale=None, mode="bicubic")                                # Resize 256, CenterCrop 224
-JITTER = (0.4, 0.4, 0.2, 0.1)                                               # brightness, contrast, saturation, hue
 
 
 class UsageError(ValueError):
@@ -33,204 +27,6 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """The run failed for a reason the user can mend: one line, exit code 1."""
-
-
-# -------------------------------------------------------------------------------------------- randomness
-ORDER, CROP, COLOUR, MASK, SUBSET = range(5)                                # what a random number is for
-_MASK64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def _signed(x):
-    return x - (1 << 64) if x >= 1 << 63 else x
-
-
-def _mix(z):
-    """The finaliser of splitmix64 (Steele et al., 2014) on an int64 tensor; multiplication wraps around."""
-    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-    return z ^ ((z >> 31) & ((1 << 33) - 1))
-
-
-def random_bits(ids, n, *key):
-    """ids (N,) int64, key integers -> (N, n) int64: a hash of (key, id, column), the same on every device."""
-    state = 0
-    for part in key:
-        state = (state + part + 1) * _GOLDEN & _MASK64
-        state ^= state >> 29
-    z = _mix(ids[:, None] * _signed(_GOLDEN) + _signed(state))
-    return _mix(z + torch.arange(1, n + 1, device=ids.device) * _signed(0xD1342543DE82EF95))
-
-
-def uniform(ids, n, *key):
-    """As `random_bits`, as float32 in [0, 1) with 24 random bits."""
-    return ((random_bits(ids, n, *key) >> 40) & 0xFFFFFF).float() / (1 << 24)
-
-
-def shuffled(n, *key):
-    """A permutation of range(n) that depends on the key alone."""
-    return random_bits(torch.arange(n), 1, *key)[:, 0].argsort(stable=True)
-
-
-# ---------------------------------------------------------------------------------------- boxes and crops
-def random_boxes(ids, sizes, scale, *key, ratio=(3 / 4, 4 / 3)):
-    """RandomResizedCrop's boxes (N, 4) as (top, left, height, width) for pictures of sizes (N, 2) as (H, W).
-
-    Ten tries at an area share U(scale) and an aspect ratio exp(U(log ratio)), then the largest central box whose
-    ratio is allowed: torchvision's algorithm.
-    """
-    u = uniform(ids, 22, *key)
-    h, w = sizes[:, :1].float(), sizes[:, 1:].float()
-    area = h * w * (scale[0] + (scale[1] - scale[0]) * u[:, :10])
-    aspect = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * u[:, 10:20])
-    box_w, box_h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (box_w > 0) & (box_w <= w) & (box_h > 0) & (box_h <= h)
-    first = fits.float().argmax(1, keepdim=True)
-    box_h, box_w = box_h.gather(1, first), box_w.gather(1, first)
-    top = (u[:, 20:21] * (h - box_h + 1)).floor()
-    left = (u[:, 21:22] * (w - box_w + 1)).floor()
-    wide, tall = w / h > ratio[1], w / h < ratio[0]
-    central_w = torch.where(wide, (h * ratio[1]).round(), w)
-    central_h = torch.where(tall, (w / ratio[0]).round(), h)
-    central = torch.cat([((h - central_h) / 2).floor(), ((w - central_w) / 2).floor(), central_h, central_w], 1)
-    return torch.where(fits.any(1, keepdim=True), torch.cat([top, left, box_h, box_w], 1), central)
-
-
-def central_boxes(sizes, size):
-    """Resize the short side to size * 256 / 224 and cut out the centre, as a box; a picture of exactly `size` whole."""
-    sizes = sizes.float()
-    target = torch.tensor(size, dtype=torch.float32)
-    box = target * (sizes / target).min(1, keepdim=True).values * (224 / 256)
-    box = torch.where((sizes == target).all(1, keepdim=True), sizes, box)
-    return torch.cat([(sizes - box) / 2, box], 1)
-
-
-def resample_matrix(start, length, n_in, n_out, mode):
-    """Weights (N, n_out, n_in) that resize pixels [start, start + length) to n_out with antialiasing.
-
-    start, length (N,). The triangle or Keys' cubic filter (a = -1/2), widened when shrinking: pillow's resize.
-    """
-    pixels = torch.arange(n_in, device=start.device, dtype=start.dtype)
-    step = (length / n_out)[:, None, None]
-    centre = start[:, None, None] + (torch.arange(n_out, device=start.device, dtype=start.dtype)[:, None] + 0.5) * step
-    t = ((pixels + 0.5 - centre) / step.clamp_min(1)).abs()                 # (N, n_out, n_in)
-    if mode == "bilinear":
-        weights = (1 - t).clamp_min(0)
-    else:
-        weights = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2)
-        weights = weights * (t < 2)
-    inside = (pixels + 1 > start[:, None]) & (pixels < (start + length)[:, None])
-    weights = weights * inside[:, None]
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def resample(images, boxes, size, mode):
-    """Boxes (N, 4) of uint8 images (N, C, H, W) -> float32 (N, C, h, w) in [0, 1]: two matrix products an image."""
-    boxes = boxes.to(images.device)
-    rows = resample_matrix(boxes[:, 0], boxes[:, 2], images.shape[2], size[0], mode)
-    columns = resample_matrix(boxes[:, 1], boxes[:, 3], images.shape[3], size[1], mode)
-    x = rows[:, None] @ (images.float() / 255) @ columns[:, None].transpose(-2, -1)
-    return x.clamp_(0, 1)
-
-
-# ------------------------------------------------------- augmentation: (N, C, h, w) floats in [0, 1] to the same
-def _per_image(factor, x):
-    return factor.to(x.device, x.dtype)[:, None, None, None]
-
-
-def grey(x):
-    """Luma (ITU-R 601-2) of (N, 3, h, w), one channel; other channel counts: their mean."""
-    if x.shape[1] != 3:
-        return x.mean(1, keepdim=True)
-    return (x * x.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-
-
-def adjust_brightness(x, factor):
-    return (x * _per_image(factor, x)).clamp(0, 1)
-
-
-def adjust_contrast(x, factor):
-    mean = grey(x).mean((1, 2, 3), keepdim=True)
-    return torch.lerp(mean.expand_as(x), x, _per_image(factor, x)).clamp(0, 1)
-
-
-def adjust_saturation(x, factor):
-    return torch.lerp(grey(x).expand_as(x), x, _per_image(factor, x)).clamp(0, 1) if x.shape[1] == 3 else x
-
-
-def adjust_hue(x, factor):
-    """Rotate the hue of (N, 3, h, w) by factor, in turns (-0.5 to 0.5), in HSV space."""
-    if x.shape[1] != 3:
-        return x
-    value, which = x.max(1)
-    chroma = value - x.min(1).values
-    r, g, b = x.unbind(1)
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(which == 0, (g - b) / safe, torch.where(which == 1, (b - r) / safe + 2, (r - g) / safe + 4))
-    hue = (hue / 6 + factor.to(x.device, x.dtype)[:, None, None]) % 1.0
-    # channel c = value - chroma * clip(min(k, 4 - k), 0, 1) with k = (n_c + 6 hue) mod 6, n = 5, 3, 1
-    k = (x.new_tensor([5.0, 3.0, 1.0])[:, None, None] + 6 * hue[:, None]) % 6
-    return (value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)).clamp(0, 1)
-
-
-def color_jitter(x, factors, order):
-    """factors (N, 4) for brightness, contrast, saturation, hue, applied in order (N, 4), indices 0-3; -1: skipped.
-
-    `order` lies on the CPU, so that choosing the images costs no synchronisation with the device.
-    """
-    ops = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-    x = x.clone()
-    for position in range(4):
-        for k, op in enumerate(ops):
-            chosen = (order[:, position] == k).nonzero()[:, 0]
-            if len(chosen):
-                on_device = chosen.to(x.device)
-                x[on_device] = op(x[on_device], factors[chosen, k])
-    return x
-
-
-def blur_matrix(n, sigma):
-    """(N, n, n) Gaussian blur of a line of n pixels with reflected borders, cut at 3 sigma; sigma (N,), 0 = none."""
-    position = torch.arange(n, device=sigma.device, dtype=sigma.dtype)
-    i, j = position[:, None], position[None]
-    s = sigma[:, None, None]
-
-    def weight(distance):
-        return torch.exp(-0.5 * (distance / s.clamp_min(1e-3)) ** 2) * (distance.abs() <= (3 * s).ceil())
-
-    weights = weight(i - j) + weight(i + j) * (j > 0) + weight(2 * (n - 1) - i - j) * (j < n - 1)
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def gaussian_blur(x, sigma):
-    sigma = sigma.to(x.device, x.dtype)
-    return blur_matrix(x.shape[2], sigma)[:, None] @ x @ blur_matrix(x.shape[3], sigma)[:, None].transpose(-2, -1)
-
-
-def solarise(x, threshold=128 / 255):
-    return torch.where(x >= threshold, 1 - x, x)
-
-
-def augment(x, ids, view, *key):
-    """All but the crop of a view: jitter, greyscale, blur, solarise, flip. x (N, C, h, w) in [0, 1], ids (N,) on CPU."""
-    u = uniform(ids, 14, *key)
-    if view.get("jitter"):
-        spread = torch.tensor(JITTER)
-        factors = (2 * u[:, :4] - 1) * spread + torch.tensor([1.0, 1.0, 1.0, 0.0])
-        order = u[:, 4:8].argsort(dim=1, stable=True)
-        x = color_jitter(x, factors, torch.where(u[:, 8:9] < view["jitter"], order, -1))
-    if view.get("grey") and x.shape[1] == 3:
-        x = torch.where(_per_image(u[:, 9] < view["grey"], x).bool(), grey(x), x)
-    if view.get("blur"):
-        chosen = (u[:, 10] < view["blur"]).nonzero()[:, 0]
-        if len(chosen):
-            on_device = chosen.to(x.device)
-            x[on_device] = gaussian_blur(x[on_device], 0.1 + 1.9 * u[chosen, 11])
-    if view.get("solarise"):
-        x = torch.where(_per_image(u[:, 12] < view["solarise"], x).bool(), solarise(x), x)
-    if view.get("flip"):
-        x = torch.where(_per_image(u[:, 13] < view["flip"], x).bool(), x.flip(3), x)
-    return x
 
 
 # ---------------------------------------------------------------------------------------- sources of pictures
@@ -470,7 +266,7 @@ def labelled(pictures, spec=None, seed=0):
         try:
             value = float(number) if text.endswith("%") else int(number)
         except ValueError:
-            raise UsageError(f"--labels {spec!r}: neither a share (1%), nor '5 per class', nor an existing list file") from None
+            raise UsageError(f"--labels {spec!r}: neither a share (1%), nor '5 per class', nor a list file") from None
         if not (0 < value <= 100 if text.endswith("%") else value > 0):
             raise UsageError(f"--labels {spec!r}: out of range")
         wanted = (counts * value / 100).round().clamp_min(1).long() if text.endswith("%") else torch.full_like(counts, value)

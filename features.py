@@ -4,11 +4,12 @@ import hashlib
 import torch
 import torch.nn.functional as F
 
+import augment
 import data
 
 
 @torch.no_grad()
-def extract(encoder, pictures, device="cpu", dtype=None, batch_size=256, workers=0, view=data.TEST_VIEW, epoch=0, seed=0,
+def extract(encoder, pictures, device="cpu", dtype=None, batch_size=256, workers=0, view=augment.TEST_VIEW, epoch=0, seed=0,
             function=None):
     """(N, D) float32 features of every picture in order, on the device: the class token after the final norm.
 
@@ -58,7 +59,7 @@ def online_knn(encoder, pictures, device, dtype, workers, most=10000):
 
     Their labels are held out of pre-training, and the test pictures are not looked at.
     """
-    chosen = pictures.select(data.shuffled(len(pictures), 2, data.SUBSET)[:most])
+    chosen = pictures.select(augment.shuffled(len(pictures), 2, augment.SUBSET)[:most])
     features = extract(encoder, chosen, device, dtype, workers=workers)
     labels, n = chosen.labels.to(device), len(chosen) // 10
     scores = knn_scores(features[:n], features[n:], labels[n:], len(chosen.classes))

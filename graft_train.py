@@ -15,6 +15,7 @@ import time
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import augment
 import checkpoint
 import data
 import run
@@ -64,7 +65,7 @@ def get_args(argv=None):
     add("--batch-size", type=number(int, 1), help="global: per device x devices (default 4096)")
     add("--micro-batch", type=lambda t: 0 if t == "auto" else number(int, 1)(t), default=0, metavar="M",
         help="images per device whose activations are kept at once: sets the memory, not the result (default auto)")
-    add("--lr", type=numbers(), help="base rate for batch 256 per stage, lowest first; 0 freezes (default 1.5e-5,1.5e-5,1.5e-4)")
+    add("--lr", type=numbers(), help="base rate for batch 256 per stage, lowest first; 0 freezes (1.5e-5,1.5e-5,1.5e-4)")
     add("--weight-decay", type=number(), default=0.1, help="not on 1-D parameters, unless --init none")
     add("--warmup-epochs", type=number(), help="default 40, or 15 %% of a shorter run")
     # run
@@ -84,7 +85,7 @@ def get_args(argv=None):
         if args.arch or args.patch_size:
             parser.error("--arch and --patch-size go with --init none: the file of --init says what the encoder is")
         if not os.path.exists(args.init):
-            parser.error(f"no checkpoint {args.init}: run `python mae_pretrain.py` first, or give --init FILE or --init none")
+            parser.error(f"no checkpoint {args.init}: run `python mae_pretrain.py` first, or give --init FILE or none")
         del defaults["arch"], defaults["img_size"]
     elif args.lr is None:
         defaults["lr"] = defaults["lr"][-1:]                                # plain MoCo v3: one rate
@@ -151,8 +152,8 @@ def main(args):
     net, source = build(args)
     encoder = net.base_encoder
     pictures = data.load_data(args.data, True, args.in_chans, args.stats, args.max_bad).hold(device)
-    views = [view | dict(scale=(args.crop_min, 1.0)) for view in data.MOCO_VIEWS]
-    loader = data.Loader(pictures, views + [data.MAE_VIEW] * bool(args.mim_weight), encoder.config["img_size"], local,
+    views = [view | dict(scale=(args.crop_min, 1.0)) for view in augment.MOCO_VIEWS]
+    loader = data.Loader(pictures, views + [augment.MAE_VIEW] * bool(args.mim_weight), encoder.config["img_size"], local,
                          args.seed, args.workers, device, rank, processes, max_bad=args.max_bad)
     if len(loader) == 0:
         raise UsageError(f"--batch-size {args.batch_size} is more than the {len(pictures)} pictures of {pictures.name}")

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import augment
 import checkpoint
 import data
 import run
@@ -96,7 +97,7 @@ def main(args):
     torch.manual_seed(args.seed)
     net, source = build(args)
     pictures = data.load_data(args.data, True, args.in_chans, args.stats, args.max_bad).hold(device)
-    loader = data.Loader(pictures, [data.MAE_VIEW], args.img_size, local, args.seed, args.workers, device, rank,
+    loader = data.Loader(pictures, [augment.MAE_VIEW], args.img_size, local, args.seed, args.workers, device, rank,
                          processes, max_bad=args.max_bad)
     if len(loader) == 0:
         raise UsageError(f"--batch-size {args.batch_size} is more than the {len(pictures)} pictures of {pictures.name}")
