@@ -6,25 +6,32 @@ import torch.nn.functional as F
 
 import augment
 import data
+from model import gather
 
 
 @torch.no_grad()
-def extract(encoder, pictures, device="cpu", dtype=None, batch_size=256, workers=0, view=augment.TEST_VIEW, epoch=0, seed=0,
-            function=None):
-    """(N, D) float32 features of every picture in order, on the device: the class token after the final norm.
+def extract(encoder, pictures, device="cpu", dtype=None, batch_size=256, workers=0, mean=None, std=None, rank=0,
+            processes=1, function=None):
+    """(N, D) float32 features of every picture in order, on the device: the class token of its centre crop.
 
-    view: the centre crop, or a random one for (seed, epoch); function(encoder, images) -> (n, ...) replaces the
-    class token. The encoder is put into evaluation mode for it.
+    function(encoder, images) -> (n, ...) replaces the class token after the final norm. Several processes share the
+    work and all get the whole. The encoder is put into evaluation mode for it.
     """
-    loader = data.Loader(pictures, [view], encoder.config["img_size"], batch_size, seed, workers, device, shuffle=False)
+    share = -(-len(pictures) // processes)
+    mine = (torch.arange(share) + rank * share).clamp_max(len(pictures) - 1)    # the last share may repeat a picture
+    part = pictures if processes == 1 else pictures.select(mine)
+    loader = data.Loader(part, [augment.TEST_VIEW], encoder.config["img_size"], batch_size, 0, workers, device,
+                         shuffle=False, mean=mean, std=std)
     function = function or (lambda net, images: net.forward_features(images))
     training = encoder.training
     encoder.eval()
     parts = []
-    for batch in loader.epoch(epoch):
+    for batch in loader.epoch(0):
         with torch.autocast(loader.device.type, dtype, enabled=dtype is not None):
             parts.append(function(encoder, batch.views[0][:]).float())
     encoder.train(training)
+    if processes > 1:
+        return gather(torch.cat(parts))[:len(pictures)]
     return torch.cat(parts)
 
 

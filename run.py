@@ -227,6 +227,15 @@ def write_result(out, entry):
     print(line, flush=True)
 
 
+def read_results(path):
+    """The entries of a results.jsonl."""
+    try:
+        with open(path) as f:
+            return [json.loads(line) for line in f if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as results, one JSON object a line ({error})") from None
+
+
 # ----------------------------------------------------------------------------------------------- the run
 class Stopped(Exception):
     """A signal asked for a stop, and the checkpoint is written."""
