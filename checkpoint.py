@@ -5,6 +5,7 @@ their keys and shapes.
 """
 import errno
 import hashlib
+import json
 import math
 import os
 
@@ -194,3 +195,44 @@ def encoder_file(model, meta):
     encoder = getattr(model, "base_encoder", model)
     state = {k: v.detach().cpu() for k, v in encoder.state_dict().items() if is_encoder(k) or k.startswith("head.")}
     return {"model": state, "config": encoder.config, "meta": meta}
+
+
+# ------------------------------------------------------------------------------------------------ export
+def export(source, kind, path):
+    """Write the encoder of `read_encoder` for timm (a state dict file) or transformers (a folder); says how to load it.
+
+    timm: timm.create_model(...).load_state_dict(torch.load(path), strict=True); its features are ours.
+    hf: ViTModel.from_pretrained(path, add_pooling_layer=False), under the names of the files on the hub.
+    """
+    state, config = source["state"], source["config"]
+    height, width = config["img_size"]
+    size = height if height == width else (height, width)
+    if kind == "timm":
+        save({k: v.contiguous() for k, v in state.items()}, path)
+        return (f"wrote {path}; load it with\n  model = timm.models.VisionTransformer(img_size={size}, "
+                f"patch_size={config['patch_size']}, in_chans={config['in_chans']}, embed_dim={config['dim']}, "
+                f"depth={config['depth']}, num_heads={config['heads']}, mlp_ratio={config['mlp_ratio']:g}, num_classes=0)\n"
+                f"  model.load_state_dict(torch.load({path!r}), strict=True)")
+    names = {"embeddings.cls_token": state["cls_token"], "embeddings.position_embeddings": state["pos_embed"],
+             "embeddings.patch_embeddings.projection.weight": state["patch_embed.proj.weight"],
+             "embeddings.patch_embeddings.projection.bias": state["patch_embed.proj.bias"],
+             "layernorm.weight": state["norm.weight"], "layernorm.bias": state["norm.bias"]}
+    parts = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense",
+             "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    for i in range(config["depth"]):
+        for kind_of in ("weight", "bias"):
+            for ours, theirs in parts.items():
+                names[f"encoder.layer.{i}.{theirs}.{kind_of}"] = state[f"blocks.{i}.{ours}.{kind_of}"]
+            qkv = state[f"blocks.{i}.attn.qkv.{kind_of}"].chunk(3)
+            for letter, value in zip(("query", "key", "value"), qkv):
+                names[f"encoder.layer.{i}.attention.attention.{letter}.{kind_of}"] = value
+    described = dict(model_type="vit", architectures=["ViTModel"], hidden_size=config["dim"],
+                     num_hidden_layers=config["depth"], num_attention_heads=config["heads"],
+                     intermediate_size=int(config["dim"] * config["mlp_ratio"]), hidden_act="gelu",
+                     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, layer_norm_eps=1e-6,
+                     image_size=size, patch_size=config["patch_size"], num_channels=config["in_chans"], qkv_bias=True)
+    os.makedirs(path, exist_ok=True)
+    with open(os.path.join(path, "config.json"), "w") as f:
+        json.dump(described, f, indent=1)
+    save({k: v.contiguous().clone() for k, v in names.items()}, os.path.join(path, "pytorch_model.bin"))
+    return f"wrote {path}/; load it with\n  model = transformers.ViTModel.from_pretrained({path!r}, add_pooling_layer=False)"

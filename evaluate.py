@@ -34,6 +34,16 @@ MODES = ("linear", "knn", "fewshot", "features", "predict", "finetune", "probe")
 
 
 def get_args(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    for mode in ("finetune", "probe"):                                      # a file of their own, with its own options
+        if mode in argv and argv[max(argv.index(mode) - 1, 0)] == "--mode" or f"--mode={mode}" in argv:
+            import finetune
+            rest = [a for i, a in enumerate(argv) if a not in ("--mode", f"--mode={mode}")
+                    and not (a == mode and argv[i - 1] == "--mode")]
+            rest = ["--probe-block" if a == "--block" and mode == "probe" else a for a in rest]
+            args = finetune.get_args(rest)
+            args.mode = mode
+            return args
     parser = run.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     # what
@@ -343,6 +353,9 @@ def table(entries):
 
 # ------------------------------------------------------------------------------------------------------ main
 def main(args):
+    if args.mode in ("finetune", "probe"):
+        import finetune
+        return finetune.main(args)
     if args.table:
         path = os.path.join(args.out, "results.jsonl")
         print(table(run.read_results(path)))

@@ -412,7 +412,8 @@ def feature_stats(features, q, k, rank=0):
     q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
     own = torch.arange(len(q), device=q.device) + (len(q) * rank if len(k) > len(q) else 0)
     centred = features.float() - features.float().mean(0)
-    singular = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
+    gram = (centred.T @ centred).nan_to_num(0, 0, 0)                        # eigvalsh fails on what is not finite
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = (singular / singular.sum().clamp_min(1e-12)).clamp_min(1e-12)
     return {"acc": ((q @ k.T).argmax(1) == own).float().mean(), "std": q.std(0).mean(),
             "rank": torch.exp(-(share * share.log()).sum())}
@@ -579,6 +580,8 @@ def freeze(model, depth, lrs=(1.0,), blocks=0, patch_embed=False):
             p.requires_grad = False
         if patch_embed and ".patch_embed." in "." + name:
             p.requires_grad = False
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("nothing is left to train: every rate is 0 (--lr), or every block is frozen (--freeze-blocks)")
 
 
 def stage_of(layer, depth, stages):
