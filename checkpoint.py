@@ -3,6 +3,7 @@
 `read_encoder` takes our own files, MAE's (encoder only or full), MoCo v3's, DINO's and timm's ViT, told apart by
 their keys and shapes.
 """
+import argparse
 import errno
 import hashlib
 import json
@@ -40,12 +41,15 @@ def read(path):
     if not os.path.isfile(path):
         raise UsageError(f"{path}: no such checkpoint")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):        # the options in MAE's and DINO's own files
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                              # torch raises many kinds for a bad file
-        if "weights_only" in str(error).lower() or "unsupported global" in str(error).lower():
+        said = str(error)
+        if "global" in said.lower() or "unrecognized function" in said:     # torch's words for a class or a function
             raise UsageError(f"{path}: refused, it holds more than tensors and plain values "
                              "(a pickled object could run code when it is read)") from None
-        raise UsageError(f"{path}: not a readable PyTorch checkpoint ({str(error).splitlines()[0][:80]})") from None
+        raise UsageError(f"{path}: not a readable PyTorch checkpoint "
+                         f"({type(error).__name__}: {said.split('. ')[0][:80]})") from None
 
 
 def in_folder(path, name="encoder.pt"):
@@ -55,7 +59,8 @@ def in_folder(path, name="encoder.pt"):
 
 # ------------------------------------------------------------------------------------------------ layouts
 def _strip(state, prefix):
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    """Names without the prefix. Those that lack it stay as they are: they are reported as left out."""
+    return {k.removeprefix(prefix): v for k, v in state.items()}
 
 
 def _tensors(state):
@@ -63,16 +68,17 @@ def _tensors(state):
 
 
 def unwrap(content, path="checkpoint", weights="base"):
-    """(state of one ViT with whatever hangs on it, name of the layout, heads if the layout tells)."""
+    """(state of one ViT with whatever hangs on it, name of the layout)."""
     if not isinstance(content, dict):
         raise UsageError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
     state, layout = content, "timm"
-    for key, name in (("model", "MAE"), ("state_dict", "MoCo v3"), ("teacher", "DINO")):
+    for key, name in (("model", "MAE"), ("state_dict", "timm"), ("teacher", "DINO")):
         if isinstance(content.get(key), dict):
             state, layout = content[key], name
             break
     state = _tensors(state)
     if any(k.startswith("module.") for k in state):
+        layout = "MoCo v3" if layout == "timm" else layout                  # its linear classifiers are such files
         state = _strip(state, "module.")
     if any(k.startswith("backbone.") for k in state):
         state, layout = _strip(state, "backbone."), "DINO"

@@ -53,7 +53,8 @@ class Pictures:
         with Image.open(os.path.join(self.root, self.files[i])) as image:
             full = image.size
             if shrink_to is not None and image.format == "JPEG":
-                factor = shrink_to((full[1], full[0]))
+                turned = image.getexif().get(0x0112, 1) > 4                 # on its side, by its EXIF orientation
+                factor = shrink_to(full if turned else full[::-1])
                 if factor > 1:
                     image.draft(None, (full[0] // factor, full[1] // factor))
             return to_channels(ImageOps.exif_transpose(image), self.in_chans)
@@ -87,9 +88,7 @@ def to_channels(image, in_chans):
         values = np.asarray(image).astype(np.float32)
         scale = 1 if values.max(initial=0) <= 255 else 255 / 65535          # 16 bits unless it all fits 8
         image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(in_chans)
-    if mode is None:
-        raise UsageError(f"--in-chans {in_chans}: pictures are read with 1 (grey), 3 (RGB) or 4 (RGBA) channels")
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[in_chans]
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == mode else image.convert(mode)
@@ -128,8 +127,9 @@ def find_listed(files, names, where):
     for name in names:
         parts = name.split("/")
         hits = position.get(parts[-1], [])
-        if len(hits) > 1 and len(parts) > 1:
-            hits = [i for i in hits if files[i].replace(os.sep, "/").split("/")[-2:] == parts[-2:]]
+        if len(parts) > 1:                                                  # a file in no folder goes by its name alone
+            folders = [files[i].replace(os.sep, "/").split("/")[-2:-1] for i in hits]
+            hits = [i for i, folder in zip(hits, folders) if folder in ([], parts[-2:-1])]
         if len(hits) == 1:
             chosen.append(hits[0])
         else:
@@ -143,6 +143,8 @@ def find_listed(files, names, where):
 
 def open_folder(path, train, in_chans):
     """A folder with train/ and val/ or test/, any folder of pictures, or a list file beside its pictures."""
+    if in_chans not in (1, 3, 4):
+        raise UsageError(f"--in-chans {in_chans}: pictures are read with 1 (grey), 3 (RGB) or 4 (RGBA) channels")
     if os.path.isfile(path):
         root = os.path.dirname(os.path.abspath(path))
         files = list_files(root)
@@ -188,8 +190,8 @@ def into_memory(pictures, max_bad=0.01):
 
     def decode(i):
         try:
-            image = np.asarray(pictures.read(i)).reshape(-1)
-            return image if image.size == h * w * pictures.in_chans else None
+            image = np.asarray(pictures.read(i))
+            return image if image.shape[:2] == (h, w) else None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return str(error)
 
@@ -197,8 +199,9 @@ def into_memory(pictures, max_bad=0.01):
     good = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, pixels in enumerate(pool.map(decode, range(len(pictures)), chunksize=256)):
-            if pixels is None:
-                return pictures                                             # another size: read them as files
+            if pixels is None:                                              # another size: read them as files
+                pictures.bad.clear()
+                return pictures
             if isinstance(pixels, str):
                 pictures.bad[i] = pixels
             else:
@@ -313,6 +316,8 @@ def measure_stats(pictures, most=5000):
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
                 continue
         total, squares, count = total + x.sum(1), squares + x.square().sum(1), count + x.shape[1]
+    if not count:
+        raise RunError(f"--stats data: none of the pictures of {pictures.name} can be read")
     mean = total / count / 255
     std = (squares / count / 255 ** 2 - mean ** 2).clamp_min(0).sqrt().clamp_min(1e-3)
     return tuple(mean.tolist()), tuple(std.tolist())
@@ -329,6 +334,11 @@ class View:
         return len(self.batch.ids)
 
     def __getitem__(self, part):
+        # micro-batches are drawn inside the model, where autocast is on: pixels stay in float32
+        with torch.autocast(self.batch.loader.device.type, enabled=False):
+            return self.draw(part)
+
+    def draw(self, part):
         batch, loader = self.batch, self.batch.loader
         spec, ids = loader.views[self.number], batch.ids[part]
         key = (loader.seed, batch.epoch)

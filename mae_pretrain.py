@@ -32,14 +32,14 @@ def get_args(argv=None):
     add = parser.add_argument
     # data
     add("--data", help="folder of pictures, list file, cifar10 or cifar100 (default: $DATA, else an embedded set)")
-    add("--img-size", type=run.image_size, help="224 or HEIGHTxWIDTH (default 224; embedded 32)")
+    add("--img-size", type=run.image_size, help="224 or HEIGHTxWIDTH (default 224; embedded 32; or that of --init)")
     add("--in-chans", type=number(int, 1, 4), default=3, help="1 grey, 3 RGB, 4 RGBA")
     add("--stats", choices=("imagenet", "data"), default="imagenet", help="mean and std of the channels")
     add("--workers", type=number(int, 0, 256), default=min(os.cpu_count(), 10), help="reading processes per device")
     add("--max-bad", type=number(float, 0, 1), default=0.01, help="stop when this share of the files cannot be read")
     # model
-    add("--arch", choices=ARCHS, help="default vit_base; embedded vit_mini")
-    add("--patch-size", type=number(int, 1, 256), help="default: the architecture's")
+    add("--arch", choices=ARCHS, help="without --init; default vit_base, embedded vit_mini")
+    add("--patch-size", type=number(int, 1, 256), help="without --init; default: the architecture's")
     add("--mask-ratio", type=number(float, 0, 0.99, above=True), default=0.75, help="share of patches removed")
     add("--norm-pix-loss", action=run.argparse.BooleanOptionalAction, default=True, help="targets normalised by patch")
     add("--init", help="encoder weights to start from: ours, MAE, MoCo v3, DINO, timm (default: random)")
@@ -63,22 +63,29 @@ def get_args(argv=None):
     add("--knn-every", type=number(int), default=0, help="epochs between k-NN accuracies on held-out labels (0: never)")
     args = parser.parse_args(argv)
     args.data = args.data or os.environ.get("DATA")
-    run.fill(args, PAPER if args.data else SMALL)
+    defaults = dict(PAPER if args.data else SMALL)
+    if args.init:                                                           # then the file decides
+        if args.arch or args.patch_size:
+            parser.error("--arch and --patch-size go without --init: its file says what the encoder is")
+        del defaults["arch"], defaults["img_size"]
+    run.fill(args, defaults)
     run.fill(args, dict(warmup_epochs=min(40, 0.15 * args.epochs)))
     return args
 
 
 def build(args):
     """The masked autoencoder with random weights, or with the encoder of --init, and what that file held."""
-    (patch, dim, depth, heads), (decoder_dim, decoder_depth, decoder_heads) = ARCHS[args.arch]
-    config = dict(img_size=args.img_size, patch_size=args.patch_size or patch, in_chans=args.in_chans, dim=dim,
-                  depth=depth, heads=heads)
     source = state = None
     if args.init:
         source = checkpoint.read_encoder(args.init)
         state, config = checkpoint.fit(source, args.img_size, args.in_chans)
+        decoder = next((d for e, d in ARCHS.values() if e[1] == config["dim"]), (512, 8, 16))
+    else:
+        (patch, dim, depth, heads), decoder = ARCHS[args.arch]
+        config = dict(img_size=args.img_size, patch_size=args.patch_size or patch, in_chans=args.in_chans, dim=dim,
+                      depth=depth, heads=heads)
     try:
-        model = MaskedAutoencoder(decoder_dim, decoder_depth, decoder_heads, args.norm_pix_loss, **config)
+        model = MaskedAutoencoder(*decoder, args.norm_pix_loss, **config)
         freeze(model, model.depth, args.lr, args.freeze_blocks)
     except ValueError as error:
         raise UsageError(error) from None
@@ -97,8 +104,8 @@ def main(args):
     torch.manual_seed(args.seed)
     net, source = build(args)
     pictures = data.load_data(args.data, True, args.in_chans, args.stats, args.max_bad).hold(device)
-    loader = data.Loader(pictures, [augment.MAE_VIEW], args.img_size, local, args.seed, args.workers, device, rank,
-                         processes, max_bad=args.max_bad)
+    loader = data.Loader(pictures, [augment.MAE_VIEW], net.config["img_size"], local, args.seed, args.workers, device,
+                         rank, processes, max_bad=args.max_bad)
     if len(loader) == 0:
         raise UsageError(f"--batch-size {args.batch_size} is more than the {len(pictures)} pictures of {pictures.name}")
     if args.knn_every and pictures.labels is None:
@@ -140,7 +147,7 @@ def main(args):
                 checkpoint.save(checkpoint.encoder_file(net, meta | dict(step=step)), job.path("encoder.pt"))
 
         def attempt(n):
-            images = torch.zeros(n, args.in_chans, *args.img_size, device=device)
+            images = torch.zeros(n, args.in_chans, *net.config["img_size"], device=device)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 net(images, args.mask_ratio)[0].backward()
             net.zero_grad(set_to_none=True)

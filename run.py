@@ -304,7 +304,13 @@ class Run:
 
     # -- checkpoints
     def save(self, state):
-        """Write last.pt; the one before stays as previous.pt, and is only replaced once the new one was read back."""
+        """Write last.pt; the one before stays as previous.pt, and is only replaced once the new one was read back.
+
+        Weights that are not finite are never written: no step brings them back.
+        """
+        broken = [name for name, tensor in state["model"].items() if not tensor.isfinite().all()]
+        if broken:
+            raise RunError(f"{broken[0]} is not finite at step {state['step']}; {self.way_out()}")
         if self.rank == 0:
             fresh, last, previous = self.path("fresh.pt"), self.path("last.pt"), self.path("previous.pt")
             checkpoint.save(state, fresh)
@@ -356,29 +362,36 @@ class Run:
         """Note the loss of a step; it is read, without stalling the device before, when it is logged."""
         self.window.append((step, loss.detach(), ids))
 
-    def check(self, pictures):
-        """Stop when more than a few losses since the start were not finite (their steps were skipped); name them."""
-        for step, loss, ids in self.window:
+    def check(self, losses, pictures):
+        """Stop when more than a few losses since the start were not finite (their steps were skipped); name them.
+
+        losses: means over all processes, so that all of them stop together.
+        """
+        for (step, own, ids), loss in zip(self.window, losses.tolist()):
             if math.isfinite(loss):
                 continue
             self.skipped += 1
-            names = ", ".join(pictures.file(i) for i in ids.tolist()[:8])
-            print(f"warning: rank {self.rank}: loss is {loss.item()} at step {step}, step skipped; "
-                  f"pictures {names}{', ...' if len(ids) > 8 else ''}", flush=True)
+            if not math.isfinite(own):
+                names = ", ".join(pictures.file(i) for i in ids.tolist()[:8])
+                print(f"warning: rank {self.rank}: loss is {own.item()} at step {step}, step skipped; "
+                      f"pictures {names}{', ...' if len(ids) > 8 else ''}", flush=True)
             if self.skipped > self.max_skipped:
-                kept = self.path("last.pt")
-                raise RunError(f"the loss was not finite {self.skipped} times, last at step {step}; "
-                               + (f"the last good checkpoint is {kept}" if os.path.exists(kept) else "nothing saved yet")
-                               + ". Try a lower --lr, a longer warm-up or --amp off")
+                raise RunError(f"the loss was not finite {self.skipped} times, last at step {step}; {self.way_out()}")
+
+    def way_out(self):
+        """What to do when a run has gone wrong."""
+        last = self.path("last.pt")
+        kept = f"the last good checkpoint is {last}" if os.path.exists(last) else "nothing saved yet"
+        return f"{kept}. Try a lower --lr, a longer warm-up or --amp off"
 
     def log(self, step, epoch, lrs, loader, **more):
         """Write a line of log.jsonl and the progress line: means since the last one, over all processes."""
-        self.check(loader.pictures)
         losses = torch.stack([loss.float() for _, loss, _ in self.window]).to(self.device)
-        loss = losses[losses.isfinite()].mean()
         if self.processes > 1:
-            dist.all_reduce(loss)
-            loss /= self.processes
+            dist.all_reduce(losses)
+            losses /= self.processes
+        self.check(losses, loader.pictures)
+        loss = losses[losses.isfinite()].mean()
         now = time.perf_counter()
         seconds = (now - self.marked) / len(self.window)
         entry = dict(step=step, epoch=round(epoch, 4), loss=loss.item(), lr=lrs,
@@ -388,8 +401,11 @@ class Run:
         self.marked, loader.waited = now, 0.0
         self.window = []
         if self.rank == 0:
-            with open(self.path("log.jsonl"), "a") as f:
-                f.write(json.dumps(entry) + "\n")
+            try:
+                with open(self.path("log.jsonl"), "a") as f:
+                    f.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                raise RunError(f"cannot write {self.path('log.jsonl')}: {error.strerror}") from None
             left = (self.steps - step) * seconds
             extra = "".join(f" {k} {v:.3g}" for k, v in more.items())
             rates = ",".join(f"{lr:.2g}" for lr in lrs)
