@@ -1,0 +1,295 @@
+"""Train every system of the paper, evaluate each by every protocol and fill the paper's tables for a data set.
+
+    python reproduce.py --preset demo                       # embedded pictures, two CPU cores
+    python reproduce.py --preset cifar10 --data CIFAR       # ViT-Tiny, patch 4, 32x32, hours on one GPU
+    python reproduce.py --preset imagenet --data IMAGENET --dry-run             # the paper's; prints what it takes
+    python reproduce.py --preset demo --only table1,figure4                     # a part of it
+
+Everything is done by the stage scripts' own main(). A run that is killed goes on where it stopped, what is done is
+skipped. Writes results.jsonl and results.md into --out.
+"""
+import itertools
+import json
+import os
+import re
+import shlex
+import statistics
+import time
+
+import evaluate
+import finetune
+import graft_train
+import mae_pretrain
+import run
+from data import UsageError
+from model import ARCHS
+from run import numbers
+
+# What a preset decides: options of every training run, epochs, rates. The rest follows from the paper's table.
+# rates: of grafting's three stages; grid: the rates tried for each stage (Figure 4)
+DECADES = ("1.5e-6", "1.5e-5", "1.5e-4")
+PRESETS = {
+    "demo": dict(
+        data=None, depth=6, common=["--log-every", "32"], mae_epochs=30, cl_epochs=6, short_epochs=4, grid_epochs=2,
+        mae_lr="1.5e-3", cl_lr="1.5e-3", rates=("5e-4", "5e-4", "1.5e-3"),
+        grid=(("1.5e-4", "5e-4", "1.5e-3"), ("5e-4",), ("1.5e-4", "5e-4", "1.5e-3")), hidden=["--hidden-dim", "512"],
+        vicreg=["--hidden-dim", "512", "--lr", "1e-3"], arch=["--arch", "vit_mini"], size=[], fine=["--epochs", "5"],
+        anchor="1e-5", few=("3 per class", "10%"), probes=((3, 6), (0, 1)), partial=(0, 2, 4),
+        linear=["--cache-features"]),
+    "cifar10": dict(
+        data="cifar10", depth=12, common=["--crop-min", "0.2"], mae_epochs=400, cl_epochs=300, short_epochs=100,
+        grid_epochs=100, mae_lr="1.5e-4", cl_lr="1.5e-4", rates=("1.5e-6", "1.5e-5", "1.5e-4"),
+        hidden=["--hidden-dim", "2048"], vicreg=["--hidden-dim", "2048", "--lr", "1.5e-4"],
+        arch=["--arch", "vit_tiny", "--patch-size", "4"], size=["--img-size", "32"],
+        fine=["--epochs", "100", "--crop-min", "0.2"], anchor="1e-5", few=("1%", "10%"),
+        probes=((6, 9, 12), (0, 1, 2, 4)), partial=(0, 2, 4, 6, 8, 10, 12), linear=["--cache-features"],
+        batch=["--batch-size", "1024"]),
+    "imagenet": dict(
+        data=None, depth=12, common=[], mae_epochs=1600, cl_epochs=300, short_epochs=100, grid_epochs=100,
+        mae_lr="1.5e-4", cl_lr="1.5e-4", rates=("1.5e-5", "1.5e-5", "1.5e-4"), grid=(DECADES,) * 3, hidden=[], vicreg=["--lr", "1.5e-4"],
+        arch=["--arch", "vit_base"], size=[], fine=[], anchor="1e-5", few=("1%", "10%"),
+        probes=((6, 9, 12), (0, 1, 2, 4)), partial=(0, 2, 4, 6, 8, 10, 12), linear=[]),
+}
+
+TOTAL = "MoCo v3, epochs of MAE + grafting"
+# table: (rows, columns); "%" columns are filled in with the preset's shares of labels
+TABLES = {
+    "table1": (("MAE", "MoCo v3", "MTL", "CL -> MIM grafting", "MIM -> CL grafting"), ("linear", "few", "fine-tune")),
+    "table2": (("MAE", "MoCo v3", TOTAL, "Layer grafted"), ("linear", "few", "projector", "k-NN")),
+    "table3": (("MAE", "MoCo v3", "Layer grafted"), ("fine-tune",)),
+    "table4": (("VICReg", "Layer grafted VICReg"), ("linear", "fine-tune")),
+    "table5": (("MAE", "MoCo v3"), ("probe",)),
+    "table7": (("Layer grafted", "Layer grafted, anchored"), ("linear", "few", "projector", "fine-tune")),
+    "figure4": (("grid",), ("linear",)),
+    "figure5": (("MAE", "Layer grafted"), ("partial",)),
+}
+TITLES = {
+    "table1": "Table 1: combining the losses, and the order of grafting", "table2": "Table 2: label efficiency",
+    "table3": "Table 3: fine-tuning", "table4": "Table 4: VICReg as the contrastive end",
+    "table5": "Table 5: new blocks on frozen features", "table7": "Table 7: keeping lower layers near MAE",
+    "figure4": "Figure 4: the rate of each stage (linear)", "figure5": "Figure 5: partial fine-tuning",
+}
+# top-1 on ImageNet-1k with ViT-B/16, from the paper; its Table 7 is ViT-L/16
+PAPER = {
+    ("MAE", "linear"): 68.0, ("MAE", "few"): 51.1, ("MAE", "projector"): 73.3, ("MAE", "fine-tune"): 83.6,
+    ("MoCo v3", "linear"): 76.7, ("MoCo v3", "few"): 63.4, ("MoCo v3", "projector"): 75.4, ("MoCo v3", "fine-tune"): 83.2,
+    ("MTL", "linear"): 68.4, ("MTL", "few"): 47.6, ("MTL", "fine-tune"): 81.0,
+    ("CL -> MIM grafting", "linear"): 65.5, ("CL -> MIM grafting", "few"): 32.5, ("CL -> MIM grafting", "fine-tune"): 82.5,
+    ("MIM -> CL grafting", "linear"): 74.5, ("MIM -> CL grafting", "few"): 56.5, ("MIM -> CL grafting", "fine-tune"): 83.6,
+    ("Layer grafted", "linear"): 77.7, ("Layer grafted", "few"): 65.5, ("Layer grafted", "projector"): 77.8,
+    ("Layer grafted", "fine-tune"): 83.9, ("VICReg", "linear"): 70.1, ("VICReg", "fine-tune"): 81.2,
+    ("Layer grafted VICReg", "linear"): 74.9, ("Layer grafted VICReg", "fine-tune"): 83.6,
+}
+
+
+def get_args(argv=None):
+    parser = run.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="demo", help="demo: two cores; cifar10: a GPU; imagenet: the paper's")
+    add("--data", help="folder with train/ and val/ or test/ in place of the preset's")
+    add("--only", help=f"comma list of {', '.join(TABLES)} (default: all)")
+    add("--seeds", type=numbers(kind=int, high=2 ** 31), help="comma list (default 0; cifar10 0,1,2)")
+    add("--common", default="", help="options for every training run, quoted: \"--epochs 2 --workers 4\"")
+    add("--out", help="default out/PRESET")
+    add("--dry-run", action="store_true", help="print the commands and what they take, and stop")
+    args = parser.parse_args(argv)
+    args.only = args.only.split(",") if args.only else list(TABLES)
+    unknown = [name for name in args.only if name not in TABLES]
+    if unknown:
+        parser.error(f"--only {unknown[0]}: there are {', '.join(TABLES)}")
+    if args.preset == "imagenet" and not (args.data or os.environ.get("DATA")):
+        parser.error("--preset imagenet needs --data FOLDER (with train/ and val/)")
+    run.fill(args, dict(out=os.path.join("out", args.preset), seeds=[0, 1, 2] if args.preset == "cifar10" else [0]))
+    return args
+
+
+# ----------------------------------------------------------------------------------------- systems and protocols
+def systems(p):
+    """Name -> (stage, its options). {NAME} stands for the folder of that other system, trained before."""
+    lower = str(p["depth"] * 2 // 3)                    # the blocks that grafting keeps fixed: the first two stages
+    mae = [*p["arch"], *p["size"], "--lr", p["mae_lr"]]
+    scratch = ["--init", "none", *p["arch"], *p["size"]]
+    contrastive = ["--epochs", p["cl_epochs"], *p["hidden"]]
+    stages = ",".join(p["rates"])
+    vicreg = ["--loss", "vicreg", "--epochs", p["short_epochs"], *p["vicreg"]]
+    vicreg_stages = ["--loss", "vicreg", "--epochs", p["short_epochs"], *p["vicreg"][:-1], stages]
+    found = {
+        "MAE": (mae_pretrain, [*mae, "--epochs", p["mae_epochs"]]),
+        "MoCo v3": (graft_train, [*scratch, *contrastive, "--lr", p["cl_lr"]]),
+        "MTL": (graft_train, [*scratch, *contrastive, "--lr", p["cl_lr"], "--mim-weight", "1"]),
+        "CL -> MIM grafting": (mae_pretrain, ["--init", "{MoCo v3}", "--freeze-blocks", lower, "--lr", p["mae_lr"],
+                                              *p["arch"], *p["size"], "--epochs", p["short_epochs"]]),
+        "MIM -> CL grafting": (graft_train, ["--init", "{MAE}", "--freeze-blocks", lower, "--lr", p["cl_lr"], *p["hidden"],
+                                             "--epochs", p["short_epochs"]]),
+        "Layer grafted": (graft_train, ["--init", "{MAE}", *contrastive, "--lr", stages]),
+        TOTAL: (graft_train, [*scratch, *p["hidden"], "--epochs", p["mae_epochs"] + p["cl_epochs"], "--lr", p["cl_lr"]]),
+        "VICReg": (graft_train, [*scratch, *vicreg]),
+        "Layer grafted VICReg": (graft_train, ["--init", "{MAE}", *vicreg_stages]),
+        "Layer grafted, anchored": (graft_train, ["--init", "{MAE}", *contrastive, "--lr", stages, "--anchor-weight",
+                                                  p["anchor"], "--anchor-blocks", str(p["depth"] // 2)]),
+    }
+    for rates in itertools.product(*p["grid"]):
+        lr = ",".join(rates)
+        found[f"grid {lr}"] = (graft_train, ["--init", "{MAE}", *p["hidden"], "--epochs", p["grid_epochs"], "--lr", lr])
+    return found
+
+
+def protocols(p, column, name):
+    """Column of a table -> list of (protocol name, script, options)."""
+    few, many = p["few"]
+    # MAE and what ends with MAE has no projector: its 10 % row is plain fine-tuning with those labels
+    projector = [] if name in ("MAE", "CL -> MIM grafting") else ["--from-projector"]
+    return {
+        "linear": [("linear", evaluate, ["--mode", "linear", *p["linear"]])],
+        "k-NN": [("k-NN", evaluate, ["--mode", "knn"])],
+        "few": [(f"few-shot {few}", evaluate, ["--mode", "fewshot", "--labels", few])],
+        "projector": [(f"fine-tune {many}", finetune, ["--labels", many, *projector])],
+        "fine-tune": [("fine-tune", finetune, p["fine"])],
+        "probe": [(f"block {k} + {n}", finetune, ["--probe-block", k, "--blocks", n, *p["fine"]])
+                  for k in p["probes"][0] for n in p["probes"][1]],
+        "partial": [(f"{k} blocks fixed", finetune, ["--freeze-blocks", k, *p["fine"]]) for k in p["partial"]],
+    }[column]
+
+
+def folder(args, seed, name):
+    return os.path.join(args.out, f"seed{seed}", re.sub(r"[^a-z0-9.,]+", "-", name.lower()))
+
+
+def command(args, p, seed, name):
+    """(stage, argument list) that trains a system."""
+    stage, options = systems(p)[name]
+    options = [folder(args, seed, o[1:-1]) if str(o).startswith("{") else str(o) for o in options]
+    data_options = ["--data", args.data or p["data"]] if args.data or p["data"] else []
+    common = [o for o in p["common"]]
+    if stage is mae_pretrain and "--crop-min" in common:
+        common = []
+    return stage, [*options, *data_options, *common, *p.get("batch", []), *shlex.split(args.common), "--seed", str(seed),
+                   "--out", folder(args, seed, name)]
+
+
+def rows_of(p, table):
+    rows = TABLES[table][0]
+    return [name for name in systems(p) if name.startswith("grid ")] if rows == ("grid",) else list(rows)
+
+
+def jobs(args, p):
+    """Every (seed, system, protocol, script, options) asked for, each once; what one needs comes before it."""
+    seen = {}
+    for seed in args.seeds:
+        for table in args.only:
+            for name in rows_of(p, table):
+                for column in TABLES[table][1]:
+                    for protocol, script, options in protocols(p, column, name):
+                        seen[(seed, name, protocol)] = (script, [str(o) for o in options])
+    return seen
+
+
+# ----------------------------------------------------------------------------------------------------- reports
+def cell(results, name, protocol):
+    """Mean ± standard deviation over seeds of top-1, or nothing."""
+    found = [e["top1"] for e in results if e["name"] == name and e["protocol_name"] == protocol]
+    if not found:
+        return ""
+    return f"{statistics.mean(found):.1f}" + (f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else "")
+
+
+def markdown(results, args, p):
+    """Every table asked for, the paper's figure (ImageNet-1k, ViT-B/16) in brackets where it has one."""
+    lines = []
+    for table in args.only:
+        rows, columns = rows_of(p, table), TABLES[table][1]
+        lines += [f"### {TITLES[table]}", ""]
+        if table == "figure4":
+            firsts, seconds, thirds = p["grid"]
+            for third in reversed(thirds):
+                lines += [f"third stage {third}: rows first stage, columns second stage", "",
+                          "| | " + " | ".join(seconds) + " |", "|---" * (len(seconds) + 1) + "|"]
+                for first in firsts:
+                    cells = [cell(results, f"grid {first},{second},{third}", "linear") for second in seconds]
+                    lines.append(f"| {first} | " + " | ".join(cells) + " |")
+                lines.append("")
+            continue
+        heads = [(column, head) for column in columns for head, _, _ in protocols(p, column, "Layer grafted")]
+        lines += ["| system | " + " | ".join(head for _, head in heads) + " |", "|---" * (len(heads) + 1) + "|"]
+        for name in rows:
+            cells = []
+            for column, head in heads:
+                paper = PAPER.get((name, column)) if table not in ("table7", "figure5", "table5") else None
+                cells.append(cell(results, name, head) + (f" ({paper:.1f})" if paper else ""))
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def gpu_hours(p, images=1281167, rate=3e14):
+    """Hours on one GPU that sustains `rate` operations a second, for the training runs of the preset by epochs.
+
+    Encoder forward: 2 x weights x tokens; MAE trains a quarter of the tokens and its decoder (about as much again),
+    MoCo v3 two views forward and backward (3 x) and two forward in the momentum encoder.
+    """
+    (patch, dim, depth, _), _ = ARCHS[p["arch"][1]]
+    tokens = (224 // patch) ** 2 + 1
+    forward = 2 * 12 * dim * dim * depth * tokens + 4 * dim * tokens ** 2 * depth
+    mae, contrastive = 3 * forward * 0.5, (2 * 3 + 2) * forward
+    total = 0.0
+    for stage, options in systems(p).values():
+        epochs = options[options.index("--epochs") + 1]
+        total += epochs * images * (mae if stage is mae_pretrain else contrastive)
+    return total / rate / 3600
+
+
+def main(args):
+    p = PRESETS[args.preset]
+    path = os.path.join(args.out, "results.jsonl")
+    results = run.read_results(path) if os.path.exists(path) else []
+    done = {(e["seed"], e["name"], e["protocol_name"]) for e in results}
+    todo = {key: job for key, job in jobs(args, p).items() if key not in done}
+    names = dict.fromkeys((seed, name) for seed, name, _ in todo)
+    if args.preset == "imagenet":
+        print(f"about {gpu_hours(p):,.0f} GPU-hours for one seed at 300 TFLOP/s, evaluations not counted", flush=True)
+    print(f"{len(names)} systems to train or resume, {len(todo)} evaluations, {len(done)} results are there", flush=True)
+    started = time.perf_counter()
+
+    trained = set()
+
+    def train(seed, name):
+        """Train a system, after those it starts from; each once."""
+        if (seed, name) in trained:
+            return
+        for needed in re.findall(r"\{(.+?)\}", " ".join(map(str, systems(p)[name][1]))):
+            train(seed, needed)
+        stage, options = command(args, p, seed, name)
+        print(f"== {name}, seed {seed}: python {stage.__name__}.py {shlex.join(options)}", flush=True)
+        if not args.dry_run:
+            stage.main(stage.get_args(options))
+        trained.add((seed, name))
+
+    for (seed, name, protocol), (script, options) in todo.items():
+        train(seed, name)
+        data_options = ["--data", args.data or p["data"]] if args.data or p["data"] else []
+        own = folder(args, seed, name)
+        seeds = ["--seeds", str(seed)] if script is evaluate else ["--seed", str(seed)]
+        out = os.path.join(own, re.sub(r"[^a-z0-9]+", "-", protocol.lower()))
+        options = [*options, *data_options, *seeds, "--checkpoint", own, "--out", out]
+        print(f"== {name}, seed {seed}, {protocol}: python {script.__name__}.py {shlex.join(options)}", flush=True)
+        if args.dry_run:
+            continue
+        entry = script.main(script.get_args(options))
+        entry = entry[0] if isinstance(entry, list) else entry
+        more = dict(name=name, protocol_name=protocol, seed=seed, preset=args.preset)
+        if name.startswith("grid "):
+            more["lr"] = [float(rate) for rate in name.removeprefix("grid ").split(",")]
+        results.append(entry | more)
+        with open(path, "a") as f:
+            f.write(json.dumps(results[-1]) + "\n")
+        with open(os.path.join(args.out, "results.md"), "w") as f:
+            f.write(markdown(results, args, p) + "\n")
+    if results and not args.dry_run:
+        print(markdown(results, args, p), flush=True)
+        print(f"wrote {args.out}/results.md; {run.duration(time.perf_counter() - started)}", flush=True)
+    elif not results and not args.dry_run:
+        raise UsageError("nothing to do")
+
+
+if __name__ == "__main__":
+    run.program(main, get_args)
