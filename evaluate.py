@@ -238,8 +238,9 @@ def logistic_regression(x, labels, classes, penalty, tolerance=1e-6, max_iterati
     x = x.double()
     hessian = x.T @ x / (n * classes) + penalty * torch.eye(dim, dtype=x.dtype, device=x.device)
     to_w = torch.linalg.inv(torch.linalg.cholesky(hessian)).T                               # W^T = to_w @ V
-    v = torch.zeros(dim, classes, dtype=x.dtype, device=x.device)
-    for dtype in (torch.float32, torch.float64):
+
+    def descend(v, dtype):
+        """L-BFGS from v in this precision, to the tolerance or until float32 gains no more."""
         z, basis, features = (x @ to_w).to(dtype), to_w.to(dtype), x.to(dtype)
         v = v.to(dtype).requires_grad_()
         optimizer = torch.optim.LBFGS([v], max_iter=25, history_size=20, tolerance_grad=0, tolerance_change=0,
@@ -254,7 +255,7 @@ def logistic_regression(x, labels, classes, penalty, tolerance=1e-6, max_iterati
         last = math.inf
         for _ in range(max_iterations // 25):
             loss = optimizer.step(objective).item()
-            with torch.no_grad():
+            with torch.no_grad():                                           # the gradient in W, not in v
                 w = basis @ v
                 error = (features @ w).softmax(1)
                 error[torch.arange(n), labels] -= 1
@@ -262,7 +263,11 @@ def logistic_regression(x, labels, classes, penalty, tolerance=1e-6, max_iterati
             if worst <= tolerance or not math.isfinite(loss) or (dtype is torch.float32 and last - loss < 1e-6 * loss):
                 break
             last = loss
-        v = v.detach()
+        return v.detach()
+
+    v = torch.zeros(dim, classes, dtype=x.dtype, device=x.device)
+    for dtype in (torch.float32, torch.float64):
+        v = descend(v, dtype)
     return (to_w @ v).T
 
 
@@ -401,10 +406,10 @@ def main(args):
                 run.write_result(args.out, entry)
                 if classifier is not None:
                     classifier = {k: v.cpu() if torch.is_tensor(v) else v for k, v in classifier.items()}
-                    checkpoint.save(dict(classifier=classifier, classes=train.classes, checkpoint=path, encoder_digest=before,
-                                         mean=list(how["mean"] or train.mean), std=list(how["std"] or train.std),
-                                         protocol=fields["protocol"]),
-                                    os.path.join(args.out, f"classifier-{args.mode}.pt"))
+                    saved = dict(classifier=classifier, classes=train.classes, checkpoint=path, encoder_digest=before,
+                                 mean=list(how["mean"] or train.mean), std=list(how["std"] or train.std),
+                                 protocol=fields["protocol"])
+                    checkpoint.save(saved, os.path.join(args.out, f"classifier-{args.mode}.pt"))
             results.append(entry)
     if rank == 0 and len(results) > 1:
         print(table(results), flush=True)

@@ -30,7 +30,7 @@ from run import numbers
 DECADES = ("1.5e-6", "1.5e-5", "1.5e-4")
 PRESETS = {
     "demo": dict(
-        data=None, depth=6, common=["--log-every", "32"], mae_epochs=30, cl_epochs=6, short_epochs=4, grid_epochs=2,
+        data=None, depth=6, common=["--log-every", "32"], mae_epochs=20, cl_epochs=6, short_epochs=4, grid_epochs=2,
         mae_lr="1.5e-3", cl_lr="1.5e-3", rates=("5e-4", "5e-4", "1.5e-3"),
         grid=(("1.5e-4", "5e-4", "1.5e-3"), ("5e-4",), ("1.5e-4", "5e-4", "1.5e-3")), hidden=["--hidden-dim", "512"],
         vicreg=["--hidden-dim", "512", "--lr", "1e-3"], arch=["--arch", "vit_mini"], size=[], fine=["--epochs", "5"],
@@ -152,7 +152,7 @@ def protocols(p, column, name):
 
 
 def folder(args, seed, name):
-    return os.path.join(args.out, f"seed{seed}", re.sub(r"[^a-z0-9.,]+", "-", name.lower()))
+    return os.path.join(args.out, f"seed{seed}", re.sub(r"[^a-z0-9.]+", "-", name.lower()))
 
 
 def command(args, p, seed, name):
