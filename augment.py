@@ -18,7 +18,7 @@ JITTER = (0.4, 0.4, 0.2, 0.1)                                               # br
 
 
 # -------------------------------------------------------------------------------------------- randomness
-ORDER, CROP, COLOUR, MASK, SUBSET = range(5)                                # what a random number is for
+ORDER, CROP, COLOUR, MASK, SUBSET, PIXELS, ERASE = range(7)                 # what a random number is for
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -52,6 +52,18 @@ def uniform(ids, n, *key):
 def shuffled(n, *key):
     """A permutation of range(n) that depends on the key alone."""
     return random_bits(torch.arange(n), 1, *key)[:, 0].argsort(stable=True)
+
+
+def per_picture(x, ids, function, *key):
+    """function(picture) for each picture of x (N, C, h, w), torch's generator seeded by (key, id): for the random
+    transforms of other libraries, which draw once a call. The generator is put back afterwards."""
+    seeds = random_bits(ids, 1, *key)[:, 0].tolist()
+    pictures = []
+    with torch.random.fork_rng(devices=[]):
+        for picture, seed in zip(x, seeds):
+            torch.default_generator.manual_seed(seed)
+            pictures.append(function(picture))
+    return torch.stack(pictures)
 
 
 # ---------------------------------------------------------------------------------------- boxes and crops

@@ -3,6 +3,7 @@
 Order and augmentation are functions of (seed, epoch, picture) alone: see augment.py. Needs torch, numpy, pillow;
 torchvision only for `--data cifar10|cifar100`. Shapes: N images, C channels, (H, W) source, (h, w) output pixels.
 """
+import copy
 import math
 import os
 import time
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from augment import (COLOUR, CROP, MASK, ORDER, SUBSET, augment, central_boxes, grey, random_boxes, resample, shuffled,
-                     uniform)
+from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central_boxes, grey, per_picture, random_boxes,
+                     resample, shuffled, uniform)
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
@@ -325,7 +326,10 @@ def measure_stats(pictures, most=5000):
 
 # ------------------------------------------------------------------------------------------------ batches
 class View:
-    """A view of a batch that augments what is sliced from it: `view[a:b]` is (b - a, C, h, w), normalised."""
+    """A view of a batch that augments what is sliced from it: `view[a:b]` is (b - a, C, h, w), normalised.
+
+    A function under "pixels" in the view's dict gets each crop as uint8 (C, h, w); files: in the reading process.
+    """
 
     def __init__(self, batch, number):
         self.batch, self.number = batch, number
@@ -347,6 +351,9 @@ class View:
             sizes = torch.tensor([images.shape[2:]]).expand(len(ids), 2)
             boxes = loader.boxes(ids, sizes, self.number, batch.epoch)
             x = resample(images[ids.to(images.device)], boxes, loader.size, spec["mode"])
+            if spec.get("pixels"):
+                x = (x * 255 + 0.5).to(torch.uint8)
+                x = per_picture(x, ids, spec["pixels"], PIXELS, self.number, *key).float() / 255
         else:
             x = batch.crops[self.number][part].to(loader.device, non_blocking=True).float() / 255
         x = augment(x, ids, spec, COLOUR, self.number, *key)
@@ -354,11 +361,18 @@ class View:
 
 
 class Batch:
-    """ids (n,) of the pictures on the CPU; views[k] a lazy View; noise(L) the uniform numbers that choose masks."""
+    """ids (n,) of the pictures on the CPU; views[k] a lazy View; noise(L) the uniform numbers that choose masks.
 
-    def __init__(self, loader, ids, epoch, crops=None):
+    shown (n,): as ids, but where a picture cannot be read the one that stands in for it: labels go by `shown`.
+    """
+
+    def __init__(self, loader, ids, epoch, crops=None, shown=None):
         self.loader, self.ids, self.epoch, self.crops = loader, ids, epoch, crops
-        self.views = [View(self, k) for k in range(len(loader.views))]
+        self.shown = ids if shown is None else shown
+
+    @property
+    def views(self):
+        return [View(self, k) for k in range(len(self.loader.views))]
 
     def __len__(self):
         return len(self.ids)
@@ -372,7 +386,8 @@ class _Reader(torch.utils.data.Dataset):
 
     def __init__(self, loader):
         self.pictures, self.views, self.size = loader.pictures, loader.views, loader.size
-        self.boxes = loader.boxes
+        # a copy, which is without the DataLoader: collected in a cycle, that waits 5 s for each of its workers
+        self.boxes, self.seed = copy.copy(loader).boxes, loader.seed
 
     def __getitem__(self, key):
         epoch, wanted = key
@@ -381,7 +396,7 @@ class _Reader(torch.utils.data.Dataset):
             # a picture that cannot be read is replaced by another, the same one on every run
             i = wanted if attempt == 0 else int(shuffled(len(self.pictures), wanted, SUBSET)[attempt])
             try:
-                return wanted, trouble, self.crops(i, epoch)
+                return wanted, i, trouble, self.crops(i, epoch)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 trouble = trouble or f"{type(error).__name__}: {error}"
         raise RunError(f"20 pictures in a row cannot be read, among them {self.pictures.file(wanted)}: {trouble}")
@@ -395,11 +410,14 @@ class _Reader(torch.utils.data.Dataset):
                                                        for box in self.plan(i, full, epoch))), default=1)
 
         image = self.pictures.read(i, shrink)
-        for box, view in zip(self.plan(i, (image.size[1], image.size[0]), epoch), self.views):
+        for k, (box, view) in enumerate(zip(self.plan(i, (image.size[1], image.size[0]), epoch), self.views)):
             top, left, h, w = box
             filter = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}[view["mode"]]
             crop = image.resize((self.size[1], self.size[0]), filter, box=(left, top, left + w, top + h))
-            boxes.append(torch.from_numpy(np.array(crop)).reshape(*self.size, -1).permute(2, 0, 1).contiguous())
+            pixels = torch.from_numpy(np.array(crop)).reshape(*self.size, -1).permute(2, 0, 1).contiguous()
+            if view.get("pixels"):
+                pixels = per_picture(pixels[None], torch.tensor([i]), view["pixels"], PIXELS, k, self.seed, epoch)[0]
+            boxes.append(pixels)
         return boxes
 
     def plan(self, i, full, epoch):
@@ -422,11 +440,11 @@ class Loader:
         self.mean = torch.tensor(mean or pictures.mean, device=device)[:, None, None]
         self.std = torch.tensor(std or pictures.std, device=device)[:, None, None]
         self.waited = 0.0
-        self.keys = []
+        self.keys = []                                                      # what self.reader is to read, by batch
         self.reader = None
         if pictures.images is None:
             self.reader = torch.utils.data.DataLoader(
-                _Reader(self), batch_sampler=self, num_workers=workers, collate_fn=self.collate,
+                _Reader(self), batch_sampler=self.keys, num_workers=workers, collate_fn=self.collate,
                 pin_memory=self.device.type == "cuda", persistent_workers=workers > 0)
 
     def __len__(self):
@@ -440,17 +458,14 @@ class Loader:
             return central_boxes(sizes, self.size)
         return random_boxes(ids, sizes, scale, CROP, number, self.seed, epoch)
 
-    def __iter__(self):
-        return iter(self.keys)                                              # the batch sampler of self.reader
-
     def __getstate__(self):                                                 # workers need the plan, not the reader
         return {k: v for k, v in self.__dict__.items() if k not in ("reader", "keys", "mean", "std")}
 
     @staticmethod
     def collate(items):
-        wanted, troubles, crops = zip(*items)
+        wanted, shown, troubles, crops = zip(*items)
         bad = {i: trouble for i, trouble in zip(wanted, troubles) if trouble}
-        return torch.tensor(wanted), bad, [torch.stack(view) for view in zip(*crops)]
+        return torch.tensor(wanted), torch.tensor(shown), bad, [torch.stack(view) for view in zip(*crops)]
 
     def batches(self, epoch, start=0):
         """The indices of each batch of this process, from batch `start` on."""
@@ -467,7 +482,7 @@ class Loader:
             for ids in self.batches(epoch, start):
                 yield Batch(self, ids, epoch)
             return
-        self.keys = [[(epoch, i) for i in ids.tolist()] for ids in self.batches(epoch, start)]
+        self.keys[:] = [[(epoch, i) for i in ids.tolist()] for ids in self.batches(epoch, start)]
         seen = len(self.pictures.bad)
         items = iter(self.reader)
         while True:
@@ -476,11 +491,11 @@ class Loader:
             self.waited += time.perf_counter() - before
             if item is None:
                 return
-            ids, bad, crops = item
+            ids, shown, bad, crops = item
             if bad:
                 self.pictures.bad.update((i, t) for i, t in bad.items() if i not in self.pictures.bad)
                 seen = report_bad(self.pictures, self.max_bad, seen)
-            yield Batch(self, ids, epoch, crops)
+            yield Batch(self, ids, epoch, crops, shown)
 
 
 # ------------------------------------------------------------------------------------------- embedded set
