@@ -70,23 +70,29 @@ def gather_with_grad(x):
 class BatchNorm1d(nn.BatchNorm1d):
     """BatchNorm over the global batch, in float32 under autocast, on CPU and GPU (torch's SyncBatchNorm: GPU only).
 
-    One process computes exactly nn.BatchNorm1d. Several need equally many rows each.
+    One process computes nn.BatchNorm1d. Several need equally many rows each. A batch that is not finite, whose step
+    is skipped, leaves no trace in the running statistics.
     """
 
     def forward(self, x):                                                   # (N, D)
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        n = world()[1]
-        if n == 1 or not self.training:
+        if not self.training:
             return super().forward(x)
+        n = world()[1]
         rows = len(x) * n
-        mean = AllReduceSum.apply(x.sum(0)) / rows
-        var = AllReduceSum.apply((x - mean).square().sum(0)) / rows
+        if n == 1:
+            y = F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            var, mean = torch.var_mean(x.detach(), 0, correction=0)
+        else:
+            mean = AllReduceSum.apply(x.sum(0)) / rows
+            var = AllReduceSum.apply((x - mean).square().sum(0)) / rows
+            y = (x - mean) * torch.rsqrt(var + self.eps)
+            y = y * self.weight + self.bias if self.affine else y
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (rows / (rows - 1)), self.momentum)
-        x = (x - mean) * torch.rsqrt(var + self.eps)
-        return x * self.weight + self.bias if self.affine else x
+            for running, value in ((self.running_mean, mean), (self.running_var, var * (rows / (rows - 1)))):
+                running.lerp_(torch.where(value.isfinite(), value, running), self.momentum)
+        return y
 
 
 # ----------------------------------------------------------------------------------------------- encoder
