@@ -500,7 +500,7 @@ class Loader:
 
 # ------------------------------------------------------------------------------------------- embedded set
 SHAPES = ("disc", "square", "triangle", "cross")
-TEXTURES = ("stripes", "checks", "dots", "waves")
+TEXTURES = ("columns", "rows", "checks", "dots")
 
 
 def embedded(train=True, in_chans=3, n=None, side=32):
@@ -522,14 +522,14 @@ def embedded(train=True, in_chans=3, n=None, side=32):
 
 
 def texture(kind, x, y, u):
-    """Pattern in [0, 1] at coordinates x, y (N, s, s) for kinds (N,), with u (N, 4): frequency, turn, phases."""
-    angle = u[:, 1] * math.pi
+    """Pattern in [0, 1] at coordinates x, y (N, s, s) for kinds (N,), with u (N, 4): frequency, turn, two phases."""
+    angle = (u[:, 1] - 0.5) * 0.4
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    frequency = (7.0 + 5.0 * u[:, 0])[:, None, None]
+    frequency = (14.0 + 5.0 * u[:, 0])[:, None, None]
     a = frequency * (x * cos + y * sin) + 6.28 * u[:, 2, None, None]
     b = frequency * (y * cos - x * sin) + 6.28 * u[:, 3, None, None]
-    patterns = torch.stack([(3 * a.sin()), 3 * a.sin() * b.sin() * 2, 6 * (a.sin() * b.sin()).abs() - 3.2,
-                            3 * (a + 1.6 * (b * 0.8).sin()).sin()], 1)
+    patterns = torch.stack([3 * a.sin(), 3 * b.sin(), 6 * a.sin() * b.sin(),
+                            8 * (0.7 * a).sin().abs() * (0.7 * b).sin().abs() - 4.5], 1)
     return patterns[torch.arange(len(kind)), kind].sigmoid()
 
 
@@ -544,31 +544,25 @@ def draw(ids, side=32):
     def pick(column):
         return u[:, column, None, None]
 
-    scale, turn = 0.5 + 0.3 * pick(0), (pick(1) - 0.5) * 1.2
-    dx, dy = x - (pick(2) - 0.5) * 0.7, y - (pick(3) - 0.5) * 0.7
+    scale, turn = 0.62 + 0.28 * pick(0), (pick(1) - 0.5) * 0.5
+    dx, dy = x - (pick(2) - 0.5) * 0.4, y - (pick(3) - 0.5) * 0.4
     px, py = (dx * turn.cos() + dy * turn.sin()) / scale, (dy * turn.cos() - dx * turn.sin()) / scale
     triangle = torch.maximum(py - 0.7, px.abs() * 1.8 - py - 0.9)
     cross = torch.maximum(torch.maximum(px.abs(), py.abs()) - 1, torch.minimum(px.abs(), py.abs()) - 0.38)
     inside = torch.stack([px.square() + py.square() - 0.9, torch.maximum(px.abs(), py.abs()) - 0.83, triangle, cross], 1)
     inside = (inside[torch.arange(n), label // 4] < 0).float()[:, None]
 
-    def colours(column):
-        """Two colours (N, 3, 1, 1) that differ by at least some light."""
-        first, second = u[:, column:column + 3], u[:, column + 3:column + 6]
-        apart = (second.mean(1, keepdim=True) - first.mean(1, keepdim=True))
-        second = second + (0.35 * apart.sign() - apart).where(apart.abs() < 0.35, torch.zeros(()))
-        return first[:, :, None, None], second.clamp(0, 1)[:, :, None, None]
+    def colour(column, low, high):
+        """A random light in [low, high] with a tint of its own, (N, 3, 1, 1)."""
+        light = low + (high - low) * u[:, column:column + 1]
+        return (light + 0.3 * (u[:, column + 1:column + 4] - 0.5))[:, :, None, None]
 
-    def painted(pattern, column):
-        low, high = colours(column)
-        return low + (high - low) * pattern[:, None]
-
-    # the ground carries a texture of its own, of a kind that says nothing about the class
-    ground = painted(texture((u[:, 4] * 4).long(), x, y, u[:, 5:9]), 9)
-    figure = painted(texture(label % 4, x, y, u[:, 15:19]), 19)
-    ground = ground.lerp(ground.mean((2, 3), keepdim=True), 0.5)
+    # the ground is a smooth wave between two middling colours, the figure's texture a dark and a light one
+    wave = (1.5 * (x * (6.28 * pick(4)).cos() + y * (6.28 * pick(4)).sin()) + 6.28 * pick(5)).sin() * 0.5 + 0.5
+    ground = torch.lerp(colour(6, 0.3, 0.7), colour(10, 0.3, 0.7), wave[:, None])
+    figure = torch.lerp(colour(14, 0.0, 0.3), colour(18, 0.7, 1.0), texture(label % 4, x, y, u[:, 22:26])[:, None])
     image = torch.where(inside.bool(), figure, ground)
-    light = 1 + (pick(25) - 0.5) * x + (pick(26) - 0.5) * y
+    light = 1 + 0.5 * (pick(26) - 0.5) * x + 0.5 * (pick(27) - 0.5) * y
     noise = uniform(ids, 3 * side * side, 20230502).reshape(n, 3, side, side) - 0.5
-    image = torch.nn.functional.avg_pool2d(image * light[:, None], 2) + 0.12 * noise
+    image = torch.nn.functional.avg_pool2d(image * light[:, None], 2) + 0.04 * noise
     return (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8)

@@ -26,8 +26,8 @@ from model import (ARCHS, Block, MaskedAutoencoder, MoCoV3, SimCLR, VICReg, Visi
 from run import number, numbers
 
 # where no option is given: the demonstration's settings without --data, the paper's with it
-SMALL = dict(arch="vit_mini", img_size=[32, 32], epochs=20, batch_size=256, lr=[1.5e-4, 1.5e-4, 1.5e-3],
-             hidden_dim=512, crop_min=0.2)
+SMALL = dict(arch="vit_mini", img_size=[32, 32], epochs=8, batch_size=128, lr=[5e-4, 5e-4, 1.5e-3],
+             hidden_dim=512, crop_min=0.4)
 PAPER = dict(arch="vit_base", img_size=[224, 224], epochs=300, batch_size=4096, lr=[1.5e-5, 1.5e-5, 1.5e-4],
              hidden_dim=4096, crop_min=0.08)
 
@@ -40,7 +40,7 @@ def get_args(argv=None):
     add("--img-size", type=run.image_size, help="224 or HEIGHTxWIDTH (default: that of --init)")
     add("--in-chans", type=number(int, 1, 4), default=3, help="1 grey, 3 RGB, 4 RGBA")
     add("--stats", choices=("imagenet", "data"), default="imagenet", help="mean and std of the channels")
-    add("--crop-min", type=number(float, 0, 1, above=True), help="smallest crop, share of the picture (default 0.08)")
+    add("--crop-min", type=number(float, 0, 1, above=True), help="smallest crop, share of the picture (default 0.08; embedded 0.4)")
     add("--workers", type=number(int, 0, 256), default=min(os.cpu_count(), 10), help="reading processes per device")
     add("--max-bad", type=number(float, 0, 1), default=0.01, help="stop when this share of the files cannot be read")
     # model
@@ -49,7 +49,7 @@ def get_args(argv=None):
     add("--patch-size", type=number(int, 1, 256), help="with --init none; default: the architecture's")
     add("--train-patch-embed", action="store_true", help="train the patch projection too (MoCo v3 freezes it)")
     add("--freeze-blocks", type=number(int), default=0, help="MIM -> CL grafting: keep embeddings and first K blocks fixed")
-    add("--hidden-dim", type=number(int, 1), help="of projector and predictor (default 4096; VICReg 8192)")
+    add("--hidden-dim", type=number(int, 1), help="of projector and predictor (default 4096, VICReg 8192; embedded 512, 1024)")
     # loss
     add("--loss", choices=("moco", "vicreg", "simclr"), default="moco", help="the contrastive end")
     add("--temperature", type=number(above=True), default=0.2)
@@ -61,8 +61,8 @@ def get_args(argv=None):
     add("--anchor-blocks", type=number(int), default=12, help="anchored: the embeddings and the first K blocks")
     add("--anchor-norm", choices=("l1", "l2"), default="l1", help="l1: the released code's, l2: the paper's words")
     # optimisation
-    add("--epochs", type=number(int, 1), help="default 300; embedded 20")
-    add("--batch-size", type=number(int, 1), help="global: per device x devices (default 4096)")
+    add("--epochs", type=number(int, 1), help="default 300; embedded 8")
+    add("--batch-size", type=number(int, 1), help="global: per device x devices (default 4096; embedded 128)")
     add("--micro-batch", type=lambda t: 0 if t == "auto" else number(int, 1)(t), default=0, metavar="M",
         help="images per device whose activations are kept at once: sets the memory, not the result (default auto)")
     add("--lr", type=numbers(), help="base rate for batch 256 per stage, lowest first; 0 freezes (1.5e-5,1.5e-5,1.5e-4)")
@@ -77,6 +77,7 @@ def get_args(argv=None):
     add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the blocks; auto: on a GPU")
     add("--log-every", type=number(int, 1), default=20, help="steps between lines of the log")
     add("--save-minutes", type=number(float, 0, above=True), default=10.0, help="also saved after every epoch")
+    add("--keep-every", type=number(int), default=0, help="epochs between weights kept as epochNNNN.pt (0: none)")
     add("--knn-every", type=number(int), default=0, help="epochs between k-NN accuracies on held-out labels (0: never)")
     args = parser.parse_args(argv)
     args.data = args.data or os.environ.get("DATA")
@@ -196,13 +197,16 @@ def main(args):
             step = state["step"]
         meta = dict(system=system_name(args), data=pictures.name, mean=list(pictures.mean), std=list(pictures.std),
                     epochs=args.epochs, seed=args.seed, classes=pictures.classes, init=source and source["digest"],
-                    commit=run.commit())
+                    decoder=getattr(encoder, "decoder_config", None), commit=run.commit())
 
         def save(step):
-            job.save(dict(model=net.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
-                          config=encoder.config, meta=meta, settings=settings, skipped=job.skipped))
+            weights = dict(model=net.state_dict(), config=encoder.config, meta=meta, settings=settings, step=step)
+            job.save(weights | dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), skipped=job.skipped))
             if rank == 0:
                 checkpoint.save(checkpoint.encoder_file(net, meta | dict(step=step)), job.path("encoder.pt"))
+                epoch, rest = divmod(step, len(loader))
+                if args.keep_every and rest == 0 and epoch % args.keep_every == 0:
+                    checkpoint.save(weights | dict(epoch=epoch), job.path(f"epoch{epoch:04}.pt"))
 
         def attempt(n):
             x = torch.zeros(n, args.in_chans, *encoder.config["img_size"], device=device)

@@ -23,7 +23,7 @@ from model import ARCHS, MaskedAutoencoder, freeze, group_table, lr_factor, para
 from run import number, numbers
 
 # where no option is given: the demonstration's settings without --data, the paper's with it
-SMALL = dict(arch="vit_mini", img_size=[32, 32], epochs=20, batch_size=256, lr=[1.5e-3])
+SMALL = dict(arch="vit_mini", img_size=[32, 32], epochs=25, batch_size=128, lr=[3e-3])
 PAPER = dict(arch="vit_base", img_size=[224, 224], epochs=800, batch_size=4096, lr=[1.5e-4])
 
 
@@ -45,10 +45,10 @@ def get_args(argv=None):
     add("--init", help="encoder weights to start from: ours, MAE, MoCo v3, DINO, timm (default: random)")
     add("--freeze-blocks", type=number(int), default=0, help="keep embeddings and the first K blocks as they are")
     # optimisation
-    add("--epochs", type=number(int, 1), help="default 800; embedded 20")
-    add("--batch-size", type=number(int, 1), help="global: per device x devices x accumulation (default 4096)")
+    add("--epochs", type=number(int, 1), help="default 800; embedded 25")
+    add("--batch-size", type=number(int, 1), help="global: per device x devices x accumulation (default 4096; embedded 128)")
     add("--accum", type=number(int, 0), default=0, help="micro-batches per step and device (0: as few as fit)")
-    add("--lr", type=numbers(), help="base rate for batch 256, or one per stage from the lowest (default 1.5e-4)")
+    add("--lr", type=numbers(), help="base rate for batch 256, or one per stage (default 1.5e-4; embedded 3e-3)")
     add("--weight-decay", type=number(), default=0.05, help="not on 1-D parameters")
     add("--warmup-epochs", type=number(), help="default 40, or 15 %% of a shorter run")
     # run
