@@ -180,6 +180,21 @@ def fit(source, img_size=None, in_chans=None):
     return state, config
 
 
+def decoder_config(source, norm_pix_loss=None):
+    """MaskedAutoencoder's arguments for the MAE decoder in a file of `read_encoder`: as ours say, else from shapes.
+
+    norm_pix_loss is nowhere in the other layouts: False unless given.
+    """
+    rest, known = source["rest"], source["meta"].get("decoder") or {}
+    dim = rest["decoder_embed.weight"].shape[0]
+    blocks = {k.split(".")[1] for k in rest if k.startswith("decoder_blocks.")}
+    # heads leave no trace in the shapes; MAE's have a width of 32
+    heads = known.get("decoder_heads", max(dim // 32, 1))
+    if norm_pix_loss is None:
+        norm_pix_loss = known.get("norm_pix_loss", source["layout"] == "ours")
+    return dict(decoder_dim=dim, decoder_depth=len(blocks), decoder_heads=heads, norm_pix_loss=norm_pix_loss)
+
+
 def report(source, taken=()):
     """Lines that say what a file gave: layout, tensors taken, tensors left out and why."""
     c = source["config"]
