@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 # name: (patch, dim, depth, heads), then the MAE decoder's (dim, depth, heads)
 ARCHS = {
-    "vit_mini": ((4, 128, 6, 4), (64, 1, 4)),       # the demonstration on two cores
+    "vit_mini": ((4, 96, 6, 3), (64, 1, 2)),        # the demonstration on two cores
     "vit_tiny": ((16, 192, 12, 3), (192, 4, 6)),
     "vit_small": ((16, 384, 12, 12), (512, 8, 16)),  # 12 heads as in MoCo v3; DINO and DeiT have 6
     "vit_base": ((16, 768, 12, 12), (512, 8, 16)),
