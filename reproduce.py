@@ -30,15 +30,15 @@ from run import numbers
 DECADES = ("1.5e-6", "1.5e-5", "1.5e-4")
 PRESETS = {
     "demo": dict(
-        data=None, depth=6, common=["--log-every", "32"], mae_epochs=20, cl_epochs=6, short_epochs=4, grid_epochs=2,
-        mae_lr="1.5e-3", cl_lr="1.5e-3", rates=("5e-4", "5e-4", "1.5e-3"),
+        data=None, depth=6, common=["--log-every", "32"], mae_epochs=16, cl_epochs=5, short_epochs=3, grid_epochs=1,
+        mae_lr="3e-3", cl_lr="1.5e-3", rates=("5e-4", "5e-4", "1.5e-3"),
         grid=(("1.5e-4", "5e-4", "1.5e-3"), ("5e-4",), ("1.5e-4", "5e-4", "1.5e-3")), hidden=["--hidden-dim", "512"],
-        vicreg=["--hidden-dim", "512", "--lr", "1e-3"], arch=["--arch", "vit_mini"], size=[], fine=["--epochs", "5"],
+        vicreg=["--hidden-dim", "512", "--lr", "1e-3"], arch=["--arch", "vit_mini"], size=[], fine=["--epochs", "3"],
         anchor="1e-5", few=("3 per class", "10%"), probes=((3, 6), (0, 1)), partial=(0, 2, 4),
         linear=["--cache-features"]),
     "cifar10": dict(
         data="cifar10", depth=12, common=["--crop-min", "0.2"], mae_epochs=400, cl_epochs=300, short_epochs=100,
-        grid_epochs=100, mae_lr="1.5e-4", cl_lr="1.5e-4", rates=("1.5e-6", "1.5e-5", "1.5e-4"),
+        grid_epochs=100, mae_lr="1.5e-4", cl_lr="1.5e-4", rates=("1.5e-5", "1.5e-5", "1.5e-4"), grid=(DECADES,) * 3,
         hidden=["--hidden-dim", "2048"], vicreg=["--hidden-dim", "2048", "--lr", "1.5e-4"],
         arch=["--arch", "vit_tiny", "--patch-size", "4"], size=["--img-size", "32"],
         fine=["--epochs", "100", "--crop-min", "0.2"], anchor="1e-5", few=("1%", "10%"),
