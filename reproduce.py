@@ -46,7 +46,8 @@ PRESETS = {
         batch=["--batch-size", "1024"]),
     "imagenet": dict(
         data=None, depth=12, common=[], mae_epochs=1600, cl_epochs=300, short_epochs=100, grid_epochs=100,
-        mae_lr="1.5e-4", cl_lr="1.5e-4", rates=("1.5e-5", "1.5e-5", "1.5e-4"), grid=(DECADES,) * 3, hidden=[], vicreg=["--lr", "1.5e-4"],
+        mae_lr="1.5e-4", cl_lr="1.5e-4", rates=("1.5e-5", "1.5e-5", "1.5e-4"), grid=(DECADES,) * 3, hidden=[],
+        vicreg=["--lr", "1.5e-4"],
         arch=["--arch", "vit_base"], size=[], fine=[], anchor="1e-5", few=("1%", "10%"),
         probes=((6, 9, 12), (0, 1, 2, 4)), partial=(0, 2, 4, 6, 8, 10, 12), linear=[]),
 }
@@ -118,7 +119,7 @@ def systems(p):
         "MoCo v3": (graft_train, [*scratch, *contrastive, "--lr", p["cl_lr"]]),
         "MTL": (graft_train, [*scratch, *contrastive, "--lr", p["cl_lr"], "--mim-weight", "1"]),
         "CL -> MIM grafting": (mae_pretrain, ["--init", "{MoCo v3}", "--freeze-blocks", lower, "--lr", p["mae_lr"],
-                                              *p["arch"], *p["size"], "--epochs", p["short_epochs"]]),
+                                              "--epochs", p["short_epochs"]]),
         "MIM -> CL grafting": (graft_train, ["--init", "{MAE}", "--freeze-blocks", lower, "--lr", p["cl_lr"], *p["hidden"],
                                              "--epochs", p["short_epochs"]]),
         "Layer grafted": (graft_train, ["--init", "{MAE}", *contrastive, "--lr", stages]),
