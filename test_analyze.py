@@ -587,6 +587,9 @@ def test_results_that_hold_nothing_of_the_kind(tmp_path, capsys):
     assert "rates of three stages" in fails(capsys, "lr-grid", "--results", place)
     assert "--freeze-blocks" in fails(capsys, "partial", "--results", place)
     assert "--probe-block" in fails(capsys, "depth", "--results", place)
+    two = write_results(tmp_path / "two", [dict(system="MAE", protocol="probe block 3 + 1 blocks", top1=1.0, data=name)
+                                           for name in ("cifar10", "cifar100")])
+    assert "several data sets (cifar10, cifar100)" in fails(capsys, "depth", "--results", two)
     assert "reproduce.py" in fails(capsys, "lr-grid", "--results", tmp_path / "none")
     (place / "results.jsonl").write_text("{")
     assert "cannot be read as results" in fails(capsys, "depth", "--results", place)
@@ -631,17 +634,19 @@ def test_bad_input_ends_in_one_line(made, folder, tmp_path, capsys, monkeypatch)
 def test_labels_tell_checkpoints_apart():
     assert plots.labelled(["out/mae", "out/graft/encoder.pt"], ["MAE", None]) == ["MAE", "graft"]
     assert plots.labelled(["a/x", "b/last.pt"], ["MTL", "MTL"]) == ["MTL (x)", "MTL (b)"]
-    assert plots.labelled(["a/x", "b/x"], ["MTL", "MTL"]) == ["MTL (x) 1", "MTL (x) 2"]
-    assert plots.labelled(["vit_base.pth"], [None]) == ["vit_base"]
+    assert plots.labelled(["a/x", "b/x"], ["MTL", "MTL"]) == ["MTL (a/x)", "MTL (b/x)"]
+    assert plots.labelled(["vit_base.pth", "a/mae", "b/mae"], [None] * 3) == ["vit_base.pth", "a/mae", "b/mae"]
+    assert plots.labelled(["vit_base.pth", "a/mae"], [None] * 2) == ["vit_base", "mae"]
     assert plots.slug("MTL (MAE + MoCo v3), epoch 2") == "mtl-mae-moco-v3-epoch-2"
 
 
 def test_large_pictures_are_cut_to_256_colours(tmp_path):
     pytest.importorskip("matplotlib")
-    noise = np.random.default_rng(0).integers(0, 256, (3, 128, 128, 3)).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (3, 96, 96, 3)).astype(np.uint8)
     sheets.sheet(tmp_path / "noise.png", [[picture] * 8 for picture in noise], title="noise")
     with Image.open(tmp_path / "noise.png") as image:
         assert image.mode == "P"
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     sheets.sheet(tmp_path / "plain.png", [[picture * 0 + 99] * 2 for picture in noise[:2]], ["a", "b"], ["c", "d"])
     with Image.open(tmp_path / "plain.png") as image:
         assert image.mode == "RGBA"
