@@ -16,6 +16,7 @@ others under 10. Measured on a CPU only.
 """
 import os
 from functools import partial
+from itertools import chain, count, islice
 
 import numpy as np
 import torch
@@ -193,9 +194,7 @@ def gradient_rows(net, settings, loader, batches, micro_batch):
     """
     encoder, rows = net.base_encoder, []
     net.train()
-    for i in range(batches):
-        epoch, place = divmod(i, len(loader))
-        batch = next(iter(loader.epoch(epoch, start=place)))
+    for i, batch in enumerate(islice(chain.from_iterable(map(loader.epoch, count())), batches)):    # epoch after epoch
         x1, x2, minimal = (view[:] if micro_batch >= len(batch) else view for view in batch.views)
         noise = batch.noise(encoder.grid[0] * encoder.grid[1])
         contrastive = block_gradients(net(x1, x2, micro_batch), encoder)
