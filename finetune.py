@@ -30,12 +30,12 @@ from model import Block, VisionTransformer, freeze, group_table, init_mae_, lr_f
 from run import number
 
 # where no option is given: the demonstration's settings without --data, the paper's with it
-SMALL = dict(epochs=10, batch_size=128, lr=2e-3, layer_decay=0.75, crop_min=0.2, rand_augment=0, mixup=0.0,
-             cutmix=0.0, erasing=0.0)
+SMALL = dict(epochs=10, batch_size=64, lr=8e-3, layer_decay=0.75, crop_min=0.5, rand_augment=0, mixup=0.0, cutmix=0.0,
+             erasing=0.0)
 PAPER = dict(epochs=100, batch_size=1024, lr=5e-4, layer_decay=0.6, crop_min=0.08, rand_augment=9, mixup=0.8,
              cutmix=1.0, erasing=0.25)
 # and with --from-projector
-SMALL_PROJECTOR = dict(epochs=60, lr=1e-3)
+SMALL_PROJECTOR = dict(epochs=60)
 PAPER_PROJECTOR = dict(epochs=400, lr=3e-5)
 
 
@@ -59,7 +59,7 @@ def get_args(argv=None):
              "(of the last block: after the final norm)")
     add("--blocks", type=number(int), help="new blocks on --probe-block; 0, the default, is a linear classifier")
     # augmentation
-    add("--crop-min", type=number(float, 0, 1, above=True), help="smallest crop (default 0.08; embedded 0.2)")
+    add("--crop-min", type=number(float, 0, 1, above=True), help="smallest crop (default 0.08; embedded 0.5)")
     add("--rand-augment", type=number(int, 0, 10), metavar="M", help="its magnitude, 0: none (default 9; embedded 0)")
     add("--mixup", type=number(), help="its Beta distribution's alpha, 0: none (default 0.8; embedded 0)")
     add("--cutmix", type=number(), help="the same for CutMix (default 1; embedded 0)")
@@ -68,10 +68,10 @@ def get_args(argv=None):
     # optimisation
     add("--epochs", type=number(int, 1), help="default 100, from the projector 400; embedded 10 and 60")
     add("--batch-size", type=number(int, 1), help="global: per device x devices x accumulation (default 1024; "
-        "embedded 128); all pictures if they are fewer")
+        "embedded 64); all pictures if they are fewer")
     add("--accum", type=number(int, 0), default=0, help="micro-batches per step and device (0: as few as fit)")
     add("--lr", type=number(above=True), help="base rate for batch 256 (default 5e-4, from the projector 3e-5; "
-        "embedded 2e-3 and 1e-3)")
+        "embedded 8e-3)")
     add("--layer-decay", type=number(float, 0, 1, above=True), help="rate of a layer / rate of the layer above "
         "(default 0.6; embedded 0.75)")
     add("--min-lr", type=number(), default=1e-6, help="what the cosine ends at")

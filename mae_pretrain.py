@@ -137,7 +137,8 @@ def main(args):
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
             step = state["step"]
-        meta = dict(system="mae", data=pictures.name, mean=list(pictures.mean), std=list(pictures.std), epochs=args.epochs,
+        system = "CL -> MIM grafting" if args.init and args.freeze_blocks else "MAE"
+        meta = dict(system=system, data=pictures.name, mean=list(pictures.mean), std=list(pictures.std), epochs=args.epochs,
                     seed=args.seed, classes=pictures.classes, decoder=net.decoder_config, commit=run.commit())
 
         def save(step):
