@@ -602,3 +602,32 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(small, tmp_path
         code, line = end_of(stage, base, capsys, patch)
     assert code == 1 and "the disk is full" in line
     assert_identical(saved(tmp_path)["model"], before["model"])
+
+
+# ------------------------------------------------------------------------- what the stage files repeat on purpose
+def repeated_lines(script, start, end):
+    """The lines of a stage file between two markers, without blank ones."""
+    text = open(os.path.join(HERE, script)).read()
+    return [line for line in text[text.index(start):text.index(end, text.index(start))].splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("script", ["graft_train.py", "finetune.py"])
+def test_common_options_are_the_same_in_every_stage(script):
+    def options(name):
+        lines = repeated_lines(name, "    # run\n", "    args = parser.parse_args")
+        return {line.split('"')[1]: line for line in lines if line.lstrip().startswith("add(")}
+
+    ours, theirs = options("mae_pretrain.py"), options(script)
+    for name in ("--resume", "--seed", "--device", "--amp", "--compile", "--log-every", "--save-minutes"):
+        assert ours[name] == theirs[name]
+
+
+@pytest.mark.parametrize("start, end", [
+    ("    device, rank, processes = run.setup", "    torch.manual_seed"),
+    ("        state = job.load(settings)", "        system = "),
+    ("                stop, epoch_done", "                    more = "),
+    ("                    if stop or epoch_done or time", "        job.say(f\"wrote"),
+])
+def test_the_two_loops_differ_only_in_the_method(start, end):
+    graft_end = {"        system = ": "        meta = "}.get(end, end)
+    assert repeated_lines("mae_pretrain.py", start, end) == repeated_lines("graft_train.py", start, graft_end)
