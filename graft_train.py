@@ -40,7 +40,7 @@ def get_args(argv=None):
     add("--img-size", type=run.image_size, help="224 or HEIGHTxWIDTH (default: that of --init)")
     add("--in-chans", type=number(int, 1, 4), default=3, help="1 grey, 3 RGB, 4 RGBA")
     add("--stats", choices=("imagenet", "data"), default="imagenet", help="mean and std of the channels")
-    add("--crop-min", type=number(float, 0, 1, above=True), help="smallest crop, share of the picture (default 0.08; embedded 0.4)")
+    add("--crop-min", type=number(float, 0, 1, above=True), help="smallest crop, as a share (default 0.08; embedded 0.4)")
     add("--workers", type=number(int, 0, 256), default=min(os.cpu_count(), 10), help="reading processes per device")
     add("--max-bad", type=number(float, 0, 1), default=0.01, help="stop when this share of the files cannot be read")
     # model
@@ -49,7 +49,7 @@ def get_args(argv=None):
     add("--patch-size", type=number(int, 1, 256), help="with --init none; default: the architecture's")
     add("--train-patch-embed", action="store_true", help="train the patch projection too (MoCo v3 freezes it)")
     add("--freeze-blocks", type=number(int), default=0, help="MIM -> CL grafting: keep embeddings and first K blocks fixed")
-    add("--hidden-dim", type=number(int, 1), help="of projector and predictor (default 4096, VICReg 8192; embedded 512, 1024)")
+    add("--hidden-dim", type=number(int, 1), help="of the heads (default 4096, VICReg 8192; embedded 512, 1024)")
     # loss
     add("--loss", choices=("moco", "vicreg", "simclr"), default="moco", help="the contrastive end")
     add("--temperature", type=number(above=True), default=0.2)
