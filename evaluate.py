@@ -142,8 +142,8 @@ class LinearSweep:
             value.addcmul_(velocity, self.rates, value=-factor)
 
     @torch.no_grad()
-    def scores(self, x, rate=None, chunk=4096):
-        """(N, D) -> (N, C) for one rate, or the number of right answers of each rate with labels in place of it."""
+    def scores(self, x, rate, chunk=4096):
+        """(N, D) -> (N, C), the logits of one rate."""
         self.norm.eval()
         return torch.cat([self.logits(self.norm(part))[:, rate] for part in x.split(chunk)])
 
