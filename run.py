@@ -24,10 +24,10 @@ from data import RunError, UsageError
 
 # ------------------------------------------------------------------------------------------------ options
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line and exit code 2."""
+    """argparse whose errors are one line, from the first process alone, and exit code 2."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
 
 
 def number(kind=float, low=0.0, high=math.inf, above=False):
