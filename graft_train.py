@@ -21,8 +21,25 @@ import data
 import run
 from data import UsageError
 from features import online_knn
-from model import (ARCHS, Block, MaskedAutoencoder, MoCoV3, SimCLR, VICReg, VisionTransformer, anchor_penalty, class_tokens,
-                   feature_stats, freeze, group_table, init_moco_, layer_of, lr_factor, momentum_at, param_groups)
+from model import (
+    ARCHS,
+    Block,
+    MaskedAutoencoder,
+    MoCoV3,
+    SimCLR,
+    VICReg,
+    VisionTransformer,
+    anchor_penalty,
+    class_tokens,
+    feature_stats,
+    freeze,
+    group_table,
+    init_moco_,
+    layer_of,
+    lr_factor,
+    momentum_at,
+    param_groups,
+)
 from run import number, numbers
 
 # where no option is given: the demonstration's settings without --data, the paper's with it
@@ -77,7 +94,7 @@ def get_args(argv=None):
     add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the blocks; auto: on a GPU")
     add("--log-every", type=number(int, 1), default=20, help="steps between lines of the log")
     add("--save-minutes", type=number(float, 0, above=True), default=10.0, help="also saved after every epoch")
-    add("--keep-every", type=number(int), default=0, help="epochs between weights kept as epochNNNN.pt (0: none)")
+    add("--every-epochs", type=number(int), default=0, help="epochs between weights kept as epochNNNN.pt (0: none)")
     add("--knn-every", type=number(int), default=0, help="epochs between k-NN accuracies on held-out labels (0: never)")
     args = parser.parse_args(argv)
     args.data = args.data or os.environ.get("DATA")
@@ -205,7 +222,7 @@ def main(args):
             if rank == 0:
                 checkpoint.save(checkpoint.encoder_file(net, meta | dict(step=step)), job.path("encoder.pt"))
                 epoch, rest = divmod(step, len(loader))
-                if args.keep_every and rest == 0 and epoch % args.keep_every == 0:
+                if args.every_epochs and rest == 0 and epoch % args.every_epochs == 0:
                     checkpoint.save(weights | dict(epoch=epoch), job.path(f"epoch{epoch:04}.pt"))
 
         def attempt(n):

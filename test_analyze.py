@@ -54,7 +54,7 @@ def made(folder, tmp_path_factory):
         heads = ["--hidden-dim", "20", "--crop-min", "0.2"]
         graft_train.main(graft_train.get_args([*short, *heads, "--init", mae, "--out", graft]))
         graft_train.main(graft_train.get_args([*short, *heads, "--init", "none", *sizes, "--out", mtl,
-                                               "--mim-weight", "1", "--keep-every", "1"]))
+                                               "--mim-weight", "1", "--every-epochs", "1"]))
     return dict(mae=mae, graft=graft, mtl=mtl)
 
 
