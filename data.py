@@ -13,22 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from augment import (
-    COLOUR,
-    CROP,
-    MASK,
-    ORDER,
-    PIXELS,
-    SUBSET,
-    augment,
-    central_boxes,
-    grey,
-    per_picture,
-    random_boxes,
-    resample,
-    shuffled,
-    uniform,
-)
+from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central_boxes, grey, per_picture, random_boxes,
+                     resample, shuffled, uniform)
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")

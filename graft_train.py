@@ -21,25 +21,8 @@ import data
 import run
 from data import UsageError
 from features import online_knn
-from model import (
-    ARCHS,
-    Block,
-    MaskedAutoencoder,
-    MoCoV3,
-    SimCLR,
-    VICReg,
-    VisionTransformer,
-    anchor_penalty,
-    class_tokens,
-    feature_stats,
-    freeze,
-    group_table,
-    init_moco_,
-    layer_of,
-    lr_factor,
-    momentum_at,
-    param_groups,
-)
+from model import (ARCHS, Block, MaskedAutoencoder, MoCoV3, SimCLR, VICReg, VisionTransformer, anchor_penalty, class_tokens,
+                   feature_stats, freeze, group_table, init_moco_, layer_of, lr_factor, momentum_at, param_groups)
 from run import number, numbers
 
 # where no option is given: the demonstration's settings without --data, the paper's with it
