@@ -236,14 +236,14 @@ def logistic_regression(x, labels, classes, penalty, tolerance=1e-6, max_iterati
     """
     n, dim = x.shape
     x = x.double()
-    hessian = x.T @ x / (n * classes) + penalty * torch.eye(dim, dtype=x.dtype, device=x.device)
-    to_w = torch.linalg.inv(torch.linalg.cholesky(hessian)).T                               # W^T = to_w @ V
+    root = torch.linalg.cholesky(x.T @ x / (n * classes) + penalty * torch.eye(dim, dtype=x.dtype, device=x.device))
+    to_w = torch.linalg.inv(root).T                                         # W^T = to_w @ v, so dL/dW^T = root @ dL/dv
 
     def descend(v, dtype):
         """L-BFGS from v in this precision, to the tolerance or until float32 gains no more."""
-        z, basis, features = (x @ to_w).to(dtype), to_w.to(dtype), x.to(dtype)
+        z, basis, back = (x @ to_w).to(dtype), to_w.to(dtype), root.to(dtype)
         v = v.to(dtype).requires_grad_()
-        optimizer = torch.optim.LBFGS([v], max_iter=25, history_size=20, tolerance_grad=0, tolerance_change=0,
+        optimizer = torch.optim.LBFGS([v], max_iter=10, history_size=20, tolerance_grad=0, tolerance_change=0,
                                       line_search_fn="strong_wolfe")
 
         def objective():
@@ -253,22 +253,19 @@ def logistic_regression(x, labels, classes, penalty, tolerance=1e-6, max_iterati
             return loss
 
         last = math.inf
-        for _ in range(max_iterations // 25):
-            loss = optimizer.step(objective).item()
-            with torch.no_grad():                                           # the gradient in W, not in v
-                w = basis @ v
-                error = (features @ w).softmax(1)
-                error[torch.arange(n), labels] -= 1
-                worst = (features.T @ error / n + penalty * w).abs().max().item()
+        for _ in range(max_iterations // 10):
+            loss = objective().item()
+            worst = (back @ v.grad).abs().max().item()
             if worst <= tolerance or not math.isfinite(loss) or (dtype is torch.float32 and last - loss < 1e-6 * loss):
                 break
+            optimizer.step(objective)
             last = loss
         return v.detach()
 
     v = torch.zeros(dim, classes, dtype=x.dtype, device=x.device)
     for dtype in (torch.float32, torch.float64):
         v = descend(v, dtype)
-    return (to_w @ v).T
+    return (to_w @ v.double()).T
 
 
 def fewshot(encoder, train, test, args, seed, how):
