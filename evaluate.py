@@ -243,22 +243,26 @@ def logistic_regression(x, labels, classes, penalty, tolerance=1e-6, max_iterati
         """L-BFGS from v in this precision, to the tolerance or until float32 gains no more."""
         z, basis, back = (x @ to_w).to(dtype), to_w.to(dtype), root.to(dtype)
         v = v.to(dtype).requires_grad_()
-        optimizer = torch.optim.LBFGS([v], max_iter=10, history_size=20, tolerance_grad=0, tolerance_change=0,
+        optimizer = torch.optim.LBFGS([v], max_iter=5, history_size=20, tolerance_grad=0, tolerance_change=0,
                                       line_search_fn="strong_wolfe")
+
+        norms = []
 
         def objective():
             optimizer.zero_grad()
             loss = F.cross_entropy(z @ v, labels) + penalty / 2 * (basis @ v).square().sum()
             loss.backward()
+            norms.append((back @ v.grad).abs().max())
             return loss
 
-        last = math.inf
-        for _ in range(max_iterations // 10):
-            loss = objective().item()
-            worst = (back @ v.grad).abs().max().item()
-            if worst <= tolerance or not math.isfinite(loss) or (dtype is torch.float32 and last - loss < 1e-6 * loss):
+        last = objective().item()
+        steps = 0
+        while norms[0] > tolerance and steps < max_iterations:
+            norms.clear()                                                   # norms[0]: where this step started
+            loss = optimizer.step(objective).item()
+            steps += 5
+            if not math.isfinite(loss) or (dtype is torch.float32 and steps > 5 and last - loss < 1e-6 * loss):
                 break
-            optimizer.step(objective)
             last = loss
         return v.detach()
 
