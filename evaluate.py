@@ -201,12 +201,14 @@ def linear(encoder, train, test, args, seed, how):
             if how["rank"] == 0:
                 left = (time.perf_counter() - started) / step * (steps - step)
                 print(f"epoch {epoch + 1}/{args.epochs} left {run.duration(left)}", file=sys.stderr, flush=True)
-    chosen = int(sweep.accuracies(chooser_x, chooser.labels.to(device)).argmax())
+    held_out = sweep.accuracies(chooser_x, chooser.labels.to(device))
+    chosen = int(held_out.argmax())
     on_test = sweep.accuracies(test_x, test.labels.to(device))
     top1, top5 = accuracy(sweep.scores(test_x, chosen), test.labels.to(device))
     protocol = "linear" + (" (cached features)" if args.cache_features else "") + (", BatchNorm" if args.batchnorm else "")
     fields = dict(protocol=protocol, top1=top1, top5=top5, lr=args.lr[chosen],
-                  chosen_on=f"{held} held-out training pictures", epochs=args.epochs, batch_size=batch_size,
+                  chosen_on=f"{held} held-out training pictures", held_out_top1=held_out[chosen].item(),
+                  epochs=args.epochs, batch_size=batch_size,
                   best_on_test=on_test.max().item(), best_on_test_note="chosen on the test pictures, as released code does")
     weight, bias = sweep.classifier(chosen)
     return fields, dict(weight=weight, bias=bias, normalise=False)

@@ -1,13 +1,16 @@
 """Train every system of the paper, evaluate each by every protocol and fill the paper's tables for a data set.
 
     python reproduce.py --preset demo                       # embedded pictures, two CPU cores
+    python reproduce.py --preset cifar10-small --data CIFAR # real pictures, cut to what two CPU cores carry
     python reproduce.py --preset cifar10 --data CIFAR       # ViT-Tiny, patch 4, 32x32, hours on one GPU
     python reproduce.py --preset imagenet --data IMAGENET --dry-run             # the paper's; prints what it takes
     python reproduce.py --preset demo --only table1,figure4                     # a part of it
 
 Everything is done by the stage scripts' own main(). A run that is killed goes on where it stopped, what is done is
-skipped. Writes results.jsonl and results.md into --out.
+skipped; several of these commands may work in one --out at a time if their --seeds differ. Writes results.jsonl and
+results.md into --out.
 """
+import copy
 import itertools
 import json
 import os
@@ -15,7 +18,9 @@ import re
 import shlex
 import statistics
 import time
+from contextlib import contextmanager
 
+import data
 import evaluate
 import finetune
 import graft_train
@@ -26,7 +31,9 @@ from model import ARCHS
 from run import numbers
 
 # What a preset decides: options of every training run, epochs, rates. The rest follows from the paper's table.
-# rates: of grafting's three stages; grid: the rates tried for each stage (Figure 4)
+# rates: of grafting's three stages; grid: the rates tried for each stage (Figure 4); schedules: other numbers of stages
+# and boundaries; splits: (MAE epochs, grafting epochs) that cost about the same; tuning: rates and smallest crops tried
+# for MAE and MoCo v3, for tune_epochs epochs each
 DECADES = ("1.5e-6", "1.5e-5", "1.5e-4")
 PRESETS = {
     "demo": dict(
@@ -36,14 +43,35 @@ PRESETS = {
         vicreg=["--hidden-dim", "512", "--lr", "1e-3"], arch=["--arch", "vit_mini"], size=[], fine=["--epochs", "3"],
         anchor="1e-5", few=("3 per class", "10%"), probes=((3, 6), (0, 1)), partial=(0, 2, 4),
         linear=["--cache-features"]),
+    "cifar10-small": dict(
+        data="cifar10", depth=6, common=["--log-every", "39", "--workers", "0"], contrastive=["--crop-min", "0.2"],
+        batch=["--batch-size", "128"], mae_epochs=16, cl_epochs=5, short_epochs=2, grid_epochs=1, mae_lr="1.5e-3",
+        cl_lr="1.5e-3", rates=("5e-4", "5e-4", "1.5e-3"),
+        grid=(("1.5e-4", "5e-4", "1.5e-3"), ("5e-4",), ("5e-4", "1.5e-3", "4.5e-3")), hidden=["--hidden-dim", "512"],
+        vicreg=["--hidden-dim", "512", "--lr", "1e-3"], arch=["--arch", "vit_mini", "--patch-size", "4"],
+        size=["--img-size", "32"], anchor="1e-5", few=("1%", "10%"), probes=((3, 6), (0, 1)), partial=(0, 2, 4),
+        linear=["--cache-features"],
+        fine=["--epochs", "2", "--batch-size", "64", "--lr", "4e-3", "--crop-min", "0.4", "--rand-augment", "0",
+              "--mixup", "0", "--cutmix", "0", "--erasing", "0"],
+        projector=["--epochs", "10", "--batch-size", "64", "--lr", "4e-3", "--crop-min", "0.4", "--rand-augment", "0",
+                   "--mixup", "0", "--cutmix", "0", "--erasing", "0"],
+        tuning=dict(epochs=(8, 2), mae=(("5e-4", "1.5e-3", "4.5e-3"), ("0.2", "0.5")),
+                    moco=(("5e-4", "1.5e-3", "4.5e-3"), ("0.08", "0.2", "0.4"))),
+        main=("MAE", "MoCo v3", "MTL", "Layer grafted", "MAE, equal seconds", "MoCo v3, equal seconds")),
     "cifar10": dict(
-        data="cifar10", depth=12, common=["--crop-min", "0.2"], mae_epochs=400, cl_epochs=300, short_epochs=100,
-        grid_epochs=100, mae_lr="1.5e-4", cl_lr="1.5e-4", rates=("1.5e-5", "1.5e-5", "1.5e-4"), grid=(DECADES,) * 3,
-        hidden=["--hidden-dim", "2048"], vicreg=["--hidden-dim", "2048", "--lr", "1.5e-4"],
-        arch=["--arch", "vit_tiny", "--patch-size", "4"], size=["--img-size", "32"],
-        fine=["--epochs", "100", "--crop-min", "0.2"], anchor="1e-5", few=("1%", "10%"),
-        probes=((6, 9, 12), (0, 1, 2, 4)), partial=(0, 2, 4, 6, 8, 10, 12), linear=["--cache-features"],
-        batch=["--batch-size", "1024"]),
+        data="cifar10", depth=12, common=[], contrastive=["--crop-min", "0.2"], mae_epochs=200, cl_epochs=60,
+        short_epochs=30, grid_epochs=15, mae_lr="1.5e-4", cl_lr="1.5e-4", rates=("1.5e-5", "1.5e-5", "1.5e-4"),
+        grid=(DECADES, ("1.5e-5",), DECADES), hidden=["--hidden-dim", "2048"],
+        vicreg=["--hidden-dim", "2048", "--lr", "1.5e-4"], arch=["--arch", "vit_tiny", "--patch-size", "4"],
+        size=["--img-size", "32"], fine=["--epochs", "50", "--crop-min", "0.2"], projector=["--crop-min", "0.2"],
+        anchor="1e-5", few=("1%", "10%"), probes=((6, 9, 12), (0, 1, 2, 4)), partial=(0, 2, 4, 6, 8, 10, 12),
+        linear=["--cache-features"], batch=["--batch-size", "1024"],
+        tuning=dict(epochs=(50, 15), mae=(("1.5e-4", "5e-4", "1.5e-3"), ("0.2", "0.5")),
+                    moco=(("1.5e-4", "5e-4", "1.5e-3"), ("0.08", "0.2", "0.4"))),
+        # one boundary after block 4, 6, 8 or 10; two, three, four and six stages that rise by equal factors
+        schedules=(",".join(["1.5e-5"] * 4 + ["1.5e-4"] * 8), "1.5e-5,1.5e-4", ",".join(["1.5e-5"] * 10 + ["1.5e-4"] * 2),
+                   "1.5e-5,4.7e-5,1.5e-4", "1.5e-5,3.2e-5,7e-5,1.5e-4", "1.5e-5,2.4e-5,3.8e-5,6e-5,9.5e-5,1.5e-4"),
+        splits=((50, 85), (400, 25))),
     "imagenet": dict(
         data=None, depth=12, common=[], mae_epochs=1600, cl_epochs=300, short_epochs=100, grid_epochs=100,
         mae_lr="1.5e-4", cl_lr="1.5e-4", rates=("1.5e-5", "1.5e-5", "1.5e-4"), grid=(DECADES,) * 3, hidden=[],
@@ -53,7 +81,12 @@ PRESETS = {
 }
 
 TOTAL = "MoCo v3, epochs of MAE + grafting"
-# table: (rows, columns); "%" columns are filled in with the preset's shares of labels
+# trained for as many seconds as MAE and grafting took together: what it is a longer run of
+EQUAL = {"MAE, equal seconds": "MAE", "MoCo v3, equal seconds": "MoCo v3"}
+EVERY = ("MAE", "MoCo v3", "MTL", "CL -> MIM grafting", "MIM -> CL grafting", "VICReg", "Layer grafted VICReg",
+         "Layer grafted", *EQUAL)
+# table: (rows, columns); "%" columns are filled in with the preset's shares of labels. A row that ends in a blank
+# stands for every system whose name begins so.
 TABLES = {
     "table1": (("MAE", "MoCo v3", "MTL", "CL -> MIM grafting", "MIM -> CL grafting"), ("linear", "few", "fine-tune")),
     "table2": (("MAE", "MoCo v3", TOTAL, "Layer grafted"), ("linear", "few", "projector", "k-NN")),
@@ -61,14 +94,23 @@ TABLES = {
     "table4": (("VICReg", "Layer grafted VICReg"), ("linear", "fine-tune")),
     "table5": (("MAE", "MoCo v3"), ("probe",)),
     "table7": (("Layer grafted", "Layer grafted, anchored"), ("linear", "few", "projector", "fine-tune")),
-    "figure4": (("grid",), ("linear",)),
+    "figure4": (("grid ",), ("linear",)),
     "figure5": (("MAE", "Layer grafted"), ("partial",)),
+    "main": (EVERY, ("linear", "k-NN", "few", "projector", "fine-tune")),
+    "labels": (EVERY, ("linear", "k-NN", "few", "projector")),
+    "tuning": (("tune ", "grid "), ("linear",)),
+    "schedules": (("rates ",), ("linear", "few")),
+    "splits": (("split ",), ("linear", "few")),
 }
+PAPERS = [name for name in TABLES if name.startswith(("table", "figure"))]
 TITLES = {
     "table1": "Table 1: combining the losses, and the order of grafting", "table2": "Table 2: label efficiency",
     "table3": "Table 3: fine-tuning", "table4": "Table 4: VICReg as the contrastive end",
     "table5": "Table 5: new blocks on frozen features", "table7": "Table 7: keeping lower layers near MAE",
     "figure4": "Figure 4: the rate of each stage (linear)", "figure5": "Figure 5: partial fine-tuning",
+    "main": "Every system by every protocol", "labels": "Every system with frozen or few labels",
+    "tuning": "Tuning of the parts, on held-out training pictures", "schedules": "Stages and where the boundary lies",
+    "splits": "MAE epochs against grafting epochs at about the same cost",
 }
 # top-1 on ImageNet-1k with ViT-B/16, from the paper; its Table 7 is ViT-L/16
 PAPER = {
@@ -86,18 +128,22 @@ PAPER = {
 def get_args(argv=None):
     parser = run.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="demo", help="demo: two cores; cifar10: a GPU; imagenet: the paper's")
+    add("--preset", choices=PRESETS, default="demo", help="demo, cifar10-small: two cores; cifar10: a GPU; imagenet: "
+        "the paper's")
     add("--data", help="folder with train/ and val/ or test/ in place of the preset's")
-    add("--only", help=f"comma list of {', '.join(TABLES)} (default: all)")
+    add("--only", help=f"comma list of {', '.join(TABLES)} (default: the paper's tables and figures)")
     add("--seeds", type=numbers(kind=int, high=2 ** 31), help="comma list (default 0; cifar10 0,1,2)")
     add("--common", default="", help="options for every training run, quoted: \"--epochs 2 --workers 4\"")
     add("--out", help="default out/PRESET")
     add("--dry-run", action="store_true", help="print the commands and what they take, and stop")
     args = parser.parse_args(argv)
-    args.only = args.only.split(",") if args.only else list(TABLES)
+    args.only = args.only.split(",") if args.only else list(PAPERS)
     unknown = [name for name in args.only if name not in TABLES]
     if unknown:
         parser.error(f"--only {unknown[0]}: there are {', '.join(TABLES)}")
+    for name in args.only:
+        if not rows_of(PRESETS[args.preset], name):
+            parser.error(f"--only {name}: preset {args.preset} has none of it")
     if args.preset == "imagenet" and not (args.data or os.environ.get("DATA")):
         parser.error("--preset imagenet needs --data FOLDER (with train/ and val/)")
     run.fill(args, dict(out=os.path.join("out", args.preset), seeds=[0, 1, 2] if args.preset == "cifar10" else [0]))
@@ -132,6 +178,30 @@ def systems(p):
     for rates in itertools.product(*p["grid"]):
         lr = ",".join(rates)
         found[f"grid {lr}"] = (graft_train, ["--init", "{MAE}", *p["hidden"], "--epochs", p["grid_epochs"], "--lr", lr])
+    for name, shorter in EQUAL.items():
+        stage, options = found[shorter]
+        place = options.index("--epochs") + 1                               # how many is known when those are trained
+        found[name] = (stage, [*options[:place], "?", *options[place + 1:]])
+    for lr in p.get("schedules", ()):
+        found[f"rates {lr}"] = (graft_train, ["--init", "{MAE}", *p["hidden"], "--epochs", p["grid_epochs"], "--lr", lr])
+    for first, second in p.get("splits", ()):
+        found[f"MAE {first} epochs"] = (mae_pretrain, [*mae, "--epochs", first])
+        found[f"split {first} + {second}"] = (graft_train, ["--init", f"{{MAE {first} epochs}}", *p["hidden"], "--lr",
+                                                            stages, "--epochs", second])
+    return found | tuning(p)
+
+
+def tuning(p):
+    """The short runs that chose the rates and the smallest crops of MAE and MoCo v3: name -> (stage, options)."""
+    if "tuning" not in p:
+        return {}
+    found, (mae_epochs, cl_epochs) = {}, p["tuning"]["epochs"]
+    for lr, crop in itertools.product(*p["tuning"]["mae"]):
+        found[f"tune MAE {lr} crop {crop}"] = (mae_pretrain, [
+            *p["arch"], *p["size"], "--epochs", mae_epochs, "--lr", lr, "--crop-min", crop])
+    for lr, crop in itertools.product(*p["tuning"]["moco"]):
+        found[f"tune MoCo v3 {lr} crop {crop}"] = (graft_train, [
+            "--init", "none", *p["arch"], *p["size"], *p["hidden"], "--epochs", cl_epochs, "--lr", lr, "--crop-min", crop])
     return found
 
 
@@ -139,12 +209,12 @@ def protocols(p, column, name):
     """Column of a table -> list of (protocol name, script, options)."""
     few, many = p["few"]
     # MAE and what ends with MAE has no projector: its 10 % row is plain fine-tuning with those labels
-    projector = [] if name in ("MAE", "CL -> MIM grafting") else ["--from-projector"]
+    projector = [] if name.startswith("MAE") or name == "CL -> MIM grafting" else ["--from-projector"]
     return {
         "linear": [("linear", evaluate, ["--mode", "linear", *p["linear"]])],
         "k-NN": [("k-NN", evaluate, ["--mode", "knn"])],
         "few": [(f"few-shot {few}", evaluate, ["--mode", "fewshot", "--labels", few])],
-        "projector": [(f"fine-tune {many}", finetune, ["--labels", many, *projector])],
+        "projector": [(f"fine-tune {many}", finetune, ["--labels", many, *projector, *p.get("projector", [])])],
         "fine-tune": [("fine-tune", finetune, p["fine"])],
         "probe": [(f"block {k} + {n}", finetune, ["--probe-block", k, "--blocks", n, *p["fine"]])
                   for k in p["probes"][0] for n in p["probes"][1]],
@@ -156,21 +226,52 @@ def folder(args, seed, name):
     return os.path.join(args.out, f"seed{seed}", re.sub(r"[^a-z0-9.]+", "-", name.lower()))
 
 
+def needed(p, name):
+    """The systems that must be trained before this one."""
+    if name in EQUAL:
+        return ["MAE", "Layer grafted", EQUAL[name]]
+    return re.findall(r"\{(.+?)\}", " ".join(map(str, systems(p)[name][1])))
+
+
+def seconds_of(out):
+    """Seconds that the training run in a folder took, by its log; None without one."""
+    path = os.path.join(out, "log.jsonl")
+    return sum(line["seconds"] for line in run.read_results(path)) if os.path.isfile(path) else None
+
+
+def equal_epochs(args, p, seed, name):
+    """Epochs that take a system as long as MAE and grafting together took; '?' while those are not trained."""
+    seconds = [seconds_of(folder(args, seed, system)) for system in needed(p, name)]
+    if None in seconds:
+        return "?"
+    options = systems(p)[EQUAL[name]][1]
+    return max(1, round(options[options.index("--epochs") + 1] * (seconds[0] + seconds[1]) / seconds[2]))
+
+
+def data_options(args, p):
+    source = args.data or p["data"]
+    return ["--data", source] if source else []
+
+
 def command(args, p, seed, name):
     """(stage, argument list) that trains a system."""
     stage, options = systems(p)[name]
     options = [folder(args, seed, o[1:-1]) if str(o).startswith("{") else str(o) for o in options]
-    data_options = ["--data", args.data or p["data"]] if args.data or p["data"] else []
-    common = [o for o in p["common"]]
-    if stage is mae_pretrain and "--crop-min" in common:
-        common = []
-    return stage, [*options, *data_options, *common, *p.get("batch", []), *shlex.split(args.common), "--seed", str(seed),
-                   "--out", folder(args, seed, name)]
+    if name in EQUAL:
+        options[options.index("?")] = str(equal_epochs(args, p, seed, name))
+    own = p.get("mae" if stage is mae_pretrain else "contrastive", [])
+    own = [] if "--crop-min" in options else own
+    return stage, [*options, *data_options(args, p), *own, *p["common"], *p.get("batch", []), *shlex.split(args.common),
+                   "--seed", str(seed), "--out", folder(args, seed, name)]
 
 
 def rows_of(p, table):
-    rows = TABLES[table][0]
-    return [name for name in systems(p) if name.startswith("grid ")] if rows == ("grid",) else list(rows)
+    """The systems of a table, in order."""
+    known = systems(p)
+    rows = []
+    for row in p.get("main", EVERY) if table in ("main", "labels") else TABLES[table][0]:
+        rows += [name for name in known if name.startswith(row)] if row.endswith(" ") else [row]
+    return rows
 
 
 def jobs(args, p):
@@ -186,19 +287,25 @@ def jobs(args, p):
 
 
 # ----------------------------------------------------------------------------------------------------- reports
-def cell(results, name, protocol):
-    """Mean ± standard deviation over seeds of top-1, or nothing."""
-    found = [e["top1"] for e in results if e["name"] == name and e["protocol_name"] == protocol]
+def cell(results, name, protocol, figure="top1", digits=1):
+    """Mean ± standard deviation over seeds of top-1 (or another figure of the results), or nothing."""
+    found = [e[figure] for e in results if e["name"] == name and e["protocol_name"] == protocol]
     if not found:
         return ""
-    return f"{statistics.mean(found):.1f}" + (f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else "")
+    spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.{digits}f}{spread}"
 
 
 def markdown(results, args, p):
-    """Every table asked for, the paper's figure (ImageNet-1k, ViT-B/16) in brackets where it has one."""
+    """Every table that was asked for or is filled already, the paper's figure (ImageNet-1k, ViT-B/16) in brackets
+    where it has one."""
     lines = []
-    for table in args.only:
-        rows, columns = rows_of(p, table), TABLES[table][1]
+    there = {(e["name"], e["protocol_name"]) for e in results}
+    for table, (_, columns) in TABLES.items():
+        rows = rows_of(p, table)
+        cells = {(name, head) for name in rows for column in columns for head, _, _ in protocols(p, column, name)}
+        if table not in args.only and not (cells and cells <= there):
+            continue
         lines += [f"### {TITLES[table]}", ""]
         if table == "figure4":
             firsts, seconds, thirds = p["grid"]
@@ -211,12 +318,15 @@ def markdown(results, args, p):
                 lines.append("")
             continue
         heads = [(column, head) for column in columns for head, _, _ in protocols(p, column, "Layer grafted")]
-        lines += ["| system | " + " | ".join(head for _, head in heads) + " |", "|---" * (len(heads) + 1) + "|"]
+        cost = ["training seconds"] if EVERY == TABLES[table][0] else []    # MAE's count where it was started from
+        titles = ["system", *cost, *(head for _, head in heads)]
+        lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
         for name in rows:
-            cells = []
+            cells = [cell(results, name, "linear", "train_seconds", 0)] if cost else []
             for column, head in heads:
                 paper = PAPER.get((name, column)) if table not in ("table7", "figure5", "table5") else None
-                cells.append(cell(results, name, head) + (f" ({paper:.1f})" if paper else ""))
+                figure = "held_out_top1" if table == "tuning" else "top1"
+                cells.append(cell(results, name, head, figure) + (f" ({paper:.1f})" if paper else ""))
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
@@ -233,13 +343,39 @@ def gpu_hours(p, images=1281167, rate=3e14):
     forward = 2 * 12 * dim * dim * depth * tokens + 4 * dim * tokens ** 2 * depth
     mae, contrastive = 3 * forward * 0.5, (2 * 3 + 2) * forward
     total = 0.0
-    for stage, options in systems(p).values():
+    for name, (stage, options) in systems(p).items():
+        if name in EQUAL:                                                   # in none of the paper's tables
+            continue
         epochs = options[options.index("--epochs") + 1]
         total += epochs * images * (mae if stage is mae_pretrain else contrastive)
     return total / rate / 3600
 
 
+@contextmanager
+def pictures_read_once():
+    """Every run and evaluation asks for the same pictures: what data.load_data returned is kept and handed out again."""
+    load, kept = data.load_data, {}
+
+    def load_data(*args, **more):
+        key = (args, *sorted(more.items()))
+        if key not in kept:
+            kept[key] = load(*args, **more)
+        return copy.copy(kept[key])                                         # class numbers and device may be changed
+
+    data.load_data = load_data
+    try:
+        yield
+    finally:
+        data.load_data = load
+
+
 def main(args):
+    with pictures_read_once():
+        reproduce(args)
+
+
+def reproduce(args):
+    """Train what is missing, evaluate it, write the tables."""
     p = PRESETS[args.preset]
     path = os.path.join(args.out, "results.jsonl")
     results = run.read_results(path) if os.path.exists(path) else []
@@ -257,8 +393,8 @@ def main(args):
         """Train a system, after those it starts from; each once."""
         if (seed, name) in trained:
             return
-        for needed in re.findall(r"\{(.+?)\}", " ".join(map(str, systems(p)[name][1]))):
-            train(seed, needed)
+        for other in needed(p, name):
+            train(seed, other)
         stage, options = command(args, p, seed, name)
         print(f"== {name}, seed {seed}: python {stage.__name__}.py {shlex.join(options)}", flush=True)
         if not args.dry_run:
@@ -267,22 +403,23 @@ def main(args):
 
     for (seed, name, protocol), (script, options) in todo.items():
         train(seed, name)
-        data_options = ["--data", args.data or p["data"]] if args.data or p["data"] else []
         own = folder(args, seed, name)
         seeds = ["--seeds", str(seed)] if script is evaluate else ["--seed", str(seed)]
         out = os.path.join(own, re.sub(r"[^a-z0-9]+", "-", protocol.lower()))
-        options = [*options, *data_options, *seeds, "--checkpoint", own, "--out", out]
+        options = [*options, *data_options(args, p), *seeds, "--checkpoint", own, "--out", out]
         print(f"== {name}, seed {seed}, {protocol}: python {script.__name__}.py {shlex.join(options)}", flush=True)
         if args.dry_run:
             continue
         entry = script.main(script.get_args(options))
         entry = entry[0] if isinstance(entry, list) else entry
-        more = dict(name=name, protocol_name=protocol, seed=seed, preset=args.preset)
+        costs = [name] if name in EQUAL else [name, *needed(p, name)]
+        more = dict(name=name, protocol_name=protocol, seed=seed, preset=args.preset,
+                    train_seconds=sum(seconds_of(folder(args, seed, each)) or 0 for each in costs))
         if name.startswith("grid "):
             more["lr"] = [float(rate) for rate in name.removeprefix("grid ").split(",")]
-        results.append(entry | more)
         with open(path, "a") as f:
-            f.write(json.dumps(results[-1]) + "\n")
+            f.write(json.dumps(entry | more) + "\n")
+        results = run.read_results(path)                                    # another process may have written too
         with open(os.path.join(args.out, "results.md"), "w") as f:
             f.write(markdown(results, args, p) + "\n")
     if results and not args.dry_run:

@@ -395,7 +395,7 @@ class Run:
         now = time.perf_counter()
         seconds = (now - self.marked) / len(self.window)
         entry = dict(step=step, epoch=round(epoch, 4), loss=loss.item(), lr=lrs,
-                     images_per_second=round(self.batch_size / seconds, 1),
+                     images_per_second=round(self.batch_size / seconds, 1), seconds=round(now - self.marked, 3),
                      data_wait=round(min(loader.waited / (now - self.marked), 1.0), 4),
                      **{k: float(v) for k, v in more.items()})
         self.marked, loader.waited = now, 0.0
