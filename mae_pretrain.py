@@ -35,6 +35,7 @@ def get_args(argv=None):
     add("--img-size", type=run.image_size, help="224 or HEIGHTxWIDTH (default 224; embedded 32; or that of --init)")
     add("--in-chans", type=number(int, 1, 4), default=3, help="1 grey, 3 RGB, 4 RGBA")
     add("--stats", choices=("imagenet", "data"), default="imagenet", help="mean and std of the channels")
+    add("--crop-min", type=number(float, 0, 1, above=True), default=0.2, help="smallest crop, as a share")
     add("--workers", type=number(int, 0, 256), default=min(os.cpu_count(), 10), help="reading processes per device")
     add("--max-bad", type=number(float, 0, 1), default=0.01, help="stop when this share of the files cannot be read")
     # model
@@ -104,7 +105,8 @@ def main(args):
     torch.manual_seed(args.seed)
     net, source = build(args)
     pictures = data.load_data(args.data, True, args.in_chans, args.stats, args.max_bad).hold(device)
-    loader = data.Loader(pictures, [augment.MAE_VIEW], net.config["img_size"], local, args.seed, args.workers, device,
+    view = augment.MAE_VIEW | dict(scale=(args.crop_min, 1.0))
+    loader = data.Loader(pictures, [view], net.config["img_size"], local, args.seed, args.workers, device,
                          rank, processes, max_bad=args.max_bad)
     if len(loader) == 0:
         raise UsageError(f"--batch-size {args.batch_size} is more than the {len(pictures)} pictures of {pictures.name}")

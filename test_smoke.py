@@ -151,6 +151,10 @@ def test_options_reach_the_method(small, tmp_path, monkeypatch):
     monkeypatch.setattr(model.MoCoV3, "update_momentum", lambda self, m: momenta.append(m))
     train("graft", tmp_path / "graft", "--crop-min", "0.3", "--momentum", "0.9")
     assert set(scales) == {(0.3, 1.0)}
+    for options, scale in (([], 0.2), (["--crop-min", "0.6"], 0.6)):
+        scales.clear()
+        train("mae", tmp_path / f"crop{scale}", "--epochs", "1", *options)
+        assert set(scales) == {(scale, 1.0)}
     assert momenta == pytest.approx([model.momentum_at(step, 8, 0.9) for step in range(8)])
 
 
