@@ -32,8 +32,8 @@ from run import numbers
 
 # What a preset decides: options of every training run, epochs, rates. The rest follows from the paper's table.
 # rates: of grafting's three stages; grid: the rates tried for each stage (Figure 4); schedules: other numbers of stages
-# and boundaries; splits: (MAE epochs, grafting epochs) that cost about the same; tuning: rates and smallest crops tried
-# for MAE and MoCo v3, for tune_epochs epochs each
+# and boundaries; splits: (MAE epochs, grafting epochs) that cost about the same; mae, contrastive: options of either
+# kind of run; tuning: epochs of the short runs that choose, and the rates and smallest crops that are tried one at a time
 DECADES = ("1.5e-6", "1.5e-5", "1.5e-4")
 PRESETS = {
     "demo": dict(
@@ -44,10 +44,11 @@ PRESETS = {
         anchor="1e-5", few=("3 per class", "10%"), probes=((3, 6), (0, 1)), partial=(0, 2, 4),
         linear=["--cache-features"]),
     "cifar10-small": dict(
-        data="cifar10", depth=6, common=["--log-every", "39", "--workers", "0"], contrastive=["--crop-min", "0.2"],
+        data="cifar10", depth=6, common=["--log-every", "39", "--workers", "0"], mae=["--crop-min", "0.2"],
+        contrastive=["--crop-min", "0.2"],
         batch=["--batch-size", "128"], mae_epochs=16, cl_epochs=5, short_epochs=2, grid_epochs=1, mae_lr="1.5e-3",
         cl_lr="1.5e-3", rates=("5e-4", "5e-4", "1.5e-3"),
-        grid=(("1.5e-4", "5e-4", "1.5e-3"), ("5e-4",), ("5e-4", "1.5e-3", "4.5e-3")), hidden=["--hidden-dim", "512"],
+        grid=(("1.5e-4", "5e-4"), ("5e-4",), ("5e-4", "1.5e-3", "4.5e-3")), hidden=["--hidden-dim", "512"],
         vicreg=["--hidden-dim", "512", "--lr", "1e-3"], arch=["--arch", "vit_mini", "--patch-size", "4"],
         size=["--img-size", "32"], anchor="1e-5", few=("1%", "10%"), probes=((3, 6), (0, 1)), partial=(0, 2, 4),
         linear=["--cache-features"],
@@ -55,19 +56,19 @@ PRESETS = {
               "--mixup", "0", "--cutmix", "0", "--erasing", "0"],
         projector=["--epochs", "10", "--batch-size", "64", "--lr", "4e-3", "--crop-min", "0.4", "--rand-augment", "0",
                    "--mixup", "0", "--cutmix", "0", "--erasing", "0"],
-        tuning=dict(epochs=(8, 2), mae=(("5e-4", "1.5e-3", "4.5e-3"), ("0.2", "0.5")),
-                    moco=(("5e-4", "1.5e-3", "4.5e-3"), ("0.08", "0.2", "0.4"))),
+        tuning={"epochs": (8, 2), "MAE": (("5e-4", "1.5e-3", "4.5e-3"), ("0.2", "0.5")),
+                "MoCo v3": (("5e-4", "1.5e-3", "4.5e-3"), ("0.08", "0.2", "0.4"))},
         main=("MAE", "MoCo v3", "MTL", "Layer grafted", "MAE, equal seconds", "MoCo v3, equal seconds")),
     "cifar10": dict(
-        data="cifar10", depth=12, common=[], contrastive=["--crop-min", "0.2"], mae_epochs=200, cl_epochs=60,
-        short_epochs=30, grid_epochs=15, mae_lr="1.5e-4", cl_lr="1.5e-4", rates=("1.5e-5", "1.5e-5", "1.5e-4"),
-        grid=(DECADES, ("1.5e-5",), DECADES), hidden=["--hidden-dim", "2048"],
+        data="cifar10", depth=12, common=[], mae=["--crop-min", "0.2"], contrastive=["--crop-min", "0.2"],
+        mae_epochs=200, cl_epochs=60, short_epochs=30, grid_epochs=15, mae_lr="1.5e-4", cl_lr="1.5e-4",
+        rates=("1.5e-5", "1.5e-5", "1.5e-4"), grid=(DECADES, ("1.5e-5",), DECADES), hidden=["--hidden-dim", "2048"],
         vicreg=["--hidden-dim", "2048", "--lr", "1.5e-4"], arch=["--arch", "vit_tiny", "--patch-size", "4"],
         size=["--img-size", "32"], fine=["--epochs", "50", "--crop-min", "0.2"], projector=["--crop-min", "0.2"],
         anchor="1e-5", few=("1%", "10%"), probes=((6, 9, 12), (0, 1, 2, 4)), partial=(0, 2, 4, 6, 8, 10, 12),
         linear=["--cache-features"], batch=["--batch-size", "1024"],
-        tuning=dict(epochs=(50, 15), mae=(("1.5e-4", "5e-4", "1.5e-3"), ("0.2", "0.5")),
-                    moco=(("1.5e-4", "5e-4", "1.5e-3"), ("0.08", "0.2", "0.4"))),
+        tuning={"epochs": (50, 15), "MAE": (("1.5e-4", "5e-4", "1.5e-3"), ("0.2", "0.5")),
+                "MoCo v3": (("1.5e-4", "5e-4", "1.5e-3"), ("0.08", "0.2", "0.4"))},
         # one boundary after block 4, 6, 8 or 10; two, three, four and six stages that rise by equal factors
         schedules=(",".join(["1.5e-5"] * 4 + ["1.5e-4"] * 8), "1.5e-5,1.5e-4", ",".join(["1.5e-5"] * 10 + ["1.5e-4"] * 2),
                    "1.5e-5,4.7e-5,1.5e-4", "1.5e-5,3.2e-5,7e-5,1.5e-4", "1.5e-5,2.4e-5,3.8e-5,6e-5,9.5e-5,1.5e-4"),
@@ -192,16 +193,17 @@ def systems(p):
 
 
 def tuning(p):
-    """The short runs that chose the rates and the smallest crops of MAE and MoCo v3: name -> (stage, options)."""
+    """The short runs that chose rate and smallest crop of MAE and MoCo v3: name -> (stage, options)."""
     if "tuning" not in p:
         return {}
     found, (mae_epochs, cl_epochs) = {}, p["tuning"]["epochs"]
-    for lr, crop in itertools.product(*p["tuning"]["mae"]):
-        found[f"tune MAE {lr} crop {crop}"] = (mae_pretrain, [
-            *p["arch"], *p["size"], "--epochs", mae_epochs, "--lr", lr, "--crop-min", crop])
-    for lr, crop in itertools.product(*p["tuning"]["moco"]):
-        found[f"tune MoCo v3 {lr} crop {crop}"] = (graft_train, [
-            "--init", "none", *p["arch"], *p["size"], *p["hidden"], "--epochs", cl_epochs, "--lr", lr, "--crop-min", crop])
+    for name, rate, own, more in (("MAE", p["mae_lr"], p["mae"], ["--epochs", mae_epochs]),
+                                  ("MoCo v3", p["cl_lr"], p["contrastive"],
+                                   ["--epochs", cl_epochs, "--init", "none", *p["hidden"]])):
+        rates, crops = p["tuning"][name]
+        for lr, crop in dict.fromkeys([(lr, own[1]) for lr in rates] + [(rate, crop) for crop in crops]):
+            found[f"tune {name} {lr} crop {crop}"] = (mae_pretrain if name == "MAE" else graft_train, [
+                *p["arch"], *p["size"], *more, "--lr", lr, "--crop-min", crop])
     return found
 
 
