@@ -173,7 +173,9 @@ def pillow_pipelines(size):
 
     def view(blurred, solarised):
         first = [T.RandomResizedCrop(size, scale=(0.08, 1.0)),
-                 T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), T.RandomGrayscale(p=0.2), T.RandomApply([blur(0.1, 2.0)], p=blurred)]
+                 T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+                 T.RandomGrayscale(p=0.2),
+                 T.RandomApply([blur(0.1, 2.0)], p=blurred)]
         return T.Compose(first + [T.RandomApply([ImageOps.solarize], p=solarised)] * bool(solarised) + end)
 
     one, two = view(1.0, 0.0), view(0.1, 0.2)
