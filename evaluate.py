@@ -197,7 +197,8 @@ def linear(encoder, train, test, args, seed, how):
             for batch in loader.epoch(epoch):
                 with torch.no_grad(), torch.autocast(device.type, how["dtype"], enabled=how["dtype"] is not None):
                     x = encoder.forward_features(batch.views[0][:]).float()
-                sweep.step(gather(x), gather(labels[augment.upload(batch.shown, device)]), 0.5 * (1 + math.cos(math.pi * step / steps)))
+                own = labels[augment.upload(batch.shown, device)]
+                sweep.step(gather(x), gather(own), 0.5 * (1 + math.cos(math.pi * step / steps)))
                 step += 1
             if how["rank"] == 0:
                 left = (time.perf_counter() - started) / step * (steps - step)

@@ -1,4 +1,4 @@
-"""bench.py: every case runs, what it counts is right, and the references are the same networks. No speed is asserted."""
+"""bench.py: every case runs, what it counts is right, the references are the same networks. No speed is asserted."""
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,8 +20,8 @@ torch.set_num_threads(1)
 
 VIT_B = dict(img_size=[224, 224], patch_size=16, in_chans=3, dim=768, depth=12, heads=12, mlp_ratio=4.0)
 TINY = dict(img_size=[16, 16], patch_size=4, in_chans=3, dim=24, depth=3, heads=3, mlp_ratio=4.0)
-FIELDS = {"case", "code", "device", "torch", "precision", "arch", "batch", "images_per_second", "ms", "cpu_ms", "peak_mib",
-          "flops_per_image", "peak_share", "data_wait", "ours_faster"}
+FIELDS = {"case", "code", "device", "torch", "precision", "arch", "batch", "images_per_second", "ms", "cpu_ms",
+          "peak_mib", "flops_per_image", "peak_share", "data_wait", "ours_faster"}
 
 
 @pytest.fixture
@@ -40,15 +40,16 @@ def quick(monkeypatch):
 
 
 def options(*more):
-    return bench.get_args(["--arch", "vit_mini", "--batch-size", "4", "--repeats", "1", "--device", "cpu", "--amp", "off",
-                           *more])
+    return bench.get_args(["--arch", "vit_mini", "--batch-size", "4", "--repeats", "1", "--device", "cpu",
+                           "--amp", "off", *more])
 
 
 # ------------------------------------------------------------------------------------------------- the cases
 OURS = {"mae": {"ours"}, "graft": {"ours", "ours, undivided"}, "augment": {"ours"},
         "reading": {"ours, worker", "ours, worker and device work", "decoding alone, pillow"}, "features": {"ours"},
-        "linear": {"35 rates", "1 rates"}, "fewshot": {"ours"},
-        "save": {"ours", "torch.save, not flushed", "the bytes alone, flushed"}, "loop": {"ours, training loop", "bare steps"}}
+        "linear": {"35 rates", "1 rate"}, "fewshot": {"ours"},
+        "save": {"ours", "torch.save, not flushed", "the bytes alone, flushed"},
+        "loop": {"ours, training loop", "bare steps"}}
 
 
 @pytest.mark.parametrize("name", bench_cases.CASES)
@@ -76,13 +77,14 @@ def test_every_case_prints_its_floor_and_writes_its_rows(quick, tmp_path, capsys
 
 
 @pytest.mark.parametrize("name, package, code", [
-    ("mae", "timm", "timm's blocks, fp32"), ("mae", "transformers", "transformers, fp32"), ("graft", "timm", "timm's blocks, fp32"),
+    ("mae", "timm", "timm's blocks, fp32"), ("mae", "transformers", "transformers, fp32"),
+    ("graft", "timm", "timm's blocks, fp32"),
     ("augment", "torchvision", "torchvision on pillow"), ("reading", "torchvision", "torchvision on pillow"),
     ("features", "timm", "timm"), ("fewshot", "sklearn", "scikit-learn")])
 def test_references_take_turns_with_ours(quick, monkeypatch, capsys, name, package, code):
     pytest.importorskip(package)
     present = bench.importlib.util.find_spec
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda wanted: present(wanted) if wanted == package else None)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: present(name) if name == package else None)
     rows = bench.main(options("--only", name, "--against"))
     cases = {row["case"] for row in rows if "micro" not in row["case"]}
     assert {row["case"] for row in rows if row["code"] == code} == cases
@@ -211,8 +213,8 @@ def test_timm_mae_is_our_mae():
     torch.manual_seed(0)
     ours = model.MaskedAutoencoder(16, 2, 2, **TINY).double()
     theirs = bench_against.TimmMAE(TINY, (16, 2, 2)).double()
-    names = {"decoder_embed": "to_decoder", "decoder_blocks": "decoder", "decoder_pred": "to_pixels", "patch_embed": "embed",
-             "blocks": "encoder", "norm": "encoder_norm", "cls_token": "cls_token", "pos_embed": "pos_embed",
+    names = {"decoder_embed": "to_decoder", "decoder_blocks": "decoder", "decoder_pred": "to_pixels",
+             "patch_embed": "embed", "blocks": "encoder", "norm": "encoder_norm", "cls_token": "cls_token", "pos_embed": "pos_embed",
              "mask_token": "mask_token", "decoder_pos_embed": "decoder_pos_embed", "decoder_norm": "decoder_norm"}
     theirs.load_state_dict(renamed(ours.state_dict(), names), strict=True)
     x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
