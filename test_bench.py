@@ -214,8 +214,9 @@ def test_timm_mae_is_our_mae():
     ours = model.MaskedAutoencoder(16, 2, 2, **TINY).double()
     theirs = bench_against.TimmMAE(TINY, (16, 2, 2)).double()
     names = {"decoder_embed": "to_decoder", "decoder_blocks": "decoder", "decoder_pred": "to_pixels",
-             "patch_embed": "embed", "blocks": "encoder", "norm": "encoder_norm", "cls_token": "cls_token", "pos_embed": "pos_embed",
-             "mask_token": "mask_token", "decoder_pos_embed": "decoder_pos_embed", "decoder_norm": "decoder_norm"}
+             "patch_embed": "embed", "blocks": "encoder", "norm": "encoder_norm", "cls_token": "cls_token",
+             "pos_embed": "pos_embed", "mask_token": "mask_token", "decoder_pos_embed": "decoder_pos_embed",
+             "decoder_norm": "decoder_norm"}
     theirs.load_state_dict(renamed(ours.state_dict(), names), strict=True)
     x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     torch.manual_seed(1)
