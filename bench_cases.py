@@ -200,8 +200,8 @@ def augment_case(b):
 def drawn_jpegs(folder):
     """JPEGs of drawn pictures with noise, for want of real ones."""
     w, h = JPEG["size"]
-    for i, picture in enumerate(data.draw(torch.arange(JPEG["pictures"]), max(w, h))):
-        pixels = picture[:, :h, :w].permute(1, 2, 0).contiguous().numpy()
+    for i in range(JPEG["pictures"]):
+        pixels = data.draw(torch.tensor([i]), max(w, h))[0, :, :h, :w].permute(1, 2, 0).contiguous().numpy()
         Image.fromarray(pixels).save(os.path.join(folder, f"{i}.jpg"), quality=JPEG["quality"])
     return folder
 
