@@ -21,7 +21,7 @@ import torch
 
 import data
 import run
-from bench_cases import CASES, Code
+from bench_cases import CASES, Code, Timed
 from data import RunError, UsageError
 from model import ARCHS, Block
 
@@ -95,7 +95,7 @@ def turns(codes, repeats, device):
     for code in codes:
         before = memory_now(device)
         call = code.build()
-        timed = call()
+        timed = isinstance(call(), Timed)
         wait(device)
         started = time.perf_counter()
         if not timed:
@@ -109,10 +109,10 @@ def turns(codes, repeats, device):
         for call, count, times in zip(calls, counts, found):
             started, cpu = time.perf_counter(), time.process_time()
             for _ in range(count):
-                timed = call()
+                result = call()
             wait(device)
             spent, cpu = (time.perf_counter() - started) / count, (time.process_time() - cpu) / count
-            times.append((timed.seconds, None, timed.waited) if timed else (spent, cpu, None))
+            times.append((result.seconds, None, result.waited) if isinstance(result, Timed) else (spent, cpu, None))
     middle = [[None if None in column else statistics.median(column) for column in zip(*times)] for times in found]
     return [Measured(*values, peak) for values, peak in zip(middle, peaks)]
 
@@ -128,6 +128,10 @@ def best_of(call, device, repeats=5):
         wait(device)
         times.append(time.perf_counter() - started)
     return min(times)
+
+
+def importable(package):
+    return importlib.util.find_spec(package) is not None
 
 
 class Bench:
@@ -179,7 +183,7 @@ class Bench:
         """Whether to run a reference: with --against, and where its package can be imported."""
         if not self.args.against:
             return False
-        if importlib.util.find_spec(package) is None:
+        if not importable(package):
             print(f"  {package} is not installed: left out")
             return False
         return True

@@ -14,6 +14,8 @@ import bench
 import bench_against
 import bench_cases
 import data
+import graft_train
+import mae_pretrain
 import model
 
 torch.set_num_threads(1)
@@ -32,11 +34,13 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench, "LEAST", 0.0)
     monkeypatch.setattr(bench_cases, "HIDDEN", 64)
     monkeypatch.setattr(bench_cases, "FEWSHOT", {"cpu": (60, 5)})
-    monkeypatch.setattr(bench_cases, "JPEG", dict(pictures=3, size=(80, 60), quality=90))
+    monkeypatch.setattr(bench_cases, "JPEG", dict(pictures=3, size=(160, 120), quality=90))
     monkeypatch.setattr(bench_cases, "LOOP_EPOCHS", 2)
     monkeypatch.setattr(bench_cases, "LINEAR_EPOCHS", 2)
     drawn = data.embedded
-    monkeypatch.setattr(data, "embedded", lambda train=True, in_chans=3, n=128: drawn(train, in_chans, n))
+    monkeypatch.setattr(data, "embedded", lambda train=True, in_chans=3, n=32: drawn(train, in_chans, n))
+    for stage in (mae_pretrain, graft_train):
+        monkeypatch.setitem(stage.SMALL, "batch_size", 16)
 
 
 def options(*more):
@@ -83,8 +87,7 @@ def test_every_case_prints_its_floor_and_writes_its_rows(quick, tmp_path, capsys
     ("features", "timm", "timm"), ("fewshot", "sklearn", "scikit-learn")])
 def test_references_take_turns_with_ours(quick, monkeypatch, capsys, name, package, code):
     pytest.importorskip(package)
-    present = bench.importlib.util.find_spec
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: present(name) if name == package else None)
+    monkeypatch.setattr(bench, "importable", package.__eq__)
     rows = bench.main(options("--only", name, "--against"))
     cases = {row["case"] for row in rows if "micro" not in row["case"]}
     assert {row["case"] for row in rows if row["code"] == code} == cases
@@ -127,13 +130,13 @@ def test_short_calls_are_repeated_and_timed_each(monkeypatch):
 def test_peak_memory_is_what_a_code_takes_besides_what_was_there():
     if bench.status("VmHWM:") is None:
         pytest.skip("no /proc/self/status here")
-    kept = torch.ones(30 << 20)                                             # 120 MiB that are not the code's
+    kept = torch.ones(100 << 20)                                            # 400 MiB that are not the code's
 
     def call():
         torch.ones(20 << 20)
 
     measured, = bench.turns([bench_cases.Code("a", lambda: call, None)], 1, torch.device("cpu"))
-    assert 70 < measured.peak / 2 ** 20 < 110
+    assert 70 < measured.peak / 2 ** 20 < 200                               # 80, and what malloc takes besides
     del kept
 
 
@@ -222,7 +225,7 @@ def test_timm_mae_is_our_mae():
     torch.manual_seed(1)
     expected = theirs(x)
     torch.manual_seed(1)
-    noise = torch.rand(3, 16, dtype=torch.float64)                          # what it drew
+    noise = torch.rand(3, 16)                                               # what it drew
     torch.testing.assert_close(ours(x, 0.75, noise)[0], expected, rtol=1e-10, atol=0)
 
 
