@@ -118,9 +118,16 @@ def resample_matrix(start, length, n_in, n_out, mode):
     return weights / weights.sum(-1, keepdim=True)
 
 
+def upload(x, device):
+    """x on the device without waiting for the work queued there, as a copy from pageable memory does."""
+    if torch.device(device).type == "cuda" and not x.is_cuda:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def resample(images, boxes, size, mode):
     """Boxes (N, 4) of uint8 images (N, C, H, W) -> float32 (N, C, h, w) in [0, 1]: two matrix products an image."""
-    boxes = boxes.to(images.device)
+    boxes = upload(boxes, images.device)
     rows = resample_matrix(boxes[:, 0], boxes[:, 2], images.shape[2], size[0], mode)
     columns = resample_matrix(boxes[:, 1], boxes[:, 3], images.shape[3], size[1], mode)
     x = rows[:, None] @ (images.float() / 255) @ columns[:, None].transpose(-2, -1)
@@ -129,14 +136,15 @@ def resample(images, boxes, size, mode):
 
 # ------------------------------------------------------- augmentation: (N, C, h, w) floats in [0, 1] to the same
 def _per_image(factor, x):
-    return factor.to(x.device, x.dtype)[:, None, None, None]
+    return upload(factor, x.device).to(x.dtype)[:, None, None, None]
 
 
 def grey(x):
     """Luma (ITU-R 601-2) of (N, 3, h, w), one channel; other channel counts: their mean."""
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
-    return (x * x.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    red, green, blue = x.split(1, 1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
 def adjust_brightness(x, factor):
@@ -161,9 +169,9 @@ def adjust_hue(x, factor):
     r, g, b = x.unbind(1)
     safe = torch.where(chroma == 0, 1.0, chroma)
     hue = torch.where(which == 0, (g - b) / safe, torch.where(which == 1, (b - r) / safe + 2, (r - g) / safe + 4))
-    hue = (hue / 6 + factor.to(x.device, x.dtype)[:, None, None]) % 1.0
+    hue = (hue[:, None] / 6 + _per_image(factor, x)) % 1.0
     # channel c = value - chroma * clip(min(k, 4 - k), 0, 1) with k = (n_c + 6 hue) mod 6, n = 5, 3, 1
-    k = (x.new_tensor([5.0, 3.0, 1.0])[:, None, None] + 6 * hue[:, None]) % 6
+    k = (torch.arange(5, 0, -2, device=x.device)[:, None, None] + 6 * hue) % 6
     return (value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)).clamp(0, 1)
 
 
@@ -178,7 +186,7 @@ def color_jitter(x, factors, order):
         for k, op in enumerate(ops):
             chosen = (order[:, position] == k).nonzero()[:, 0]
             if len(chosen):
-                on_device = chosen.to(x.device)
+                on_device = upload(chosen, x.device)
                 x[on_device] = op(x[on_device], factors[chosen, k])
     return x
 
@@ -197,7 +205,7 @@ def blur_matrix(n, sigma):
 
 
 def gaussian_blur(x, sigma):
-    sigma = sigma.to(x.device, x.dtype)
+    sigma = upload(sigma, x.device).to(x.dtype)
     return blur_matrix(x.shape[2], sigma)[:, None] @ x @ blur_matrix(x.shape[3], sigma)[:, None].transpose(-2, -1)
 
 
@@ -218,7 +226,7 @@ def augment(x, ids, view, *key):
     if view.get("blur"):
         chosen = (u[:, 10] < view["blur"]).nonzero()[:, 0]
         if len(chosen):
-            on_device = chosen.to(x.device)
+            on_device = upload(chosen, x.device)
             x[on_device] = gaussian_blur(x[on_device], 0.1 + 1.9 * u[chosen, 11])
     if view.get("solarise"):
         x = torch.where(_per_image(u[:, 12] < view["solarise"], x).bool(), solarise(x), x)

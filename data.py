@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central_boxes, grey, per_picture, random_boxes,
-                     resample, shuffled, uniform)
+                     resample, shuffled, uniform, upload)
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
@@ -350,7 +350,7 @@ class View:
             images = loader.pictures.images
             sizes = torch.tensor([images.shape[2:]]).expand(len(ids), 2)
             boxes = loader.boxes(ids, sizes, self.number, batch.epoch)
-            x = resample(images[ids.to(images.device)], boxes, loader.size, spec["mode"])
+            x = resample(images[upload(ids, images.device)], boxes, loader.size, spec["mode"])
             if spec.get("pixels"):
                 x = (x * 255 + 0.5).to(torch.uint8)
                 x = per_picture(x, ids, spec["pixels"], PIXELS, self.number, *key).float() / 255
@@ -378,7 +378,7 @@ class Batch:
         return len(self.ids)
 
     def noise(self, length):
-        return uniform(self.ids.to(self.loader.device), length, MASK, self.loader.seed, self.epoch)
+        return uniform(upload(self.ids, self.loader.device), length, MASK, self.loader.seed, self.epoch)
 
 
 class _Reader(torch.utils.data.Dataset):

@@ -135,10 +135,11 @@ class LinearSweep:
         """One step on features x (n, D); every rate times factor. The gradient of cross-entropy, written out."""
         x = self.norm.train()(x)
         error = self.logits(x).softmax(2)
-        error[torch.arange(len(x)), :, labels] -= 1
-        error = error.flatten(1) / len(x)                                                   # (n, R C)
-        for value, velocity, grad in zip((self.weight, self.bias), self.velocity, (x.T @ error, error.sum(0))):
-            velocity.mul_(0.9).add_(grad)
+        error[torch.arange(len(x), device=x.device), :, labels] -= 1
+        error = error.flatten(1)                                                            # (n, R C)
+        self.velocity[0].addmm_(x.T, error, beta=0.9, alpha=1 / len(x))
+        self.velocity[1].mul_(0.9).add_(error.sum(0), alpha=1 / len(x))
+        for value, velocity in zip((self.weight, self.bias), self.velocity):
             value.addcmul_(velocity, self.rates, value=-factor)
 
     @torch.no_grad()
@@ -196,7 +197,8 @@ def linear(encoder, train, test, args, seed, how):
             for batch in loader.epoch(epoch):
                 with torch.no_grad(), torch.autocast(device.type, how["dtype"], enabled=how["dtype"] is not None):
                     x = encoder.forward_features(batch.views[0][:]).float()
-                sweep.step(gather(x), gather(labels[batch.shown.to(device)]), 0.5 * (1 + math.cos(math.pi * step / steps)))
+                own = labels[augment.upload(batch.shown, device)]
+                sweep.step(gather(x), gather(own), 0.5 * (1 + math.cos(math.pi * step / steps)))
                 step += 1
             if how["rank"] == 0:
                 left = (time.perf_counter() - started) / step * (steps - step)

@@ -359,7 +359,7 @@ def main(args):
                 images = batch.views[0][:]
                 if args.erasing:
                     images = augment.per_picture(images, batch.ids, eraser, augment.ERASE, args.seed, epoch)
-                images, targets = mix(images, pictures.labels[batch.shown].to(device))
+                images, targets = mix(images, augment.upload(pictures.labels[batch.shown], device))
                 total = 0.0
                 for part in parts:                                          # plain accumulation: exact, no BatchNorm
                     with model.no_sync() if processes > 1 and part is not parts[-1] else nullcontext():
