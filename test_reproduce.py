@@ -157,7 +157,7 @@ def test_tuning_shows_held_out_accuracy_and_tables_that_are_filled_stay(tmp_path
     reproduce.main(arguments(tmp_path, "--only", "tuning", *options, preset="cifar10-small"))
     text = open(tmp_path / "results.md").read()
     rows = [line for line in text.splitlines() if line.startswith("| tune ")]
-    assert len(rows) == 9 and all("| -" in row for row in rows)
+    assert len(rows) == 10 and all("| -" in row for row in rows)
     crops = {call.argv[call.argv.index("--crop-min") + 1] for script, call in stubs if script == "graft_train"}
     assert crops == {"0.08", "0.2", "0.4"}
     reproduce.main(arguments(tmp_path, "--only", "table3", *options, preset="cifar10-small"))
