@@ -279,12 +279,11 @@ def rows_of(p, table):
 def jobs(args, p):
     """Every (seed, system, protocol, script, options) asked for, each once; what one needs comes before it."""
     seen = {}
-    for seed in args.seeds:
-        for table in args.only:
-            for name in rows_of(p, table):
-                for column in TABLES[table][1]:
-                    for protocol, script, options in protocols(p, column, name):
-                        seen[(seed, name, protocol)] = (script, [str(o) for o in options])
+    for table in args.only:
+        for name, seed in itertools.product(rows_of(p, table), args.seeds):
+            for column in TABLES[table][1]:
+                for protocol, script, options in protocols(p, column, name):
+                    seen[(seed, name, protocol)] = (script, [str(o) for o in options])
     return seen
 
 
