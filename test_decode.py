@@ -1,0 +1,205 @@
+"""decode.py and data's reader: the fast ways give what pillow's own gives."""
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("DATA", None)
+
+import io
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as tv
+from PIL import Image, ImageOps
+
+import augment
+import data
+import decode
+from test_data import corrupt, save_picture
+from test_model import pictures_like
+
+torch.set_num_threads(1)
+
+
+def smooth(h, w, seed=0):
+    """A picture (h, w, 3) uint8 with the edges and the noise of a photograph."""
+    x = F.interpolate(pictures_like(1, 16, 16, seed).float(), size=(h, w), mode="bicubic")
+    x = x + 4 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(x[0].clamp(0, 255).permute(1, 2, 0).numpy().astype(np.uint8))
+
+
+def as_jpeg(image, orientation=None, **options):
+    if orientation:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options["exif"] = exif
+    content = io.BytesIO()
+    image.save(content, "JPEG", **options)
+    return content.getvalue()
+
+
+def commented(content, marker=0xFE, text=b"nothing of use"):
+    """A JPEG with a segment more."""
+    return content[:2] + bytes((0xFF, marker)) + (2 + len(text)).to_bytes(2, "big") + text + content[2:]
+
+
+RGB = smooth(101, 150)
+JPEGS = {"plain": as_jpeg(RGB), "grey": as_jpeg(RGB.convert("L")), "progressive": as_jpeg(RGB, progressive=True),
+         "4:4:4": as_jpeg(RGB, subsampling=0), "4:2:2": as_jpeg(RGB, subsampling=1), "comment": commented(as_jpeg(RGB)),
+         "restarts": as_jpeg(RGB, restart_marker_rows=1), "XMP without": commented(as_jpeg(RGB), 0xE1, b"http://ns.adobe"),
+         "one pixel": as_jpeg(RGB.resize((1, 1))), "no end": as_jpeg(RGB)[:-2],
+         "CMYK": as_jpeg(RGB.convert("CMYK")), "upright": as_jpeg(RGB, 1), "turned": as_jpeg(RGB, 6),
+         "upside down": as_jpeg(RGB, 3), "tail": as_jpeg(RGB) + bytes(100),
+         "XMP turned": commented(as_jpeg(RGB), 0xE1, b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>')}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_headers_and_pixels_are_pillows(kind):
+    """Pillow's own way through Image.open, at every reduction, to the bit."""
+    picture = decode.Encoded(JPEGS[kind])
+    assert (picture.plain is None) == (kind in ("CMYK", "upright", "turned", "upside down", "XMP turned"))
+    for factor in (1, 2, 4, 8):
+        theirs = Image.open(io.BytesIO(JPEGS[kind]))
+        width, height = theirs.size
+        if factor > 1:
+            theirs.draft(None, (width // factor, height // factor))
+        theirs = ImageOps.exif_transpose(theirs)
+        assert picture.size == ((height, width) if "turned" not in kind else (width, height))
+        ours = decode.Encoded(JPEGS[kind]).decode(factor)
+        assert ours.mode == theirs.mode and ours.size == theirs.size
+        assert np.array_equal(np.array(ours), np.array(theirs)), factor
+        assert (ours.height, ours.width) == tuple(-(-side // factor) for side in picture.size)
+
+
+@pytest.mark.parametrize("kind", ["plain", "grey", "progressive", "4:4:4", "4:2:2"])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_fast_decoding_is_off_by_a_level_or_two(kind, factor):
+    exact, fast = (np.array(decode.Encoded(JPEGS[kind]).decode(factor, fast)).astype(int) for fast in (False, True))
+    assert np.abs(exact - fast).mean() < 2 and abs((exact - fast).mean()) < 0.5
+
+
+def test_damaged_jpegs_raise_what_pillow_raises():
+    whole = JPEGS["plain"]
+    for content in (whole[:len(whole) // 2], whole[:300], whole[:20], whole[:2], b"", b"\xff\xd8" + bytes(100)):
+        with pytest.raises(decode.UNREADABLE):
+            decode.Encoded(content).decode().load()
+    size = whole.index(b"\xff\xc0") + 5
+    for claimed in (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\0\x65\0\0", b"\0\0\0\x96"):
+        hostile = whole[:size] + claimed + whole[size + 4:]
+        with pytest.raises(decode.UNREADABLE):
+            decode.Encoded(hostile).decode().load()
+    again = whole.index(b"\xff\xc0")                                        # a second frame, of another size
+    length = 2 + int.from_bytes(whole[again + 2:again + 4], "big")
+    frame = whole[again:again + 5] + b"\0\x10\0\x10" + whole[again + 9:again + length]
+    with pytest.raises(decode.UNREADABLE):
+        decode.Encoded(whole[:again] + frame + whole[again:]).decode().load()
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_a_crop_is_torchvisions_resized_crop_of_the_pil_image(mode):
+    image = smooth(260, 340)
+    for box in ([0, 0, 260, 340], [13, 27, 90, 71], [100, 120, 30, 40], [0, 300, 224, 40], [259, 339, 1, 1]):
+        theirs = np.array(tv.resized_crop(image, *box, [56, 64], tv.InterpolationMode(mode))).astype(int)
+        for exact in (False, True):
+            ours = decode.crop(image, box, (56, 64), mode, exact).numpy().astype(int)
+            assert ours.shape == (56, 64, 3)
+            inside = (slice(4, -4), slice(4, -4)) if exact else (slice(None), slice(None))
+            assert np.abs(ours - theirs)[inside].max() <= 1, box            # exact: pillow's box looks past its border
+    assert decode.crop(image.convert("L"), [3, 4, 50, 60], (8, 12), mode).shape == (8, 12, 1)
+
+
+def test_boxes_of_a_batch_are_those_of_each_picture():
+    """To the bit, on which rests that a picture's crop does not depend on its batch."""
+    n = 300
+    sizes = torch.stack([torch.arange(n) % 97 + 100, torch.arange(n) % 89 + 120], 1)
+    for scale in ((0.08, 1.0), (0.2, 1.0)):
+        together = augment.random_boxes(torch.arange(n), sizes, scale, 1, 2)
+        alone = [augment.random_boxes(torch.tensor([i]), sizes[i:i + 1], scale, 1, 2) for i in range(n)]
+        assert torch.equal(torch.cat(alone), together)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """JPEGs and others of many sizes; some on their side, one that cannot be read."""
+    root = tmp_path_factory.mktemp("pictures")
+    for i in range(20):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image = smooth(150 + 37 * i, 900 - 31 * i, i)
+        if i % 5 == 4:
+            image.save(root / f"{i:02}.png", **(dict(exif=exif) if i == 9 else {}))
+        else:
+            image.save(root / f"{i:02}.jpg", quality=90, **(dict(exif=exif) if i % 5 == 3 else {}))
+    corrupt(root / "07.jpg")
+    return str(root)
+
+
+@pytest.mark.parametrize("views, fast", [(augment.MOCO_VIEWS, True), ([augment.MAE_VIEW], True),
+                                         ([augment.TEST_VIEW], False)], ids=["moco", "mae", "evaluation"])
+def test_a_reader_crops_what_pillow_would(folder, views, fast):
+    """Each crop against the picture decoded by pillow at the reduction that the crops allow, its box and its resize."""
+    pictures, size = data.load_data(folder), (40, 48)
+    loader = data.Loader(pictures, views, size, 20, seed=4)
+    ids, shown, bad, crops = data._Reader(loader).__getitems__([(3, i) for i in range(20)])
+    assert ids.tolist() == list(range(20)) and list(bad) == [7] and shown[7] != 7
+    assert [i for i in range(20) if shown[i] != i] == [7]
+    reduced = set()
+    for row, i in enumerate(shown.tolist()):
+        def boxes(image, i=i):
+            sizes = torch.tensor([[image.height, image.width]])
+            return [loader.boxes(torch.tensor([i]), sizes, k, 3)[0].tolist() for k in range(len(views))]
+
+        path = os.path.join(folder, pictures.files[i])
+        image = Image.open(path)
+        whole = boxes(ImageOps.exif_transpose(image))
+        factor = max(f for f in (1, 2, 4, 8) if all(box[2] >= f * size[0] and box[3] >= f * size[1] for box in whole)
+                     or f == 1)
+        factor = factor if path.endswith("jpg") else 1
+        image = Image.open(path)
+        if factor > 1:
+            image.draft(None, (image.width // factor, image.height // factor))
+        reduced.add(factor)
+        image = ImageOps.exif_transpose(image)
+        for k, (view, (top, left, height, width)) in enumerate(zip(views, boxes(image))):
+            mode = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}[view["mode"]]
+            corners = (left, top, left + width, top + height)
+            resized = image.resize(size[::-1], mode, box=corners)
+            if fast:
+                resized = image.crop(corners).resize(size[::-1], mode)
+            off = np.abs(np.array(resized).astype(int) - crops[k][row].permute(1, 2, 0).numpy())
+            assert off.mean() < 2 if fast else off.max() == 0, (i, k, factor)
+    assert len(reduced) > 1
+
+
+def test_crops_do_not_depend_on_what_else_is_in_the_batch(folder, monkeypatch):
+    pictures = data.load_data(folder)
+    reader = data._Reader(data.Loader(pictures, augment.MOCO_VIEWS, (32, 32), 20, seed=4))
+    whole = reader.__getitems__([(1, i) for i in range(20)])
+    monkeypatch.setattr(data._Reader, "TOGETHER", 3)
+    again = reader.__getitems__([(1, i) for i in reversed(range(20))])
+    assert torch.equal(whole[1], again[1].flip(0))
+    for a, b in zip(whole[3], again[3]):
+        assert torch.equal(a, b.flip(0))
+
+
+def test_functions_of_the_user_get_the_crops(folder):
+    pictures, seen = data.load_data(folder), []
+
+    def note(pixels):
+        seen.append(pixels)
+        return 255 - pixels
+
+    plain, noted = (data._Reader(data.Loader(pictures, [augment.MAE_VIEW | more], (32, 32), 20)).__getitems__(
+        [(1, i) for i in range(5)])[3][0] for more in ({}, dict(pixels=note)))
+    assert torch.equal(torch.stack(seen), plain) and torch.equal(noted, 255 - plain)
+    assert seen[0].dtype == torch.uint8 and seen[0].shape == (3, 32, 32)
+
+
+def test_twenty_unreadable_pictures_stop_the_run(tmp_path):
+    for i in range(30):
+        save_picture(str(tmp_path / f"{i}.jpg"), np.zeros((140, 140, 3), np.uint8))
+        corrupt(tmp_path / f"{i}.jpg")
+    loader = data.Loader(data.load_data(str(tmp_path)), [augment.MAE_VIEW], (16, 16), 4)
+    with pytest.raises(data.RunError, match="20 pictures in a row cannot be read, among them .*jpg: OSError: "):
+        next(loader.epoch(0))
