@@ -19,7 +19,7 @@ import torch
 
 from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central_boxes, grey, per_picture, random_boxes,
                      resample, shuffled, uniform)
-from decode import UNREADABLE, Encoded, crop, to_channels
+from decode import UNREADABLE, Encoded, crop, exact_crop, to_channels
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
@@ -60,8 +60,10 @@ class Pictures:
         """Picture i with its bytes in memory and its header read (decode.Encoded)."""
         if self.packed is not None:
             return Encoded(self.packed.content(i))
-        with open(os.path.join(self.root, self.files[i]), "rb", buffering=0) as f:
-            return Encoded(f.read())
+        with open(os.path.join(self.root, self.files[i]), "rb") as f:
+            content = bytearray(os.fstat(f.fileno()).st_size)
+            del content[f.readinto(content):]
+        return Encoded(content)
 
     def read(self, i, shrink_to=None):
         """Picture i as a PIL image with in_chans channels of 8 bits; shrink_to(H, W) -> factor allows a smaller one."""
@@ -373,7 +375,7 @@ class View:
                 x = (x * 255 + 0.5).to(torch.uint8)
                 x = per_picture(x, ids, spec["pixels"], PIXELS, self.number, *key).float() / 255
         else:
-            x = batch.crops[self.number][part].to(loader.device, non_blocking=True).contiguous().float() / 255
+            x = batch.crops[self.number][part].to(loader.device, non_blocking=True).float() / 255
         x = augment(x, ids, spec, COLOUR, self.number, *key)
         return (x - loader.mean) / loader.std
 
@@ -408,14 +410,13 @@ class _Reader(torch.utils.data.Dataset):
         self.pictures, self.views, self.size = loader.pictures, loader.views, loader.size
         # a copy, which is without the DataLoader: collected in a cycle, that waits 5 s for each of its workers
         self.boxes, self.seed = copy.copy(loader).boxes, loader.seed
-        self.exact = any(view["scale"] is None for view in self.views)      # an evaluation
 
     def __getitems__(self, keys):
         """keys [(epoch, i), ...] -> ids (n,), the pictures shown (n,), {i: what is wrong with it}, crops: for each view
         uint8 (n, C, h, w). A picture that cannot be read is replaced by another, the same one on every run."""
         epoch, wanted = keys[0][0], [i for _, i in keys]
         shown, bad = list(wanted), {}
-        crops = [torch.empty(len(keys), *self.size, self.pictures.in_chans, dtype=torch.uint8) for _ in self.views]
+        crops = [torch.empty(len(keys), self.pictures.in_chans, *self.size, dtype=torch.uint8) for _ in self.views]
         for start in range(0, len(keys), self.TOGETHER):
             rows = range(start, min(start + self.TOGETHER, len(keys)))
             for attempt in range(20):
@@ -429,7 +430,7 @@ class _Reader(torch.utils.data.Dataset):
             else:
                 raise RunError(f"20 pictures in a row cannot be read, among them {self.pictures.file(wanted[rows[0]])}: "
                                f"{bad[wanted[rows[0]]]}")
-        return torch.tensor(wanted), torch.tensor(shown), bad, [view.permute(0, 3, 1, 2) for view in crops]
+        return torch.tensor(wanted), torch.tensor(shown), bad, crops
 
     def fill(self, rows, shown, epoch, crops):
         """Put the crops of picture shown[row] into each row; returns {row: what is wrong with its picture}."""
@@ -452,20 +453,20 @@ class _Reader(torch.utils.data.Dataset):
         plans = [boxes.tolist() for boxes in self.plan(ids, small, epoch)]
         for at, (row, factor, size) in enumerate(zip(list(opened), factors.tolist(), small.tolist())):
             try:
-                image = to_channels(opened.pop(row).decode(factor, not self.exact), self.pictures.in_chans)
+                pixels = opened.pop(row).pixels(self.pictures.in_chans, factor)
             except UNREADABLE as error:
                 failed[row] = f"{type(error).__name__}: {error}"
                 continue
             boxes = [plan[at] for plan in plans]
-            if [image.height, image.width] != size:                         # a format that is turned as it is decoded
-                turned = torch.tensor([[image.height, image.width]])
+            if list(pixels.shape[:2]) != size:                              # a format that is turned as it is decoded
+                turned = torch.tensor([pixels.shape[:2]])
                 boxes = [plan[0].tolist() for plan in self.plan(ids[at:at + 1], turned, epoch)]
             for k, (box, view) in enumerate(zip(boxes, self.views)):
-                pixels = crop(image, box, self.size, view["mode"], view["scale"] is None)
+                cut = exact_crop if view["scale"] is None else crop
+                cut = cut(pixels, box, self.size, view["mode"])
                 if view.get("pixels"):
-                    pixels = per_picture(pixels.permute(2, 0, 1).contiguous()[None], ids[at:at + 1], view["pixels"], PIXELS,
-                                         k, self.seed, epoch)[0].permute(1, 2, 0)
-                crops[k][row] = pixels
+                    cut = per_picture(cut[None], ids[at:at + 1], view["pixels"], PIXELS, k, self.seed, epoch)[0]
+                crops[k][row] = cut
         return failed
 
     def plan(self, ids, sizes, epoch):

@@ -126,8 +126,8 @@ class Packed:
         """The bytes of picture i's file. OSError when the pack has become shorter than it was."""
         if self.fd is None:
             self.fd = os.open(self.path, os.O_RDONLY)
-        content = os.pread(self.fd, int(self.lengths[i]), int(self.offsets[i]))
-        if len(content) < self.lengths[i]:
+        content = bytearray(int(self.lengths[i]))
+        if os.preadv(self.fd, [content], int(self.offsets[i])) < len(content):
             raise OSError(f"{self.path} ends within this picture")
         return content
 
@@ -186,9 +186,9 @@ def prepare(path, short_side=None, quality=90):
     try:
         with open(path, "rb") as f:
             content = f.read()
-        picture = Encoded(content)
+        picture = Encoded(bytearray(content))
         if short_side is None or min(picture.size) <= short_side:
-            picture.decode(8 if picture.is_jpeg else 1, fast=True).load()   # only to know that it can be decoded
+            picture.decode(8 if picture.is_jpeg else 1).load()   # only to know that it can be decoded
             return content
         reductions = [f for f in (8, 4, 2) if min(picture.size) >= 2 * f * short_side] if picture.is_jpeg else []
         image = picture.decode(max(reductions, default=1))

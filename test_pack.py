@@ -260,8 +260,8 @@ def test_damage_is_noticed_and_named(split, tmp_path, capsys):
         open(path, "wb").write(bad)
         with pytest.raises(data.RunError, match=r"1 of 14 pictures are damaged: train/cat/sub/c.jpg|train/cat/d.jpg"):
             pack.verify(path)
-    for at, message in ((len(whole) - 1, "index of this pack is damaged"), (len(whole) - 64, "has no end"),
-                        (len(whole) - 80, "index of this pack is damaged"), (len(whole) - 41, "damaged")):
+    for at, message in ((len(whole) - 1, "index of this pack is damaged"), (len(whole) - 56, "has no end"),
+                        (len(whole) - 80, "index of this pack is damaged"), (len(whole) - 34, "damaged")):
         bad = bytearray(whole)
         bad[at] ^= 0x40
         open(path, "wb").write(bad)
@@ -323,10 +323,10 @@ def test_the_format_is_what_its_description_says(split):
     """Read by hand, without pack.py."""
     whole = open(split[1], "rb").read()
     folder = data.load_data(split[0])
-    assert whole[:16] == data.PACK_MAGIC and whole[-56 - 8:-56] == b"pack end"
-    n, start = np.frombuffer(whole[-56:-40], "<u8").tolist()
-    index = whole[start:-64]
-    assert n == 14 and hashlib.sha256(index).digest() == whole[-32:][-32:]
+    assert whole[:16] == data.PACK_MAGIC and whole[-56:-48] == b"pack end"
+    n, start = np.frombuffer(whole[-48:-32], "<u8").tolist()
+    index = whole[start:-56]
+    assert n == 14 and hashlib.sha256(index).digest() == whole[-32:]
     offsets, lengths = np.frombuffer(index[:16 * n], "<i8").reshape(2, n).tolist()
     names = index[16 * n:].decode().split("\0")
     assert names[:8] == [f"train/{name}" for name in folder.files]
