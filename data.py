@@ -7,7 +7,6 @@ torchvision only for `--data cifar10|cifar100`.
 
 Shapes: N images, C channels, (H, W) source, (h, w) output pixels.
 """
-import copy
 import math
 import os
 import sys
@@ -19,7 +18,8 @@ import torch
 
 from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central_boxes, grey, per_picture, random_boxes,
                      resample, shuffled, uniform)
-from decode import UNREADABLE, Encoded, crop, exact_crop, to_channels
+from decode import UNREADABLE, Encoded, to_channels
+from reader import Reader, whole
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
@@ -401,93 +401,16 @@ class Batch:
         return uniform(self.ids.to(self.loader.device), length, MASK, self.loader.seed, self.epoch)
 
 
-class _Reader(torch.utils.data.Dataset):
-    """What a worker does: read, decode no larger than the crops need, crop, resize; uint8 out. A batch at a time."""
-
-    TOGETHER = 64                                                           # pictures that are opened at once
-
-    def __init__(self, loader):
-        self.pictures, self.views, self.size = loader.pictures, loader.views, loader.size
-        # a copy, which is without the DataLoader: collected in a cycle, that waits 5 s for each of its workers
-        self.boxes, self.seed = copy.copy(loader).boxes, loader.seed
-
-    def __getitems__(self, keys):
-        """keys [(epoch, i), ...] -> ids (n,), the pictures shown (n,), {i: what is wrong with it}, crops: for each view
-        uint8 (n, C, h, w). A picture that cannot be read is replaced by another, the same one on every run."""
-        epoch, wanted = keys[0][0], [i for _, i in keys]
-        shown, bad = list(wanted), {}
-        crops = [torch.empty(len(keys), self.pictures.in_chans, *self.size, dtype=torch.uint8) for _ in self.views]
-        for start in range(0, len(keys), self.TOGETHER):
-            rows = range(start, min(start + self.TOGETHER, len(keys)))
-            for attempt in range(20):
-                failed = self.fill(rows, shown, epoch, crops)
-                bad.update((wanted[row], trouble) for row, trouble in failed.items() if wanted[row] not in bad)
-                rows = list(failed)
-                for row in rows:
-                    shown[row] = int(shuffled(len(self.pictures), wanted[row], SUBSET)[attempt + 1])
-                if not rows:
-                    break
-            else:
-                raise RunError(f"20 pictures in a row cannot be read, among them {self.pictures.file(wanted[rows[0]])}: "
-                               f"{bad[wanted[rows[0]]]}")
-        return torch.tensor(wanted), torch.tensor(shown), bad, crops
-
-    def fill(self, rows, shown, epoch, crops):
-        """Put the crops of picture shown[row] into each row; returns {row: what is wrong with its picture}."""
-        opened, failed = {}, {}
-        for row in rows:
-            try:
-                opened[row] = self.pictures.open(shown[row])
-            except UNREADABLE as error:
-                failed[row] = f"{type(error).__name__}: {error}"
-        if not opened:
-            return failed
-        # boxes for all of them at once: a dozen small tensor operations each would cost as much as the decoding
-        ids = torch.tensor([shown[row] for row in opened])
-        full = torch.tensor([picture.size for picture in opened.values()])
-        # the largest of JPEG's own reductions that keeps every crop at least as large as its output
-        room = torch.stack([boxes[:, 2:] / torch.tensor(self.size) for boxes in self.plan(ids, full, epoch)]).amin((0, 2))
-        room[torch.tensor([not picture.is_jpeg for picture in opened.values()])] = 1
-        factors = 1 + (room >= 2).long() + 2 * (room >= 4).long() + 4 * (room >= 8).long()
-        small = -(-full // factors[:, None])
-        plans = [boxes.tolist() for boxes in self.plan(ids, small, epoch)]
-        for at, (row, factor, size) in enumerate(zip(list(opened), factors.tolist(), small.tolist())):
-            try:
-                pixels = opened.pop(row).pixels(self.pictures.in_chans, factor)
-            except UNREADABLE as error:
-                failed[row] = f"{type(error).__name__}: {error}"
-                continue
-            boxes = [plan[at] for plan in plans]
-            if list(pixels.shape[:2]) != size:                              # a format that is turned as it is decoded
-                turned = torch.tensor([pixels.shape[:2]])
-                boxes = [plan[0].tolist() for plan in self.plan(ids[at:at + 1], turned, epoch)]
-            for k, (box, view) in enumerate(zip(boxes, self.views)):
-                cut = exact_crop if view["scale"] is None else crop
-                cut = cut(pixels, box, self.size, view["mode"])
-                if view.get("pixels"):
-                    cut = per_picture(cut[None], ids[at:at + 1], view["pixels"], PIXELS, k, self.seed, epoch)[0]
-                crops[k][row] = cut
-        return failed
-
-    def plan(self, ids, sizes, epoch):
-        """The boxes (N, 4) of each view for pictures of sizes (N, 2)."""
-        return [self.boxes(ids, sizes, k, epoch) for k in range(len(self.views))]
-
-
-def _whole(batch):
-    """Collates what comes as a batch already."""
-    return batch
-
-
 class Loader:
     """Batches of a set, in hashed order: for batch in loader.epoch(e, start): ... Every process gets its share.
 
     batch_size is this process's share of the global batch; the rest of an epoch that fills no global batch is left
     out, or with shuffle=False handed out as a shorter batch. `waited` counts seconds spent waiting for data.
+    decoder: see `decode.device_decoder`; workers then hand over JPEGs of random crops as they are in the file.
     """
 
     def __init__(self, pictures, views, size, batch_size, seed=0, workers=0, device="cpu", rank=0, processes=1,
-                 shuffle=True, max_bad=0.01, mean=None, std=None):
+                 shuffle=True, max_bad=0.01, mean=None, std=None, decoder=None):
         self.pictures, self.views, self.size = pictures, views, tuple(size)
         self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
         self.rank, self.processes, self.shuffle, self.max_bad = rank, processes, shuffle, max_bad
@@ -498,7 +421,7 @@ class Loader:
         self.reader = None
         if pictures.images is None:
             self.reader = torch.utils.data.DataLoader(
-                _Reader(self), batch_sampler=self.keys, num_workers=workers, collate_fn=_whole,
+                Reader(self, decoder), batch_sampler=self.keys, num_workers=workers, collate_fn=whole,
                 pin_memory=self.device.type == "cuda", persistent_workers=workers > 0)
 
     def __len__(self):
@@ -539,11 +462,13 @@ class Loader:
             self.waited += time.perf_counter() - before
             if item is None:
                 return
-            ids, shown, bad, crops = item
+            ids, shown, bad, crops, encoded = item
+            if encoded:
+                crops, shown = self.reader.dataset.decode(encoded, ids, shown, bad, crops, epoch, self.device)
             if bad:
                 self.pictures.bad.update((i, t) for i, t in bad.items() if i not in self.pictures.bad)
                 seen = report_bad(self.pictures, self.max_bad, seen)
-            yield Batch(self, ids, epoch, crops, shown)
+            yield Batch(self, ids, epoch, crops, torch.tensor(shown))
 
 
 # ------------------------------------------------------------------------------------------- embedded set

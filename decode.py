@@ -36,6 +36,15 @@ def jpeg_decoder():
     return decode
 
 
+def device_decoder(device):
+    """decode(list of uint8 (bytes,) on the CPU) -> list of uint8 (3, H, W) on the CUDA device, RuntimeError when one of
+    them cannot be decoded: nvJPEG, through torchvision. None where there is no CUDA or no torchvision. Not run on a GPU."""
+    if device.type != "cuda" or jpeg_decoder() is None:
+        return None
+    from torchvision.io import ImageReadMode, decode_jpeg
+    return functools.partial(decode_jpeg, mode=ImageReadMode.RGB, device=device)
+
+
 def plain_jpeg(content):
     """((H, W), channels) of a JPEG that is grey or of three channels and stands upright, or None.
 
@@ -118,13 +127,14 @@ def to_channels(image, in_chans):
 
 
 def crop(pixels, box, size, mode):
-    """A box, in whole pixels, of uint8 (H, W, C) resized to size (h, w), antialiased: uint8 (C, h, w).
+    """A box, in whole pixels, of pixels (H, W, C) in 0 to 255 resized to size (h, w), antialiased: uint8 (C, h, w).
 
     torch's kernels for 8 bits: pillow's resize of the box cut out, but for rounding, in a quarter of the time.
     """
     top, left, height, width = map(int, box)
     part = pixels[top:top + height, left:left + width].permute(2, 0, 1)[None]
-    return F.interpolate(part, size, mode=mode, antialias=True, align_corners=False)[0]
+    part = F.interpolate(part, size, mode=mode, antialias=True, align_corners=False)[0]
+    return part.round().clamp(0, 255).to(torch.uint8) if part.is_floating_point() else part     # floats: on a GPU
 
 
 def exact_crop(pixels, box, size, mode):

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 import augment
 import data
 import decode
+import reader
 from test_data import corrupt, save_picture
 from test_model import pictures_like
 
@@ -143,11 +144,11 @@ def test_a_reader_crops_what_pillow_would(folder, views, fast):
     """Each crop against the picture decoded by pillow at the reduction that the crops allow, its box and its resize."""
     pictures, size = data.load_data(folder), (40, 48)
     loader = data.Loader(pictures, views, size, 20, seed=4)
-    ids, shown, bad, crops = data._Reader(loader).__getitems__([(3, i) for i in range(20)])
-    assert ids.tolist() == list(range(20)) and list(bad) == [7] and shown[7] != 7
+    ids, shown, bad, crops, left = reader.Reader(loader).__getitems__([(3, i) for i in range(20)])
+    assert ids.tolist() == list(range(20)) and list(bad) == [7] and left is None
     assert [i for i in range(20) if shown[i] != i] == [7]
     reduced = set()
-    for row, i in enumerate(shown.tolist()):
+    for row, i in enumerate(shown):
         def boxes(image, i=i):
             sizes = torch.tensor([[image.height, image.width]])
             return [loader.boxes(torch.tensor([i]), sizes, k, 3)[0].tolist() for k in range(len(views))]
@@ -176,11 +177,11 @@ def test_a_reader_crops_what_pillow_would(folder, views, fast):
 
 def test_crops_do_not_depend_on_what_else_is_in_the_batch(folder, monkeypatch):
     pictures = data.load_data(folder)
-    reader = data._Reader(data.Loader(pictures, augment.MOCO_VIEWS, (32, 32), 20, seed=4))
-    whole = reader.__getitems__([(1, i) for i in range(20)])
-    monkeypatch.setattr(data._Reader, "TOGETHER", 3)
-    again = reader.__getitems__([(1, i) for i in reversed(range(20))])
-    assert torch.equal(whole[1], again[1].flip(0))
+    worker = reader.Reader(data.Loader(pictures, augment.MOCO_VIEWS, (32, 32), 20, seed=4))
+    whole = worker.__getitems__([(1, i) for i in range(20)])
+    monkeypatch.setattr(reader.Reader, "TOGETHER", 3)
+    again = worker.__getitems__([(1, i) for i in reversed(range(20))])
+    assert whole[1] == again[1][::-1]
     for a, b in zip(whole[3], again[3]):
         assert torch.equal(a, b.flip(0))
 
@@ -192,7 +193,7 @@ def test_functions_of_the_user_get_the_crops(folder):
         seen.append(pixels)
         return 255 - pixels
 
-    plain, noted = (data._Reader(data.Loader(pictures, [augment.MAE_VIEW | more], (32, 32), 20)).__getitems__(
+    plain, noted = (reader.Reader(data.Loader(pictures, [augment.MAE_VIEW | more], (32, 32), 20)).__getitems__(
         [(1, i) for i in range(5)])[3][0] for more in ({}, dict(pixels=note)))
     assert torch.equal(torch.stack(seen), plain) and torch.equal(noted, 255 - plain)
     assert seen[0].dtype == torch.uint8 and seen[0].shape == (3, 32, 32)
@@ -205,3 +206,54 @@ def test_twenty_unreadable_pictures_stop_the_run(tmp_path):
     loader = data.Loader(data.load_data(str(tmp_path)), [augment.MAE_VIEW], (16, 16), 4)
     with pytest.raises(data.RunError, match="20 pictures in a row cannot be read, among them .*jpg: OSError: "):
         next(loader.epoch(0))
+
+
+# ------------------------------------------------------------------------------------- decoding by the device
+def cpu_decoder(contents):
+    """Stands in for nvJPEG: the same call, the same errors."""
+    return [decode.jpeg_decoder()(bytearray(content.numpy()), 3) for content in contents]
+
+
+def batches(folder, workers=0, views=augment.MOCO_VIEWS, **options):
+    """Two epochs of a folder: ids, shown, crops of each batch."""
+    loader = data.Loader(data.load_data(folder), views, (40, 48), 5, seed=4, workers=workers, max_bad=1, **options)
+    return [(b.ids, b.shown, *b.crops) for epoch in range(2) for b in loader.epoch(epoch)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_device_decodes_what_workers_hand_over(folder, workers, capsys):
+    """Close to what workers decode, though at full size; turned pictures, PNGs and the corrupt one as before."""
+    calls = []
+
+    def decoder(contents):
+        calls.append(len(contents))
+        return cpu_decoder(contents)
+
+    expected, handed = batches(folder), batches(folder, workers, decoder=decoder)
+    assert sum(calls) > 16 and len(expected) == len(handed) == 8
+    for ours, theirs in zip(handed, expected):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        for a, b in zip(ours[2:], theirs[2:]):
+            assert (a.int() - b.int()).abs().float().mean() < 8 and not torch.equal(a, b)
+    said = capsys.readouterr().out
+    assert said.count("warning: skipped") == 2 and "07.jpg: OSError" in said and "decode from now on" not in said
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_device_that_cannot_decode_is_asked_no_more(folder, workers, capsys):
+    calls = []
+
+    def broken(contents):
+        calls.append(len(contents))
+        raise RuntimeError("nvjpeg: no such device")
+
+    expected, handed = batches(folder), batches(folder, workers, decoder=broken)
+    for ours, theirs in zip(handed, expected):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert capsys.readouterr().out.count("the workers decode from now on") == 1
+    assert len(calls) <= (1 + workers * 2) * 6                              # batches that were read ahead, and each alone
+
+
+@pytest.mark.parametrize("views", [[augment.TEST_VIEW], [augment.MAE_VIEW | dict(pixels=lambda x: x)]])
+def test_evaluations_and_functions_of_the_user_are_not_left_to_the_device(folder, views):
+    batches(folder, views=views, decoder=lambda contents: pytest.fail("asked the device"))
