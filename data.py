@@ -18,7 +18,7 @@ import torch
 
 from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central_boxes, grey, per_picture, random_boxes,
                      resample, shuffled, uniform)
-from decode import UNREADABLE, Encoded, to_channels
+from decode import UNREADABLE, Encoded, device_decoder, to_channels
 from reader import Reader, whole
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -266,6 +266,14 @@ def load_data(source, train=True, in_chans=3, stats="imagenet", max_bad=0.01):
     if stats == "data":
         pictures.mean, pictures.std = measure_stats(pictures)
     return pictures
+
+
+def decoder(choice, device):
+    """The Loader's decoder for --decode cpu|gpu: None where the workers decode."""
+    found = None if choice == "cpu" else device_decoder(device)
+    if choice == "gpu" and found is None:
+        raise UsageError("--decode gpu needs a CUDA device and torchvision")
+    return found
 
 
 def labelled(pictures, spec=None, seed=0):

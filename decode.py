@@ -37,8 +37,8 @@ def jpeg_decoder():
 
 
 def device_decoder(device):
-    """decode(list of uint8 (bytes,) on the CPU) -> list of uint8 (3, H, W) on the CUDA device, RuntimeError when one of
-    them cannot be decoded: nvJPEG, through torchvision. None where there is no CUDA or no torchvision. Not run on a GPU."""
+    """decode(list of uint8 (bytes,) on the CPU) -> list of uint8 (3, H, W) on the CUDA device; RuntimeError when one of
+    them cannot be decoded. nvJPEG, through torchvision; None where there is none of the two. Not run on a GPU."""
     if device.type != "cuda" or jpeg_decoder() is None:
         return None
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -73,8 +73,8 @@ def plain_jpeg(content):
 class Encoded:
     """A picture file's bytes, a bytearray, with the header read.
 
-    is_jpeg: whether it can be decoded at 1/2, 1/4 or 1/8 of its size. size: (H, W), for a JPEG as it is shown, turned by
-    its EXIF orientation; of others what the header says, which is only right when they are not turned.
+    is_jpeg: whether it can be decoded at 1/2, 1/4 or 1/8 of its size. size: (H, W), for a JPEG as it is shown, turned
+    by its EXIF orientation; of others what the header says, which is only right when they are not turned.
     """
 
     def __init__(self, content):

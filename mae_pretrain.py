@@ -36,6 +36,7 @@ def get_args(argv=None):
     add("--in-chans", type=number(int, 1, 4), default=3, help="1 grey, 3 RGB, 4 RGBA")
     add("--stats", choices=("imagenet", "data"), default="imagenet", help="mean and std of the channels")
     add("--workers", type=number(int, 0, 256), default=min(os.cpu_count(), 10), help="reading processes per device")
+    add("--decode", choices=("cpu", "gpu"), default="cpu", help="of JPEGs: gpu is nvJPEG (not run so far)")
     add("--max-bad", type=number(float, 0, 1), default=0.01, help="stop when this share of the files cannot be read")
     # model
     add("--arch", choices=ARCHS, help="without --init; default vit_base, embedded vit_mini")
@@ -105,7 +106,7 @@ def main(args):
     net, source = build(args)
     pictures = data.load_data(args.data, True, args.in_chans, args.stats, args.max_bad).hold(device)
     loader = data.Loader(pictures, [augment.MAE_VIEW], net.config["img_size"], local, args.seed, args.workers, device,
-                         rank, processes, max_bad=args.max_bad)
+                         rank, processes, max_bad=args.max_bad, decoder=data.decoder(args.decode, device))
     if len(loader) == 0:
         raise UsageError(f"--batch-size {args.batch_size} is more than the {len(pictures)} pictures of {pictures.name}")
     if args.knn_every and pictures.labels is None:
