@@ -163,7 +163,7 @@ def open_folder(path, train, in_chans):
         root = os.path.join(path, part_of(path, train, lambda name: os.path.isdir(os.path.join(path, name))))
         files = list_files(root)
     else:
-        raise UsageError(f"{path}: no such folder, list file or pack (--data)")
+        raise UsageError(f"{path}: no such folder or list file or pack (--data)")
     if not files:
         raise UsageError(f"{path}: no pictures found (looked for {', '.join(EXTENSIONS)})")
     folders = [file.split(os.sep)[0] if os.sep in file else None for file in files]
@@ -174,6 +174,15 @@ def open_folder(path, train, in_chans):
         labels = torch.tensor([number[folder] for folder in folders])
     return Pictures(files, root, labels=labels, classes=classes if labels is not None else None, in_chans=in_chans,
                     name=path, packed=packed)
+
+
+def every_picture(path, in_chans):
+    """All pictures below a folder or in a pack, in whatever part of it, without labels; none where there is neither."""
+    if is_pack(path):
+        import pack
+        files, packed = pack.open_pack(path)
+        return Pictures(files, path, in_chans=in_chans, name=path, packed=packed)
+    return Pictures(list_files(path) if os.path.isdir(path) else [], path, in_chans=in_chans, name=path)
 
 
 def part_of(path, train, is_there):

@@ -1,7 +1,7 @@
 """Many pictures in one file, which is read in order: millions of small files are what slows a shared file system down.
 
-    python data.py pack PICTURES PICTURES.pack                      # every byte kept: a run is the folder's, bit for bit
-    python data.py pack PICTURES PICTURES.pack --short-side 320     # larger ones shrunk, as JPEGs: several times faster
+    python data.py pack PICTURES PICTURES.pack                      # bytes kept: a run is the folder's, bit for bit
+    python data.py pack PICTURES PICTURES.pack --short-side 320     # larger ones shrunk: read in half the time
     python data.py pack --verify PICTURES.pack                      # every picture against its digest
 
 The pack then goes wherever a folder goes as --data: it keeps the folder's names, and so its classes, its parts train/
@@ -44,12 +44,12 @@ SYNC = 256 << 20            # bytes between flushes to the disk; what is older i
 def get_args(argv=None):
     parser = run.Parser(prog="data.py pack", description="Many pictures into one file.")
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help="folder of pictures, then the file to write; with --verify the file alone")
-    add("--short-side", type=run.number(int, 16, 16384), help="pixels: larger pictures are shrunk to it, as JPEGs; else "
-        "all bytes are kept. Pictures with transparency or 16 bits keep theirs")
+    add("paths", nargs="+", metavar="PATH", help="folder of pictures, then the file to write; or the file")
+    add("--short-side", type=run.number(int, 16, 16384), help="pixels: shrink larger pictures to it, as JPEGs, but "
+        "for those with transparency or 16 bits (default: keep every byte)")
     add("--quality", type=run.number(int, 1, 100), default=90, help="of the JPEGs that are shrunk")
     add("--workers", type=run.number(int, 1, 1024), default=os.cpu_count(), help="threads that read and decode")
-    add("--max-bad", type=run.number(float, 0, 1), default=0.01, help="share of unreadable pictures to skip before failing")
+    add("--max-bad", type=run.number(float, 0, 1), default=0.01, help="fail when more than this share cannot be read")
     add("--verify", action="store_true", help="check every picture of a pack, write nothing")
     args = parser.parse_args(argv)
     if len(args.paths) != (1 if args.verify else 2):
@@ -150,7 +150,8 @@ def open_pack(path):
         raise UsageError(f"{path}: the index of this pack is damaged")
     offsets, lengths = np.frombuffer(index, "<i8", 2 * n).reshape(2, n)
     names = os.fsdecode(index[16 * n:]).split("\0") if n else []
-    if len(names) != n or (offsets < len(PACK_MAGIC)).any() or (lengths < 0).any() or (offsets > start - lengths).any():
+    inside = (offsets >= len(PACK_MAGIC)) & (lengths >= 0) & (offsets <= start - lengths)
+    if len(names) != n or not inside.all():
         raise UsageError(f"{path}: refused, the index of this pack leads out of its pictures")
     for name in names:
         if not name or name.startswith("/") or ".." in name.split("/"):
@@ -159,7 +160,7 @@ def open_pack(path):
 
 
 def verify(path):
-    """Read a pack from its beginning to its end; RunError that names the pictures whose bytes are not what they were."""
+    """Read a pack from its beginning to its end; RunError names the pictures whose bytes are not what they were."""
     if not os.path.isfile(path):
         raise UsageError(f"{path}: no such pack")
     with open(path, "rb") as f:
@@ -218,7 +219,8 @@ def write_pack(source, path, short_side=None, quality=90, workers=1, max_bad=0.0
         with begin(f"{path}.part") as f:
             settings = dict(short_side=short_side, quality=quality if short_side else None)
             done = records(f, f"{path}.part", settings)
-            fill(f, done, pictures, functools.partial(prepare, short_side=short_side, quality=quality), workers, max_bad)
+            kept = functools.partial(prepare, short_side=short_side, quality=quality)
+            fill(f, done, pictures, kept, workers, max_bad)
             finish(f, done, pictures.files)
         os.replace(f"{path}.part", path)
     except OSError as error:

@@ -79,7 +79,8 @@ class Reader(torch.utils.data.Dataset):
         full = torch.tensor([picture.size for picture in opened.values()])
         handed = [left is not None and picture.plain is not None for picture in opened.values()]
         # the largest of JPEG's own reductions that keeps every crop at least as large as its output
-        room = torch.stack([boxes[:, 2:] / torch.tensor(self.size) for boxes in self.plan(ids, full, epoch)]).amin((0, 2))
+        sides = torch.stack(self.plan(ids, full, epoch))[:, :, 2:]          # (views, N, 2)
+        room = (sides / torch.tensor(self.size)).amin((0, 2))
         room[torch.tensor([hand or not picture.is_jpeg for hand, picture in zip(handed, opened.values())])] = 1
         factors = 1 + (room >= 2).long() + 2 * (room >= 4).long() + 4 * (room >= 8).long()
         small = -(-full // factors[:, None])
@@ -130,7 +131,7 @@ class Reader(torch.utils.data.Dataset):
 
 
 def decode_each(decoder, contents):
-    """Images (3, H, W) of the JPEGs in `contents`, at once, or when that fails one by one: None where that fails too."""
+    """Images (3, H, W) of the JPEGs in `contents`: at once or, when that fails, one by one; None where that fails."""
     try:
         return decoder(list(contents))
     except RuntimeError:

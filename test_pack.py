@@ -118,6 +118,12 @@ def test_label_lists_and_small_pictures_in_memory(tmp_path):
         assert torch.equal(data.labelled(packed, spec)[0], data.labelled(folder, spec)[0])
 
 
+def test_every_picture_of_a_pack_whatever_its_part(split):
+    folder, packed = (data.every_picture(path, 3) for path in split)
+    assert packed.files == folder.files and len(packed) == 14 and not len(data.every_picture("/nowhere", 3))
+    assert np.array_equal(np.array(packed.read(9)), np.array(folder.read(9)))
+
+
 def spawned(queue, pictures):
     queue.put(pictures.packed.content(3))
 
