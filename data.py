@@ -392,7 +392,7 @@ class View:
                 x = (x * 255 + 0.5).to(torch.uint8)
                 x = per_picture(x, ids, spec["pixels"], PIXELS, self.number, *key).float() / 255
         else:
-            x = batch.crops[self.number][part].to(loader.device, non_blocking=True).float() / 255
+            x = batch.crops[self.number][part].to(loader.device, non_blocking=True).contiguous().float() / 255
         x = augment(x, ids, spec, COLOUR, self.number, *key)
         return (x - loader.mean) / loader.std
 

@@ -74,18 +74,21 @@ class Encoded:
     """A picture file's bytes, a bytearray, with the header read.
 
     is_jpeg: whether it can be decoded at 1/2, 1/4 or 1/8 of its size. size: (H, W), for a JPEG as it is shown, turned
-    by its EXIF orientation; of others what the header says, which is only right when they are not turned.
+    by its EXIF orientation; of others what the header says, which is only right when they are not turned. plain: size
+    and channels of a JPEG as `plain_jpeg` finds them, or None.
     """
 
     def __init__(self, content):
         self.content, self.plain = content, plain_jpeg(content)
         if self.plain:
             self.is_jpeg, self.size = True, self.plain[0]
-        else:
-            image = self.image
-            self.is_jpeg = image.format == "JPEG"
-            turned = self.is_jpeg and image.getexif().get(0x0112, 1) > 4    # on its side
-            self.size = image.size if turned else image.size[::-1]
+            return
+        image = self.image
+        self.is_jpeg = image.format == "JPEG"
+        orientation = image.getexif().get(0x0112, 1) if self.is_jpeg else 1
+        self.size = image.size if orientation > 4 else image.size[::-1]     # above 4: on its side
+        if self.is_jpeg and orientation == 1 and image.mode in ("L", "RGB"):
+            self.plain = self.size, len(image.mode)
 
     @functools.cached_property
     def image(self):
@@ -132,7 +135,8 @@ def crop(pixels, box, size, mode):
     torch's kernels for 8 bits: pillow's resize of the box cut out, but for rounding, in a quarter of the time.
     """
     top, left, height, width = map(int, box)
-    part = pixels[top:top + height, left:left + width].permute(2, 0, 1)[None]
+    # the batch axis comes first, so that torch knows channels to be last: it then leaves them there, and saves a third
+    part = pixels[top:top + height, left:left + width][None].permute(0, 3, 1, 2)
     part = F.interpolate(part, size, mode=mode, antialias=True, align_corners=False)[0]
     return part.round().clamp(0, 255).to(torch.uint8) if part.is_floating_point() else part     # floats: on a GPU
 

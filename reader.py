@@ -34,11 +34,12 @@ class Reader(torch.utils.data.Dataset):
 
     def __getitems__(self, keys):
         """keys [(epoch, i), ...] -> ids (N,) int64; list of the pictures that are shown, where one cannot be read
-        another, the same on every run; {i: what is wrong with it}; for each view its crops, uint8 (N, C, h, w); what
-        is left for `decode`, or None."""
+        another, the same on every run; {i: what is wrong with it}; for each view its crops, uint8 (N, C, h, w) with
+        channels last in memory; what is left for `decode`, or None."""
         epoch, wanted = keys[0][0], [i for _, i in keys]
         shown, bad = list(wanted), {}
-        crops = [torch.empty(len(keys), self.pictures.in_chans, *self.size, dtype=torch.uint8) for _ in self.views]
+        shape = len(keys), *self.size, self.pictures.in_chans
+        crops = [torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2) for _ in self.views]     # as they are decoded
         left = [] if self.hand_over else None
         for start in range(0, len(keys), self.TOGETHER):
             self.fill(range(start, min(start + self.TOGETHER, len(keys))), wanted, shown, bad, crops, epoch, left)
@@ -101,7 +102,7 @@ class Reader(torch.utils.data.Dataset):
             for k, (box, view) in enumerate(zip(boxes, self.views)):
                 cut = (exact_crop if view["scale"] is None else crop)(pixels, box, self.size, view["mode"])
                 if view.get("pixels"):
-                    cut = per_picture(cut[None], ids[at:at + 1], view["pixels"], PIXELS, k, self.seed, epoch)[0]
+                    cut = per_picture(cut[None].contiguous(), ids[at:at + 1], view["pixels"], PIXELS, k, self.seed, epoch)[0]
                 crops[k][row] = cut
         return failed
 
