@@ -214,14 +214,16 @@ def test_packing_goes_on_after_a_kill(tmp_path, capsys, number):
     pipe.write_bytes(expected["40.png"])
     (tmp_path / "pictures" / "07.png").write_text("packed already")
     with open(part, "ab") as f:                                             # a record that was being written
-        f.write(pack.RECORD.pack(6, 1000, bytes(16)) + b"33.png half of it")
+        f.write(pack.RECORD.pack(6, 1 << 60, bytes(16)) + b"33.png half of it")
     capsys.readouterr()
     pack.write_pack(root, str(pack_path), workers=2)
     assert re.match(r"going on: (3[2-9]|40) of 50 pictures are packed already", capsys.readouterr().out)
     packed = data.load_data(str(pack_path))
     assert packed.files == sorted(expected)
     assert [packed.packed.content(i) for i in range(50)] == [expected[name] for name in packed.files]
-    pack.verify(str(pack_path))
+    (tmp_path / "pictures" / "07.png").write_bytes(expected["07.png"])
+    pack.write_pack(root, str(tmp_path / "at once"))
+    assert pack_path.read_bytes() == (tmp_path / "at once").read_bytes()
 
 
 def test_a_pack_that_was_begun_otherwise_is_not_gone_on_with(tmp_path):
