@@ -39,7 +39,7 @@ class Reader(torch.utils.data.Dataset):
         epoch, wanted = keys[0][0], [i for _, i in keys]
         shown, bad = list(wanted), {}
         shape = len(keys), *self.size, self.pictures.in_chans
-        crops = [torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2) for _ in self.views]     # as they are decoded
+        crops = [torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2) for _ in self.views]
         left = [] if self.hand_over else None
         for start in range(0, len(keys), self.TOGETHER):
             self.fill(range(start, min(start + self.TOGETHER, len(keys))), wanted, shown, bad, crops, epoch, left)
@@ -102,7 +102,8 @@ class Reader(torch.utils.data.Dataset):
             for k, (box, view) in enumerate(zip(boxes, self.views)):
                 cut = (exact_crop if view["scale"] is None else crop)(pixels, box, self.size, view["mode"])
                 if view.get("pixels"):
-                    cut = per_picture(cut[None].contiguous(), ids[at:at + 1], view["pixels"], PIXELS, k, self.seed, epoch)[0]
+                    key = PIXELS, k, self.seed, epoch
+                    cut = per_picture(cut[None].contiguous(), ids[at:at + 1], view["pixels"], *key)[0]
                 crops[k][row] = cut
         return failed
 

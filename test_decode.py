@@ -48,7 +48,7 @@ def commented(content, marker=0xFE, text=b"nothing of use"):
 RGB = smooth(101, 150)
 JPEGS = {"plain": as_jpeg(RGB), "grey": as_jpeg(RGB.convert("L")), "progressive": as_jpeg(RGB, progressive=True),
          "4:4:4": as_jpeg(RGB, subsampling=0), "4:2:2": as_jpeg(RGB, subsampling=1), "comment": commented(as_jpeg(RGB)),
-         "restarts": as_jpeg(RGB, restart_marker_rows=1), "XMP without": commented(as_jpeg(RGB), 0xE1, b"http://ns.adobe"),
+         "restarts": as_jpeg(RGB, restart_marker_rows=1), "XMP without": commented(as_jpeg(RGB), 0xE1, b"http://"),
          "one pixel": as_jpeg(RGB.resize((1, 1))),
          "CMYK": as_jpeg(RGB.convert("CMYK")), "upright": as_jpeg(RGB, 1), "turned": as_jpeg(RGB, 6),
          "upside down": as_jpeg(RGB, 3), "tail": as_jpeg(RGB) + bytes(100),
