@@ -1,25 +1,31 @@
 """Pictures: where they come from, how they are read, how they become batches on the device.
 
 Order and augmentation are functions of (seed, epoch, picture) alone: see augment.py. Needs torch, numpy, pillow;
-torchvision only for `--data cifar10|cifar100`. Shapes: N images, C channels, (H, W) source, (h, w) output pixels.
+torchvision only for `--data cifar10|cifar100`.
+
+    python data.py pack PICTURES PICTURES.pack      # one file instead of many, for --data: see pack.py
+
+Shapes: N images, C channels, (H, W) source, (h, w) output pixels.
 """
-import copy
 import math
 import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central_boxes, grey, per_picture, random_boxes,
                      resample, shuffled, uniform, upload)
+from decode import UNREADABLE, Encoded, device_decoder, to_channels
+from reader import Reader, whole
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
 MEMORY_LIMIT = 4 << 30      # bytes of uint8 pixels up to which pictures of one size are held in memory
 MEMORY_SIDE = 128           # and up to which side: larger ones are cropped by workers as they are read
+PACK_MAGIC = b"\x89picture pack 1\n"                                       # the first 16 bytes of a pack: see pack.py
 
 
 class UsageError(ValueError):
@@ -34,11 +40,12 @@ class RunError(RuntimeError):
 class Pictures:
     """A set of pictures: `files` under `root`, or uint8 `images` (N, C, H, W) in memory, or both.
 
+    packed: where the files' bytes are when they lie in one file (pack.Packed), in the order of `files`.
     labels: (N,) int64 or None; classes: names; mean, std: of the channels, after scaling to [0, 1].
     """
 
-    def __init__(self, files=None, root=None, images=None, labels=None, classes=None, in_chans=3, name=""):
-        self.files, self.root, self.images = files, root, images
+    def __init__(self, files=None, root=None, images=None, labels=None, classes=None, in_chans=3, name="", packed=None):
+        self.files, self.root, self.images, self.packed = files, root, images, packed
         self.labels, self.classes, self.in_chans, self.name = labels, classes, in_chans, name
         self.bad = {}                                                       # index: what is wrong with the file
         self.mean, self.std = channel_stats(in_chans)
@@ -49,23 +56,28 @@ class Pictures:
     def file(self, i):
         return self.files[i] if self.files is not None else f"{self.name}/{i}"
 
+    def open(self, i):
+        """Picture i with its bytes in memory and its header read (decode.Encoded)."""
+        if self.packed is not None:
+            return Encoded(self.packed.content(i))
+        with open(os.path.join(self.root, self.files[i]), "rb") as f:
+            content = bytearray(os.fstat(f.fileno()).st_size)
+            del content[f.readinto(content):]
+        return Encoded(content)
+
     def read(self, i, shrink_to=None):
         """Picture i as a PIL image with in_chans channels of 8 bits; shrink_to(H, W) -> factor allows a smaller one."""
-        with Image.open(os.path.join(self.root, self.files[i])) as image:
-            full = image.size
-            if shrink_to is not None and image.format == "JPEG":
-                turned = image.getexif().get(0x0112, 1) > 4                 # on its side, by its EXIF orientation
-                factor = shrink_to(full if turned else full[::-1])
-                if factor > 1:
-                    image.draft(None, (full[0] // factor, full[1] // factor))
-            return to_channels(ImageOps.exif_transpose(image), self.in_chans)
+        picture = self.open(i)
+        factor = shrink_to(picture.size) if shrink_to is not None and picture.is_jpeg else 1
+        return to_channels(picture.decode(factor), self.in_chans)
 
     def select(self, ids):
         """The pictures at ids (a list or tensor of indices), as a set of its own."""
         ids = torch.as_tensor(ids, dtype=torch.long)
         part = Pictures([self.files[i] for i in ids.tolist()] if self.files is not None else None, self.root,
                         self.images[ids.to(self.images.device)] if self.images is not None else None,
-                        self.labels[ids] if self.labels is not None else None, self.classes, self.in_chans, self.name)
+                        self.labels[ids] if self.labels is not None else None, self.classes, self.in_chans, self.name,
+                        self.packed.select(ids) if self.packed is not None else None)
         part.mean, part.std = self.mean, self.std
         return part
 
@@ -81,18 +93,6 @@ def channel_stats(in_chans):
     if in_chans == 3:
         return IMAGENET_STATS
     return tuple((sum(values) / 3,) * in_chans for values in IMAGENET_STATS)
-
-
-def to_channels(image, in_chans):
-    """Any PIL image with in_chans channels of 8 bits: greyscale, palette, CMYK, alpha, 16-bit and float included."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image).astype(np.float32)
-        scale = 1 if values.max(initial=0) <= 255 else 255 / 65535          # 16 bits unless it all fits 8
-        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[in_chans]
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == mode else image.convert(mode)
 
 
 def list_files(root):
@@ -143,25 +143,27 @@ def find_listed(files, names, where):
 
 
 def open_folder(path, train, in_chans):
-    """A folder with train/ and val/ or test/, any folder of pictures, or a list file beside its pictures."""
+    """A folder with train/ and val/ or test/, any folder of pictures, a list file beside its pictures, or a pack."""
     if in_chans not in (1, 3, 4):
         raise UsageError(f"--in-chans {in_chans}: pictures are read with 1 (grey), 3 (RGB) or 4 (RGBA) channels")
-    if os.path.isfile(path):
+    packed = None
+    if is_pack(path):
+        import pack
+        names, packed = pack.open_pack(path)
+        part = part_of(path, train, lambda name: any(file.startswith(name + "/") for file in names))
+        rows = [i for i, file in enumerate(names) if file.startswith(f"{part}/")] if part else range(len(names))
+        root = os.path.join(path, part)
+        files = [names[i].removeprefix(f"{part}/") for i in rows]
+        packed = packed.select(torch.tensor(rows, dtype=torch.long))
+    elif os.path.isfile(path):
         root = os.path.dirname(os.path.abspath(path))
         files = list_files(root)
         files = [files[i] for i in find_listed(files, read_list(path), path)]
     elif os.path.isdir(path):
-        names = ("train",) if train else ("val", "test")
-        parts = [name for name in names if os.path.isdir(os.path.join(path, name))]
-        has_parts = any(os.path.isdir(os.path.join(path, name)) for name in ("train", "val", "test"))
-        if has_parts and not parts:
-            raise UsageError(f"{path}: no {' or '.join(name + '/' for name in names)} in this folder")
-        if not has_parts and not train:
-            raise UsageError(f"{path}: no train/ and no val/ or test/ in this folder, so nothing to evaluate on")
-        root = os.path.join(path, parts[0]) if parts else path
+        root = os.path.join(path, part_of(path, train, lambda name: os.path.isdir(os.path.join(path, name))))
         files = list_files(root)
     else:
-        raise UsageError(f"{path}: no such folder or list file (--data)")
+        raise UsageError(f"{path}: no such folder or list file or pack (--data)")
     if not files:
         raise UsageError(f"{path}: no pictures found (looked for {', '.join(EXTENSIONS)})")
     folders = [file.split(os.sep)[0] if os.sep in file else None for file in files]
@@ -171,7 +173,35 @@ def open_folder(path, train, in_chans):
         number = {name: i for i, name in enumerate(classes)}
         labels = torch.tensor([number[folder] for folder in folders])
     return Pictures(files, root, labels=labels, classes=classes if labels is not None else None, in_chans=in_chans,
-                    name=path)
+                    name=path, packed=packed)
+
+
+def every_picture(path, in_chans):
+    """All pictures below a folder or in a pack, in whatever part of it, without labels; none where there is neither."""
+    if is_pack(path):
+        import pack
+        files, packed = pack.open_pack(path)
+        return Pictures(files, path, in_chans=in_chans, name=path, packed=packed)
+    return Pictures(list_files(path) if os.path.isdir(path) else [], path, in_chans=in_chans, name=path)
+
+
+def part_of(path, train, is_there):
+    """Which of train/, val/ and test/ to read: its name, or "" for all of a training set that has no such parts."""
+    parts = [name for name in ("train", "val", "test") if is_there(name)]
+    wanted = [name for name in parts if (name == "train") == train]
+    if wanted or (train and not parts):
+        return wanted[0] if wanted else ""
+    if parts:
+        raise UsageError(f"{path}: no {'train/' if train else 'val/ or test/'} in this folder")
+    raise UsageError(f"{path}: no train/ and no val/ or test/ in this folder, so nothing to evaluate on")
+
+
+def is_pack(path):
+    """Whether path is a file that `data.py pack` wrote, by its first bytes."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as f:
+        return f.read(len(PACK_MAGIC)) == PACK_MAGIC
 
 
 def into_memory(pictures, max_bad=0.01):
@@ -179,13 +209,12 @@ def into_memory(pictures, max_bad=0.01):
     sizes = set()
     for i in shuffled(len(pictures), 0, SUBSET)[:64].tolist():
         try:
-            with Image.open(os.path.join(pictures.root, pictures.files[i])) as image:
-                sizes.add(image.size)
-        except (OSError, ValueError, Image.DecompressionBombError):
+            sizes.add(pictures.open(i).size)
+        except UNREADABLE:
             continue
     if len(sizes) != 1:
         return pictures
-    w, h = sizes.pop()
+    h, w = sizes.pop()
     if max(h, w) > MEMORY_SIDE or len(pictures) * h * w * pictures.in_chans > MEMORY_LIMIT:
         return pictures
 
@@ -193,7 +222,7 @@ def into_memory(pictures, max_bad=0.01):
         try:
             image = np.asarray(pictures.read(i))
             return image if image.shape[:2] == (h, w) else None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             return str(error)
 
     stack = np.zeros((len(pictures), h, w, pictures.in_chans), np.uint8)
@@ -246,6 +275,14 @@ def load_data(source, train=True, in_chans=3, stats="imagenet", max_bad=0.01):
     if stats == "data":
         pictures.mean, pictures.std = measure_stats(pictures)
     return pictures
+
+
+def decoder(choice, device):
+    """The Loader's decoder for --decode cpu|gpu: None where the workers decode."""
+    found = None if choice == "cpu" else device_decoder(device)
+    if choice == "gpu" and found is None:
+        raise UsageError("--decode gpu needs a CUDA device and torchvision")
+    return found
 
 
 def labelled(pictures, spec=None, seed=0):
@@ -314,7 +351,7 @@ def measure_stats(pictures, most=5000):
         else:
             try:
                 x = torch.from_numpy(np.array(pictures.read(i))).double().reshape(-1, pictures.in_chans).T
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            except UNREADABLE:
                 continue
         total, squares, count = total + x.sum(1), squares + x.square().sum(1), count + x.shape[1]
     if not count:
@@ -355,7 +392,7 @@ class View:
                 x = (x * 255 + 0.5).to(torch.uint8)
                 x = per_picture(x, ids, spec["pixels"], PIXELS, self.number, *key).float() / 255
         else:
-            x = batch.crops[self.number][part].to(loader.device, non_blocking=True).float() / 255
+            x = batch.crops[self.number][part].to(loader.device, non_blocking=True).contiguous().float() / 255
         x = augment(x, ids, spec, COLOUR, self.number, *key)
         return (x - loader.mean) / loader.std
 
@@ -381,59 +418,16 @@ class Batch:
         return uniform(upload(self.ids, self.loader.device), length, MASK, self.loader.seed, self.epoch)
 
 
-class _Reader(torch.utils.data.Dataset):
-    """What a worker does: read, decode no larger than the crops need, crop, resize; uint8 out."""
-
-    def __init__(self, loader):
-        self.pictures, self.views, self.size = loader.pictures, loader.views, loader.size
-        # a copy, which is without the DataLoader: collected in a cycle, that waits 5 s for each of its workers
-        self.boxes, self.seed = copy.copy(loader).boxes, loader.seed
-
-    def __getitem__(self, key):
-        epoch, wanted = key
-        trouble = None
-        for attempt in range(20):
-            # a picture that cannot be read is replaced by another, the same one on every run
-            i = wanted if attempt == 0 else int(shuffled(len(self.pictures), wanted, SUBSET)[attempt])
-            try:
-                return wanted, i, trouble, self.crops(i, epoch)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                trouble = trouble or f"{type(error).__name__}: {error}"
-        raise RunError(f"20 pictures in a row cannot be read, among them {self.pictures.file(wanted)}: {trouble}")
-
-    def crops(self, i, epoch):
-        boxes = []
-
-        def shrink(full):
-            """The largest of JPEG's own reductions that keeps every crop at least as large as its output."""
-            return max((f for f in (1, 2, 4, 8) if all(box[2] >= f * self.size[0] and box[3] >= f * self.size[1]
-                                                       for box in self.plan(i, full, epoch))), default=1)
-
-        image = self.pictures.read(i, shrink)
-        for k, (box, view) in enumerate(zip(self.plan(i, (image.size[1], image.size[0]), epoch), self.views)):
-            top, left, h, w = box
-            filter = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}[view["mode"]]
-            crop = image.resize((self.size[1], self.size[0]), filter, box=(left, top, left + w, top + h))
-            pixels = torch.from_numpy(np.array(crop)).reshape(*self.size, -1).permute(2, 0, 1).contiguous()
-            if view.get("pixels"):
-                pixels = per_picture(pixels[None], torch.tensor([i]), view["pixels"], PIXELS, k, self.seed, epoch)[0]
-            boxes.append(pixels)
-        return boxes
-
-    def plan(self, i, full, epoch):
-        ids, sizes = torch.tensor([i]), torch.tensor([full])
-        return [self.boxes(ids, sizes, k, epoch)[0].tolist() for k in range(len(self.views))]
-
-
 class Loader:
     """Batches of a set, in hashed order: for batch in loader.epoch(e, start): ... Every process gets its share.
 
     batch_size is this process's share of the global batch; the rest of an epoch that fills no global batch is left
     out, or with shuffle=False handed out as a shorter batch. `waited` counts seconds spent waiting for data.
+    decoder: see `decode.device_decoder`; workers then hand over JPEGs of random crops as they are in the file.
     """
 
     def __init__(self, pictures, views, size, batch_size, seed=0, workers=0, device="cpu", rank=0, processes=1,
-                 shuffle=True, max_bad=0.01, mean=None, std=None):
+                 shuffle=True, max_bad=0.01, mean=None, std=None, decoder=None):
         self.pictures, self.views, self.size = pictures, views, tuple(size)
         self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
         self.rank, self.processes, self.shuffle, self.max_bad = rank, processes, shuffle, max_bad
@@ -444,7 +438,7 @@ class Loader:
         self.reader = None
         if pictures.images is None:
             self.reader = torch.utils.data.DataLoader(
-                _Reader(self), batch_sampler=self.keys, num_workers=workers, collate_fn=self.collate,
+                Reader(self, decoder), batch_sampler=self.keys, num_workers=workers, collate_fn=whole,
                 pin_memory=self.device.type == "cuda", persistent_workers=workers > 0)
 
     def __len__(self):
@@ -460,12 +454,6 @@ class Loader:
 
     def __getstate__(self):                                                 # workers need the plan, not the reader
         return {k: v for k, v in self.__dict__.items() if k not in ("reader", "keys", "mean", "std")}
-
-    @staticmethod
-    def collate(items):
-        wanted, shown, troubles, crops = zip(*items)
-        bad = {i: trouble for i, trouble in zip(wanted, troubles) if trouble}
-        return torch.tensor(wanted), torch.tensor(shown), bad, [torch.stack(view) for view in zip(*crops)]
 
     def batches(self, epoch, start=0):
         """The indices of each batch of this process, from batch `start` on."""
@@ -491,11 +479,13 @@ class Loader:
             self.waited += time.perf_counter() - before
             if item is None:
                 return
-            ids, shown, bad, crops = item
+            ids, shown, bad, crops, encoded = item
+            if encoded:
+                crops, shown = self.reader.dataset.decode(encoded, ids, shown, bad, crops, epoch, self.device)
             if bad:
                 self.pictures.bad.update((i, t) for i, t in bad.items() if i not in self.pictures.bad)
                 seen = report_bad(self.pictures, self.max_bad, seen)
-            yield Batch(self, ids, epoch, crops, shown)
+            yield Batch(self, ids, epoch, crops, torch.tensor(shown))
 
 
 # ------------------------------------------------------------------------------------------- embedded set
@@ -566,3 +556,11 @@ def draw(ids, side=32):
     noise = uniform(ids, 3 * side * side, 20230502).reshape(n, 3, side, side) - 0.5
     image = torch.nn.functional.avg_pool2d(image * light[:, None], 2) + 0.04 * noise
     return (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+
+
+if __name__ == "__main__":
+    import run
+    if sys.argv[1:2] == ["pack"]:
+        import pack
+        run.program(pack.main, lambda: pack.get_args(sys.argv[2:]))
+    run.Parser(usage="data.py pack ...").error("which command? pack: many pictures into one file")

@@ -328,10 +328,9 @@ def predict(args, device, dtype):
         def logits(net, images):
             return net(images)
 
-    files = data.list_files(args.input) if os.path.isdir(args.input) else []
-    if not files:
+    pictures = data.every_picture(args.input, encoder.config["in_chans"])
+    if not len(pictures):
         raise UsageError(f"--input {args.input}: no pictures found there")
-    pictures = data.Pictures(files, args.input, in_chans=encoder.config["in_chans"], name=args.input)
     how = dict(device=device, dtype=dtype, workers=args.workers, mean=content["mean"], std=content["std"])
     probability, best = extract(encoder, pictures, function=logits, **how).softmax(1).max(1)
     path = os.path.join(args.out, "predictions.csv")
@@ -339,9 +338,9 @@ def predict(args, device, dtype):
     with open(path, "w", newline="") as f:
         rows = csv.writer(f)
         rows.writerow(["file", "class", "probability"])
-        for i, (name, c, p) in enumerate(zip(files, best.tolist(), probability.tolist())):
+        for i, (name, c, p) in enumerate(zip(pictures.files, best.tolist(), probability.tolist())):
             rows.writerow([name, "", "unreadable"] if i in pictures.bad else [name, content["classes"][c], f"{p:.4f}"])
-    print(f"wrote {path}: {len(files)} pictures", flush=True)
+    print(f"wrote {path}: {len(pictures)} pictures", flush=True)
     return path
 
 

@@ -42,6 +42,7 @@ def get_args(argv=None):
     add("--stats", choices=("imagenet", "data"), default="imagenet", help="mean and std of the channels")
     add("--crop-min", type=number(float, 0, 1, above=True), help="smallest crop, as a share (default 0.08; embedded 0.4)")
     add("--workers", type=number(int, 0, 256), default=min(os.cpu_count(), 10), help="reading processes per device")
+    add("--decode", choices=("cpu", "gpu"), default="cpu", help="of JPEGs: by the workers, or on the GPU by nvJPEG")
     add("--max-bad", type=number(float, 0, 1), default=0.01, help="stop when this share of the files cannot be read")
     # model
     add("--init", default="out/mae", help="encoder to graft onto: a run's folder, ours, MAE, MoCo v3, DINO, timm; or none")
@@ -155,7 +156,8 @@ def main(args):
     pictures = data.load_data(args.data, True, args.in_chans, args.stats, args.max_bad).hold(device)
     views = [view | dict(scale=(args.crop_min, 1.0)) for view in augment.MOCO_VIEWS]
     loader = data.Loader(pictures, views + [augment.MAE_VIEW] * bool(args.mim_weight), encoder.config["img_size"], local,
-                         args.seed, args.workers, device, rank, processes, max_bad=args.max_bad)
+                         args.seed, args.workers, device, rank, processes, max_bad=args.max_bad,
+                         decoder=data.decoder(args.decode, device))
     if len(loader) == 0:
         raise UsageError(f"--batch-size {args.batch_size} is more than the {len(pictures)} pictures of {pictures.name}")
     if args.knn_every and pictures.labels is None:

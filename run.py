@@ -201,7 +201,7 @@ def micro_batch(asked, step, n, device, processes, params, share=0.5):
 
 # options that change how a run goes, not what it computes: they may differ when it is resumed
 RUNTIME = ("out", "resume", "device", "workers", "compile", "accum", "micro_batch", "log_every", "save_minutes",
-           "mode", "every_epochs", "knn_every", "eval_every", "results", "max_bad")
+           "mode", "every_epochs", "knn_every", "eval_every", "results", "max_bad", "decode")
 
 
 def settings(args, **more):
