@@ -47,7 +47,7 @@ PRESETS = {
         data="cifar10", depth=6, common=["--log-every", "39", "--workers", "0"], mae=["--crop-min", "0.2"],
         contrastive=["--crop-min", "0.2"],
         batch=["--batch-size", "128"], mae_epochs=16, cl_epochs=5, short_epochs=2, grid_epochs=1, mae_lr="1.5e-3",
-        cl_lr="5e-4", rates=("1.5e-4", "1.5e-4", "5e-4"),
+        cl_lr="5e-4", rates=("1.5e-4", "5e-4", "1.5e-3"),
         grid=(("1.5e-4",), ("1.5e-4", "5e-4"), ("1.5e-4", "5e-4", "1.5e-3")), hidden=["--hidden-dim", "512"],
         vicreg=["--hidden-dim", "512", "--lr", "1e-3"], arch=["--arch", "vit_mini", "--patch-size", "4"],
         size=["--img-size", "32"], anchor="1e-5", few=("1%", "10%"), probes=((3, 6), (0, 1)), partial=(0, 2, 4),
