@@ -13,6 +13,7 @@ products that a case needs (a multiply-add counts twice), whoever runs it.
 import contextlib
 import importlib.util
 import json
+import math
 import statistics
 import time
 from collections import namedtuple
@@ -117,11 +118,12 @@ def turns(codes, repeats, device):
     return [Measured(*values, peak) for values, peak in zip(middle, peaks)]
 
 
-def best_of(call, device, repeats=5):
-    """Seconds of the fastest of a few calls, after one to warm up."""
+def best_of(call, device):
+    """Seconds of the fastest of several calls, over 10 times LEAST, after one to warm up."""
     call()
-    times = []
-    for _ in range(repeats):
+    times = [math.inf]
+    end = time.perf_counter() + 10 * LEAST
+    while len(times) < 5 or time.perf_counter() < end:
         wait(device)
         started = time.perf_counter()
         call()
