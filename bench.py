@@ -176,9 +176,9 @@ class Bench:
     def random(self, *shape):
         return torch.randn(*shape, device=self.device)
 
-    def pictures(self, side):
-        """Drawn uint8 pictures (batch, 3, side, side) in memory, as a set; at most 32 different ones."""
-        images = data.draw(torch.arange(min(self.batch, 32)), side)[torch.arange(self.batch) % 32]
+    def pictures(self, side, n):
+        """n drawn uint8 pictures (n, 3, side, side) in memory, as a set; at most 32 different ones."""
+        images = data.draw(torch.arange(min(n, 32)), side)[torch.arange(n) % 32]
         return data.Pictures(images=images, name="drawn").hold(self.device)
 
     def against(self, package):
