@@ -11,6 +11,8 @@ one process and medians are given, so that what else the machine does falls on a
 products that a case needs (a multiply-add counts twice), whoever runs it.
 """
 import contextlib
+import ctypes
+import gc
 import importlib.util
 import json
 import math
@@ -76,6 +78,9 @@ def memory_now(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)                             # else the next code reuses what is kept
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
         f.write("5")
     return status("VmRSS:")
