@@ -231,10 +231,10 @@ def floor_line(b, case):
     return "; ".join(text for text in (floor, case.note) if text)
 
 
-def rows_of(b, case, codes, measured):
+def rows_of(b, case, measured):
     """One dict a code: what is printed and written."""
     rows = []
-    for code, m in zip(codes, measured):
+    for code, m in zip(case.codes, measured):
         rate = case.batch / m.seconds if case.batch else None
         rows.append(dict(
             case=case.name, code=code.name, device=b.name, torch=torch.__version__,
@@ -281,7 +281,10 @@ def main(args):
     for name in args.only:
         for case in CASES[name](b):
             print(f"\n{case.name}: {floor_line(b, case)}", flush=True)
-            rows = rows_of(b, case, case.codes, turns(case.codes, args.repeats, b.device))
+            try:
+                rows = rows_of(b, case, turns(case.codes, args.repeats, b.device))
+            except torch.OutOfMemoryError:
+                raise RunError(f"{case.name}: not enough memory on {b.name}, give a smaller --batch-size") from None
             print("\n".join(table(rows)), flush=True)
             if args.out:
                 write(args.out, rows)

@@ -271,7 +271,12 @@ def test_what_cannot_be_measured_is_said(quick, tmp_path, monkeypatch):
     with pytest.raises(data.UsageError, match="fit into memory"):
         bench_cases.Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
         bench.main(options("--only", "reading", "--data", str(tmp_path)))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "turns", too_large)
+        with pytest.raises(data.RunError, match="smaller --batch-size"):
+            bench.main(options("--only", "mae"))
     monkeypatch.setattr(bench.run, "setup", lambda device: (torch.device("cpu"), 0, 2))
     with pytest.raises(data.UsageError, match="without torchrun"):
         bench.main(options("--only", "mae"))
