@@ -206,7 +206,9 @@ def blur_matrix(n, sigma):
 
 def gaussian_blur(x, sigma):
     sigma = upload(sigma, x.device).to(x.dtype)
-    return blur_matrix(x.shape[2], sigma)[:, None] @ x @ blur_matrix(x.shape[3], sigma)[:, None].transpose(-2, -1)
+    rows = blur_matrix(x.shape[2], sigma)[:, None]                          # (N, 1, h, h)
+    columns = rows if x.shape[2] == x.shape[3] else blur_matrix(x.shape[3], sigma)[:, None]
+    return rows @ x @ columns.transpose(-2, -1)
 
 
 def solarise(x, threshold=128 / 255):

@@ -11,8 +11,11 @@ one process and medians are given, so that what else the machine does falls on a
 products that a case needs (a multiply-add counts twice), whoever runs it.
 """
 import contextlib
+import ctypes
+import gc
 import importlib.util
 import json
+import math
 import statistics
 import time
 from collections import namedtuple
@@ -75,6 +78,9 @@ def memory_now(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)                             # else the next code reuses what is kept
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
         f.write("5")
     return status("VmRSS:")
@@ -117,11 +123,12 @@ def turns(codes, repeats, device):
     return [Measured(*values, peak) for values, peak in zip(middle, peaks)]
 
 
-def best_of(call, device, repeats=5):
-    """Seconds of the fastest of a few calls, after one to warm up."""
+def best_of(call, device):
+    """Seconds of the fastest of several calls, over 10 times LEAST, after one to warm up."""
     call()
-    times = []
-    for _ in range(repeats):
+    times = [math.inf]
+    end = time.perf_counter() + 10 * LEAST
+    while len(times) < 5 or time.perf_counter() < end:
         wait(device)
         started = time.perf_counter()
         call()
@@ -174,9 +181,9 @@ class Bench:
     def random(self, *shape):
         return torch.randn(*shape, device=self.device)
 
-    def pictures(self, side):
-        """Drawn uint8 pictures (batch, 3, side, side) in memory, as a set; at most 32 different ones."""
-        images = data.draw(torch.arange(min(self.batch, 32)), side)[torch.arange(self.batch) % 32]
+    def pictures(self, side, n):
+        """n drawn uint8 pictures (n, 3, side, side) in memory, as a set; at most 32 different ones."""
+        images = data.draw(torch.arange(min(n, 32)), side)[torch.arange(n) % 32]
         return data.Pictures(images=images, name="drawn").hold(self.device)
 
     def against(self, package):
@@ -224,10 +231,10 @@ def floor_line(b, case):
     return "; ".join(text for text in (floor, case.note) if text)
 
 
-def rows_of(b, case, codes, measured):
+def rows_of(b, case, measured):
     """One dict a code: what is printed and written."""
     rows = []
-    for code, m in zip(codes, measured):
+    for code, m in zip(case.codes, measured):
         rate = case.batch / m.seconds if case.batch else None
         rows.append(dict(
             case=case.name, code=code.name, device=b.name, torch=torch.__version__,
@@ -274,7 +281,10 @@ def main(args):
     for name in args.only:
         for case in CASES[name](b):
             print(f"\n{case.name}: {floor_line(b, case)}", flush=True)
-            rows = rows_of(b, case, case.codes, turns(case.codes, args.repeats, b.device))
+            try:
+                rows = rows_of(b, case, turns(case.codes, args.repeats, b.device))
+            except torch.OutOfMemoryError:
+                raise RunError(f"{case.name}: not enough memory on {b.name}, give a smaller --batch-size") from None
             print("\n".join(table(rows)), flush=True)
             if args.out:
                 write(args.out, rows)

@@ -31,6 +31,7 @@ HIDDEN, OUT = 4096, 256                 # MoCo v3's heads
 ADAMW = 28                              # bytes a step moves per weight: reads weight, gradient, moments; writes three
 MOMENTUM = 12                           # reads both weights, writes one
 LINEAR_EPOCHS = 90                      # of the linear protocol
+LINEAR_BATCH = {"cuda": 1024, "cpu": 64}                                    # the protocol's; what a CPU does in seconds
 LOOP_EPOCHS = 3                         # of the demonstration's 25 and 8
 FEWSHOT = {"cuda": (12811, 1000), "cpu": (1280, 100)}                       # features, classes: 1 % of ImageNet; less
 JPEG = dict(pictures=64, size=(500, 375), quality=90)                       # like ImageNet's: about 100 kB each
@@ -162,7 +163,7 @@ def graft_case(b):
 def augment_case(b):
     """Each operation on float32 (B, 3, h, w), the crop from uint8 a seventh larger; whole views as in training."""
     h, w = b.config["img_size"]
-    larger = b.pictures(h * 8 // 7)
+    larger = b.pictures(h * 8 // 7, b.batch)
     source = larger.images
     x = source[:, :, :h, :w].float() / 255
     ids = torch.arange(b.batch)
@@ -238,7 +239,7 @@ def reading_case(b):
 
 
 def features_case(b):
-    pictures = b.pictures(b.config["img_size"][0])
+    pictures = b.pictures(b.config["img_size"][0], b.batch)
     how = dict(device=b.device, dtype=b.dtype, batch_size=b.batch)
 
     def ours():
@@ -259,11 +260,11 @@ def features_case(b):
 def linear_case(b):
     """The linear protocol of evaluate.py, all 35 rates against one, on cached features and on fresh crops."""
     classes = 16 if b.args.arch == "vit_mini" else 1000
-    dim = b.config["dim"]
+    dim, batch_size = b.config["dim"], b.args.batch_size or LINEAR_BATCH[b.device.type]
     net = VisionTransformer(**b.config).to(b.device).eval().requires_grad_(False)
-    pictures = b.pictures(b.config["img_size"][0])
-    labels = torch.arange(b.batch, device=b.device) % classes
-    loader = data.Loader(pictures, [augment.TRAIN_VIEW], b.config["img_size"], b.batch, device=b.device)
+    pictures = b.pictures(b.config["img_size"][0], batch_size)
+    labels = torch.arange(batch_size, device=b.device) % classes
+    loader = data.Loader(pictures, [augment.TRAIN_VIEW], b.config["img_size"], batch_size, device=b.device)
 
     def crops(rates):
         sweep = evaluate.LinearSweep(rates, dim, classes, b.device, False, 0)
@@ -289,7 +290,7 @@ def linear_case(b):
         flops = vit_flops(b.config) + epochs * sweep
         codes = [Code(f"{n} rates", partial(build, evaluate.SWEEP), b.dtype),
                  Code("1 rate", partial(build, [0.1]), b.dtype)]
-        yield Case(f"linear, {name}", b.batch, flops, 0, codes, f"{classes} classes; FLOPs of {n} rates")
+        yield Case(f"linear, {name}", batch_size, flops, 0, codes, f"{classes} classes; FLOPs of {n} rates")
 
 
 def fewshot_case(b):

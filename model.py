@@ -350,7 +350,9 @@ class MaskedAutoencoder(VisionTransformer):
         """Pixels of each patch (N, L, p p C), normalised by the patch's mean and variance with norm_pix_loss."""
         target = patchify(imgs, self.patch_size)
         if self.norm_pix_loss:
-            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+            target = target - target.mean(-1, keepdim=True)
+            variance = target.square().sum(-1, keepdim=True) / (target.shape[-1] - 1)   # .var() takes 5 times as long
+            target = target / (variance + 1e-6).sqrt()
         return target
 
     def forward(self, imgs, mask_ratio=0.75, noise=None):

@@ -5,11 +5,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("DATA", None)
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import augment
 import bench
 import bench_against
 import bench_cases
@@ -135,8 +138,9 @@ def test_peak_memory_is_what_a_code_takes_besides_what_was_there():
     def call():
         torch.ones(20 << 20)
 
-    measured, = bench.turns([bench_cases.Code("a", lambda: call, None)], 1, torch.device("cpu"))
-    assert 70 < measured.peak / 2 ** 20 < 200                               # 80, and what malloc takes besides
+    codes = [bench_cases.Code(name, lambda: call, None) for name in "ab"]   # the second must not hide in the first's
+    for measured in bench.turns(codes, 1, torch.device("cpu")):
+        assert 70 < measured.peak / 2 ** 20 < 200                           # 80, and what malloc takes besides
     del kept
 
 
@@ -199,6 +203,49 @@ def test_the_rates_are_of_what_is_done(monkeypatch):
     monkeypatch.setattr(bench, "MATRIX", {"cpu": 100})
     monkeypatch.setattr(bench, "COPY", {"cpu": 1000})
     assert b.rate(None) == 2 * 100 ** 3 / 0.5 and b.bandwidth() == 2 * 1000 / 0.5
+
+
+# ---------------------------------------------------------------------------------------- what makes it fast
+FAULTS = """
+import resource, sys, torch, run
+if sys.argv[1] == "kept":
+    run.keep_memory()
+torch.ones(40 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(25 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_memory_is_kept_between_steps():
+    """160 MiB freed, 100 taken again: 25,600 pages to map anew, or next to none."""
+    here = os.path.dirname(os.path.abspath(bench.__file__))
+    returned, kept = (int(subprocess.run([sys.executable, "-c", FAULTS, how], cwd=here, capture_output=True, text=True,
+                                         check=True).stdout) for how in ("returned", "kept"))
+    assert kept < returned / 10 or returned < 100                           # few where pages are huge anyway
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stage", ["mae", "graft"])
+def test_nothing_in_a_step_waits_for_the_gpu(stage):
+    """Views, noise and step, with torch told to fail on what synchronises."""
+    b = bench.Bench(bench.get_args(["--arch", "vit_mini", "--compile", "off"]))
+    views = [augment.MAE_VIEW] if stage == "mae" else list(augment.MOCO_VIEWS)
+    batch = next(data.Loader(b.pictures(40, 8), views, (32, 32), 8, device=b.device).epoch(0))
+    if stage == "mae":
+        net = b.prepare(model.MaskedAutoencoder(*b.decoder, **b.config))
+        step = bench_cases.our_step(b, net, lambda: net(batch.views[0][:], 0.75, batch.noise(64))[0])
+    else:
+        net = b.prepare(model.MoCoV3(model.VisionTransformer(**b.config), 64, 16))
+        step = bench_cases.our_step(b, net, lambda: net(*(view[:] for view in batch.views)),
+                                    before=lambda: net.update_momentum(0.99))
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # -------------------------------------------------------------------------------------------- the references
@@ -270,7 +317,12 @@ def test_what_cannot_be_measured_is_said(quick, tmp_path, monkeypatch):
     with pytest.raises(data.UsageError, match="fit into memory"):
         bench_cases.Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
         bench.main(options("--only", "reading", "--data", str(tmp_path)))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "turns", too_large)
+        with pytest.raises(data.RunError, match="smaller --batch-size"):
+            bench.main(options("--only", "mae"))
     monkeypatch.setattr(bench.run, "setup", lambda device: (torch.device("cpu"), 0, 2))
     with pytest.raises(data.UsageError, match="without torchrun"):
         bench.main(options("--only", "mae"))
