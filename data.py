@@ -6,7 +6,9 @@ torchvision only for `--data cifar10|cifar100`. Shapes: N images, C channels, (H
 import copy
 import math
 import os
+import re
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,9 +19,12 @@ from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central
                      resample, shuffled, uniform)
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+DOWNLOADS = ("cifar10", "cifar100")         # the sets that --data fetches by name: all that ever uses the network
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")  # and none that pillow needs a program for
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
 MEMORY_LIMIT = 4 << 30      # bytes of uint8 pixels up to which pictures of one size are held in memory
 MEMORY_SIDE = 128           # and up to which side: larger ones are cropped by workers as they are read
+MOST_PIXELS = 1 << 27       # of one picture, 134 million: what claims more is refused before its pixels are allocated
 
 
 class UsageError(ValueError):
@@ -28,6 +33,10 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """The run failed for a reason the user can mend: one line, exit code 1."""
+
+
+class BadFile(ValueError):
+    """A picture file that cannot be read, and why."""
 
 
 # ---------------------------------------------------------------------------------------- sources of pictures
@@ -50,15 +59,23 @@ class Pictures:
         return self.files[i] if self.files is not None else f"{self.name}/{i}"
 
     def read(self, i, shrink_to=None):
-        """Picture i as a PIL image with in_chans channels of 8 bits; shrink_to(H, W) -> factor allows a smaller one."""
-        with Image.open(os.path.join(self.root, self.files[i])) as image:
-            full = image.size
-            if shrink_to is not None and image.format == "JPEG":
-                turned = image.getexif().get(0x0112, 1) > 4                 # on its side, by its EXIF orientation
-                factor = shrink_to(full if turned else full[::-1])
-                if factor > 1:
-                    image.draft(None, (full[0] // factor, full[1] // factor))
-            return to_channels(ImageOps.exif_transpose(image), self.in_chans)
+        """Picture i as a PIL image with in_chans channels of 8 bits; shrink_to(H, W) -> factor allows a smaller one.
+
+        Of an animation or several pages the first. Whatever is wrong with the file is a BadFile.
+        """
+        try:
+            with open_picture(os.path.join(self.root, self.files[i])) as image:
+                full = image.size
+                if shrink_to is not None and image.format == "JPEG":
+                    turned = image.getexif().get(0x0112, 1) > 4             # on its side, by its EXIF orientation
+                    factor = shrink_to(full if turned else full[::-1])
+                    if factor > 1:
+                        image.draft(None, (full[0] // factor, full[1] // factor))
+                return to_channels(ImageOps.exif_transpose(image), self.in_chans)
+        except BadFile:
+            raise
+        except Exception as error:                                          # pillow raises a dozen kinds
+            raise BadFile(f"{type(error).__name__}: {error}") from None
 
     def select(self, ids):
         """The pictures at ids (a list or tensor of indices), as a set of its own."""
@@ -74,6 +91,20 @@ class Pictures:
         if self.images is not None:
             self.images = self.images.to(device)
         return self
+
+
+def open_picture(path):
+    """A picture file, opened by pillow and not yet decoded; a BadFile if it is none or claims too many pixels."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # its limit is not ours
+            image = Image.open(path, formats=FORMATS)
+    except Exception as error:
+        raise BadFile(f"{type(error).__name__}: {error}") from None
+    if image.width * image.height > MOST_PIXELS:
+        image.close()
+        raise BadFile(f"DecompressionBombError: it claims {image.width} x {image.height} pixels")
+    return image
 
 
 def channel_stats(in_chans):
@@ -99,17 +130,27 @@ def list_files(root):
     """Picture files below root, relative and sorted; hidden ones left out."""
     found = []
     for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and not leads_back(folder, f))
         inside = os.path.relpath(folder, root)
         found += [os.path.normpath(os.path.join(inside, name)) for name in sorted(names)
                   if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
     return found
 
 
+def leads_back(folder, name):
+    """Whether a folder is a link to one that it lies in: following it would never end."""
+    path = os.path.join(folder, name)
+    return os.path.islink(path) and (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(path) + os.sep)
+
+
 def read_list(path):
-    """Names of a list file: one a line, alone or followed by a label; LF or CRLF; bare or with folders."""
+    """Names of a list file: one a line, alone or followed by a number, its label; LF or CRLF; bare or with folders.
+
+    A name may have blanks in it: what is cut off is a whole number after the last one.
+    """
     with open(path, encoding="utf-8", errors="replace") as f:
-        names = [line.split()[0] for line in f.read().splitlines() if line.strip()]
+        lines = [line.strip() for line in f.read().splitlines() if line.strip()]
+    names = [re.sub(r"\s+-?\d+$", "", line) for line in lines]
     for name in names:
         if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
             raise UsageError(f"{path}: the name {name!r} leads out of the data folder")
@@ -179,9 +220,9 @@ def into_memory(pictures, max_bad=0.01):
     sizes = set()
     for i in shuffled(len(pictures), 0, SUBSET)[:64].tolist():
         try:
-            with Image.open(os.path.join(pictures.root, pictures.files[i])) as image:
+            with open_picture(os.path.join(pictures.root, pictures.files[i])) as image:
                 sizes.add(image.size)
-        except (OSError, ValueError, Image.DecompressionBombError):
+        except BadFile:
             continue
     if len(sizes) != 1:
         return pictures
@@ -193,7 +234,7 @@ def into_memory(pictures, max_bad=0.01):
         try:
             image = np.asarray(pictures.read(i))
             return image if image.shape[:2] == (h, w) else None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except BadFile as error:
             return str(error)
 
     stack = np.zeros((len(pictures), h, w, pictures.in_chans), np.uint8)
@@ -230,7 +271,7 @@ def load_data(source, train=True, in_chans=3, stats="imagenet", max_bad=0.01):
     source = source or os.environ.get("DATA")
     if not source:
         pictures = embedded(train, in_chans)
-    elif source in ("cifar10", "cifar100"):
+    elif source in DOWNLOADS:
         import torchvision
         reader = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[source]
         try:
@@ -314,7 +355,7 @@ def measure_stats(pictures, most=5000):
         else:
             try:
                 x = torch.from_numpy(np.array(pictures.read(i))).double().reshape(-1, pictures.in_chans).T
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            except BadFile:
                 continue
         total, squares, count = total + x.sum(1), squares + x.square().sum(1), count + x.shape[1]
     if not count:
@@ -397,8 +438,8 @@ class _Reader(torch.utils.data.Dataset):
             i = wanted if attempt == 0 else int(shuffled(len(self.pictures), wanted, SUBSET)[attempt])
             try:
                 return wanted, i, trouble, self.crops(i, epoch)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                trouble = trouble or f"{type(error).__name__}: {error}"
+            except BadFile as error:
+                trouble = trouble or str(error)
         raise RunError(f"20 pictures in a row cannot be read, among them {self.pictures.file(wanted)}: {trouble}")
 
     def crops(self, i, epoch):
@@ -566,3 +607,15 @@ def draw(ids, side=32):
     noise = uniform(ids, 3 * side * side, 20230502).reshape(n, 3, side, side) - 0.5
     image = torch.nn.functional.avg_pool2d(image * light[:, None], 2) + 0.04 * noise
     return (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+
+
+if __name__ == "__main__":                                                  # the sub-commands, each in its own file
+    import sys
+
+    import run
+    asked = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if asked == "check":
+        import check as command
+    else:
+        sys.exit(print("usage: python data.py check DIR", file=sys.stderr) or 2)
+    run.program(command.main, command.get_args)

@@ -76,7 +76,7 @@ def get_args(argv=None):
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 if the hardware has it")
     args = parser.parse_args(argv)
-    args.data = args.data or os.environ.get("DATA")
+    run.check(parser, args)
     run.fill(args, dict(batch_size=1024 if args.data else 256, cache_features=not args.data))
     args.seeds = [int(seed) for seed in args.seeds]
     if args.mode == "fewshot":
