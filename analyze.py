@@ -109,6 +109,7 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if hasattr(args, "data"):
         args.data = args.data or os.environ.get("DATA")
+    run.check(parser, args)
     if hasattr(args, "crop_min"):
         run.fill(args, dict(crop_min=0.08 if args.data else 0.2))
     for path in getattr(args, "checkpoint", []):

@@ -76,7 +76,7 @@ def get_args(argv=None):
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 if the hardware has it")
     args = parser.parse_args(argv)
-    run.check(parser, args)
+    args.data = args.data or os.environ.get("DATA")
     run.fill(args, dict(batch_size=1024 if args.data else 256, cache_features=not args.data))
     args.seeds = [int(seed) for seed in args.seeds]
     if args.mode == "fewshot":
@@ -90,6 +90,7 @@ def get_args(argv=None):
             if not os.path.exists(path):
                 parser.error(f"no checkpoint {path}: run `python mae_pretrain.py` and `python graft_train.py` first, "
                              "or give --checkpoint FILE")
+    run.check(parser, args)
     return args
 
 
@@ -305,6 +306,7 @@ def predict(args, device, dtype):
     """A CSV with file, class and probability for every picture of --input, by a classifier that was saved."""
     content = checkpoint.read(args.classifier)
     if "classifier" in content:
+        checkpoint.check_linear(content, args.classifier)
         encoder, source = load_encoder(content["checkpoint"] if args.checkpoint == ["out/graft"] else args.checkpoint[0],
                                        args, device)
         if digest(encoder) != content["encoder_digest"]:

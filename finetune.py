@@ -94,7 +94,7 @@ def get_args(argv=None):
     add("--eval-every", type=number(int), default=0, help="epochs between test accuracies in the log; the result is "
         "that of the last epoch in any case (0: only then)")
     args = parser.parse_args(argv)
-    run.check(parser, args)
+    args.data = args.data or os.environ.get("DATA")
     if args.blocks is not None and not args.probe_block:
         parser.error("--blocks goes with --probe-block")
     if not os.path.exists(args.checkpoint):
@@ -104,8 +104,7 @@ def get_args(argv=None):
         run.fill(args, PAPER_PROJECTOR if args.data else SMALL_PROJECTOR)
     run.fill(args, PAPER if args.data else SMALL)
     run.fill(args, dict(warmup_epochs=min(5, 0.15 * args.epochs), blocks=0))
-    if args.warmup_epochs > args.epochs:
-        parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
+    run.check(parser, args)
     return args
 
 
@@ -217,8 +216,20 @@ def load_classifier(path):
     content = checkpoint.read(path)
     if not isinstance(content, dict) or not {"model", "config", "head", "classes", "mean", "std"} <= set(content):
         raise UsageError(f"{path}: not a classifier that finetune.py wrote")
-    net = make(content["config"], content["head"], len(content["classes"]))
-    net.load_state_dict(content["model"])
+    state, config, head, classes = (content[k] for k in ("model", "config", "head", "classes"))
+    if not all(isinstance(value, dict) for value in (state, config, head)) or not isinstance(classes, (list, tuple)):
+        raise UsageError(f"{path}: not a classifier that finetune.py wrote")
+    checkpoint.check_config(config, state, path)
+    checkpoint.check_meta(content, config, path)
+    widest = max((n for v in state.values() for n in v.shape), default=0)
+    claims = [head.get("width", 0), head.get("block", 0), head.get("blocks", 0), len(classes)]
+    if not all(type(n) is int and 0 <= n <= widest for n in claims) or head.get("blocks", 0) > checkpoint.LARGEST["depth"]:
+        raise UsageError(f"{path}: refused, it claims a head {head!r:.80}")
+    try:
+        net = make(config, head, len(classes))
+        net.load_state_dict(state)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"{path}: not a classifier that finetune.py wrote ({str(error).splitlines()[0]})") from None
     return net.eval(), content
 
 

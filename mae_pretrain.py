@@ -64,7 +64,7 @@ def get_args(argv=None):
     add("--deterministic", action="store_true", help="the same bits on every run, on a GPU too (slower there)")
     add("--knn-every", type=number(int), default=0, help="epochs between k-NN accuracies on held-out labels (0: never)")
     args = parser.parse_args(argv)
-    run.check(parser, args)
+    args.data = args.data or os.environ.get("DATA")
     defaults = dict(PAPER if args.data else SMALL)
     if args.init:                                                           # then the file decides
         if args.arch or args.patch_size:
@@ -72,8 +72,7 @@ def get_args(argv=None):
         del defaults["arch"], defaults["img_size"]
     run.fill(args, defaults)
     run.fill(args, dict(warmup_epochs=min(40, 0.15 * args.epochs)))
-    if args.warmup_epochs > args.epochs:
-        parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
+    run.check(parser, args)
     return args
 
 

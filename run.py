@@ -71,18 +71,21 @@ def image_size(text):
 
 
 def check(parser, args):
-    """$DATA where --data is not given; and what no stage can do, found before a model is built or a file written."""
-    args.data = args.data or os.environ.get("DATA")
-    if args.data and args.data not in data.DOWNLOADS and not os.path.exists(args.data):
-        parser.error(f"--data {args.data}: no such folder or list file")
-    if args.device == "cpu" and getattr(args, "amp", None) == "fp16":
+    """What no script can do ends here, before a model is built or a file written."""
+    source = getattr(args, "data", None)
+    if source and source not in data.DOWNLOADS and not os.path.exists(source):
+        parser.error(f"--data {source}: no such folder or list file")
+    if getattr(args, "device", None) == "cpu" and getattr(args, "amp", None) == "fp16":
         parser.error("--amp fp16 needs a GPU; on a CPU use bf16 or off")
+    if getattr(args, "epochs", None) and (getattr(args, "warmup_epochs", None) or 0) > args.epochs:
+        parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
     for name in ("out", "results"):
         folder = getattr(args, name, None)
-        while folder and not os.path.lexists(folder):
-            folder = os.path.dirname(folder)
-        if folder and not os.path.isdir(folder):
-            parser.error(f"--{name} {getattr(args, name)}: cannot write there ({folder} is a file)")
+        if isinstance(folder, str):
+            while folder and not os.path.lexists(folder):
+                folder = os.path.dirname(folder)
+            if folder and not os.path.isdir(folder):
+                parser.error(f"--{name} {getattr(args, name)}: cannot write there ({folder} is a file)")
 
 
 def fill(args, defaults):

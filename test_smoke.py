@@ -551,7 +551,7 @@ def all_finite(state):
 def test_a_loss_that_is_not_finite_skips_its_step_and_leaves_no_trace(small, tmp_path, capsys, monkeypatch, stage):
     broken_pixels(monkeypatch, 3, 3)
     after, save = {}, run.Run.save
-    monkeypatch.setattr(run.Run, "save", lambda self, state: (save(self, state), after.update(
+    monkeypatch.setattr(run.Run, "save", lambda self, state, before: (save(self, state), after.update(
         {state["step"]: copy.deepcopy(state["model"])})))
     out = train(stage, tmp_path, "--save-minutes", "1e-9")
     assert list(after) == list(range(1, 9)) and all_finite(after[8])
