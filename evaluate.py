@@ -85,6 +85,12 @@ def get_args(argv=None):
         parser.error("--mode predict needs --classifier FILE and --input FOLDER")
     if args.export and args.export[0] not in ("timm", "hf"):
         parser.error(f"--export {args.export[0]!r}: it must be timm or hf, then a file")
+    if args.export and args.table:
+        parser.error("--export and --table: one at a time")
+    for option, value, modes in (("--block", args.block, ("features",)), ("--classifier", args.classifier, ("predict",)),
+                                 ("--input", args.input, ("features", "predict"))):
+        if value and args.mode not in modes:
+            parser.error(f"{option} goes with --mode {' or '.join(modes)}")
     if not (args.table or args.export) and args.mode != "predict":
         for path in args.checkpoint:
             if not os.path.exists(path):
