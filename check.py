@@ -46,17 +46,15 @@ def look(pictures, i):
     """(what is special about picture i, None), or (kind of trouble, what is wrong)."""
     path = os.path.join(pictures.root, pictures.files[i])
     try:
+        pictures.read(i)
         with open_picture(path) as image:
             extension = os.path.splitext(path)[1].lower()
             special = [word for word, true in (
                 ("animated", getattr(image, "n_frames", 1) > 1), ("CMYK", image.mode == "CMYK"),
                 ("16-bit", image.mode.startswith("I")), ("turned by EXIF", image.getexif().get(0x0112, 1) != 1),
                 ("another format than its name says", extension not in extensions_of(image.format))) if true]
-        pictures.read(i)
     except BadFile as error:
         return kind_of(path, str(error)), str(error)
-    except Exception as error:                                              # from what is only asked for in the check
-        return "damaged", f"{type(error).__name__}: {error}"
     return special, None
 
 
@@ -66,9 +64,9 @@ def extensions_of(form):
             "JPEG2000": (".jp2",)}.get(form, (f".{form.lower()}",))
 
 
-def progress(done, total, bad, started, file=sys.stderr):
+def progress(done, total, bad, started):
     left = (time.perf_counter() - started) / done * (total - done)
-    print(f"{done}/{total} read, {bad} bad, left {run.duration(left)}", file=file, flush=True)
+    print(f"{done}/{total} read, {bad} bad, left {run.duration(left)}", file=sys.stderr, flush=True)
 
 
 def counted(kinds):

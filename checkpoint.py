@@ -11,6 +11,7 @@ import math
 import os
 import pickletools
 import zipfile
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -52,10 +53,10 @@ def read(path):
     if not os.path.isfile(path):
         raise UsageError(f"{path}: no such checkpoint")
     try:
-        inspect(path)
+        parts = inspect(path)
         with torch.serialization.safe_globals([argparse.Namespace]):        # the options in MAE's and DINO's own files
             content = torch.load(path, map_location="cpu", weights_only=True)
-        measure(content, os.path.getsize(path), path)
+        measure(content, os.path.getsize(path), parts, path)
         return content
     except UsageError:
         raise
@@ -72,12 +73,12 @@ def inspect(path):
     """Refuse, before a byte of it is interpreted, a file that would take hours or all memory to read.
 
     Its pickle may not have more operations than LONGEST, and a zip archive holds its tensors uncompressed, as
-    torch.save writes them: a small file cannot blow up.
+    torch.save writes them: a small file cannot blow up. Returns the sizes of what the archive holds, or None.
     """
     if not zipfile.is_zipfile(path):                                        # torch before 1.6: five pickles, then bytes
         with open(path, "rb") as f:
             count_operations(f, path, pickles=5)
-        return
+        return None
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if len(entries) > LONGEST or any(e.compress_type != zipfile.ZIP_STORED for e in entries):
@@ -88,6 +89,7 @@ def inspect(path):
             if e.filename.endswith("/data.pkl"):
                 with archive.open(e) as f:
                     count_operations(f, path)
+    return Counter(e.file_size for e in entries)
 
 
 def count_operations(stream, path, pickles=1):
@@ -106,8 +108,11 @@ def count_operations(stream, path, pickles=1):
         return
 
 
-def measure(content, size, path):
-    """Refuse tensors that are not in the file: larger than it, or one number repeated into a huge shape."""
+def measure(content, size, parts, path):
+    """Refuse tensors that are not in the file: larger than it or its parts, or one number repeated into a huge shape.
+
+    None of their bytes has been touched yet: those of a tensor larger than its part of the archive may not exist.
+    """
     todo, seen, storages = [content], set(), {}
     while todo:
         value = todo.pop()
@@ -118,7 +123,8 @@ def measure(content, size, path):
             if value.layout is not torch.strided or value.device.type != "cpu":
                 raise UsageError(f"{path}: refused, it holds a tensor that is not dense or not stored")
             storage = value.untyped_storage()
-            storages[storage.data_ptr()] = max(storages.get(storage.data_ptr(), 0), storage.nbytes())
+            if storage.nbytes():
+                storages[storage.data_ptr()] = storage.nbytes()
             if value.numel() * value.element_size() > storage.nbytes():
                 raise UsageError(f"{path}: refused, a tensor of shape {tuple(value.shape)} has only "
                                  f"{storage.nbytes()} bytes in the file")
@@ -128,7 +134,7 @@ def measure(content, size, path):
             todo += value
         elif isinstance(value, argparse.Namespace):
             todo.append(vars(value))
-    if sum(storages.values()) > size:
+    if sum(storages.values()) > size or (parts is not None and Counter(storages.values()) - parts):
         raise UsageError(f"{path}: refused, its tensors claim {sum(storages.values()):,} bytes, the file has {size:,}")
 
 

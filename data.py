@@ -6,7 +6,6 @@ torchvision only for `--data cifar10|cifar100`. Shapes: N images, C channels, (H
 import copy
 import math
 import os
-import re
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -144,13 +143,16 @@ def leads_back(folder, name):
 
 
 def read_list(path):
-    """Names of a list file: one a line, alone or followed by a number, its label; LF or CRLF; bare or with folders.
+    """Names of a list file: one a line, alone or followed by a label; LF or CRLF; bare or with folders.
 
-    A name may have blanks in it: what is cut off is a whole number after the last one.
+    A name may have blanks in it: a label is what follows the last one, if it is a number or comes after a picture.
     """
     with open(path, encoding="utf-8", errors="replace") as f:
         lines = [line.strip() for line in f.read().splitlines() if line.strip()]
-    names = [re.sub(r"\s+-?\d+$", "", line) for line in lines]
+    names = []
+    for line in lines:
+        name, *label = line.rsplit(maxsplit=1)
+        names.append(name if label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS)) else line)
     for name in names:
         if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
             raise UsageError(f"{path}: the name {name!r} leads out of the data folder")
