@@ -4,6 +4,7 @@
 
 Says how many are good and of which kind, names the bad ones and what is wrong with them, by kind; exit code 1 if any.
 """
+import contextlib
 import os
 import sys
 import time
@@ -45,9 +46,11 @@ def kind_of(path, said):
 def look(pictures, i):
     """(what is special about picture i, None), or (kind of trouble, what is wrong)."""
     path = os.path.join(pictures.root, pictures.files[i])
+    special = []
     try:
         pictures.read(i)
-        with open_picture(path) as image:
+        # of a picture that can be read; what its rarer parts are like is no reason to refuse it
+        with contextlib.suppress(Exception), open_picture(path) as image:
             extension = os.path.splitext(path)[1].lower()
             special = [word for word, true in (
                 ("animated", getattr(image, "n_frames", 1) > 1), ("CMYK", image.mode == "CMYK"),

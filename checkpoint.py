@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickletools
+import shutil
 import zipfile
 from collections import Counter
 
@@ -39,11 +40,13 @@ def save(obj, path):
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         os.fsync(folder)                                                    # the new name too, should the power fail
         os.close(folder)
-    except (OSError, RuntimeError) as error:                                # torch's writer reports a full disk so
+    except (OSError, RuntimeError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "file write failed" in str(error)
+        if "unexpected pos" in str(error):                                  # all that torch's writer says of a short write
+            full = full or shutil.disk_usage(os.path.dirname(path) or ".").free < 1 << 20
+        why = "the disk is full" if full else getattr(error, "strerror", None) or "the write fails"
         if os.path.exists(temporary):
             os.remove(temporary)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "file write failed" in str(error)
-        why = "the disk is full" if full else str(error).splitlines()[0]
         kept = f"; the one before is intact: {path}" if os.path.exists(path) else ""
         raise RunError(f"cannot write {path}: {why}{kept}") from None
 

@@ -991,3 +991,433 @@ def test_data_py_hands_over_to_its_commands(tmp_path):
     assert done.returncode == 1 and "1 of 3 pictures are bad: 1 empty" in done.stderr and "Traceback" not in done.stderr
     done = subprocess.run([sys.executable, os.path.join(HERE, "data.py"), "juggle"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "usage: python data.py check DIR\n"
+
+
+# ------------------------------------------------------------------------------------- disks, folders, the network
+def state_of(folder):
+    return {name: (folder / name).read_bytes() for name in os.listdir(folder) if name.endswith(".pt")}
+
+
+def room_for(n):
+    """No file may grow beyond n bytes: what a full disk does to a write, with another number."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
+
+
+def room_for_part_of_a_checkpoint():
+    room_for(150_000)
+
+
+def no_room_for_a_line():
+    """The log cannot grow: /dev/full says what a full disk says."""
+    run.open = lambda path, mode="r": open("/dev/full" if mode == "a" else path, mode)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("prepare", [room_for_part_of_a_checkpoint, no_room_for_a_line])
+def test_a_write_that_fails_half_way_ends_in_a_line_and_harms_nothing(start, encoder, tmp_path, stage, prepare):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ["--epochs", "2"]
+    assert start(stage, *options(stage, encoder, whole, *more)).codes() == [0]
+    job = start(stage, *options(stage, encoder, parts, *more), prepare=slow_steps).until(" step 3/")
+    job.jobs[0].kill()
+    job.codes()
+    before, torn = state_of(parts), files_of(parts)
+    job = start(stage, *options(stage, encoder, parts, *more), prepare=prepare)
+    assert job.codes() == [1], job.said()
+    assert len(job.errors()) == 1 and "Traceback" not in job.said(), job.said()
+    expected = ("log.jsonl: No space left",) if prepare is no_room_for_a_line else (".pt: the write fails", ".pt: File too large")
+    assert "cannot write" in job.errors()[0] and any(words in job.errors()[0] for words in expected), job.errors()
+    after = state_of(parts)
+    assert after["last.pt"] == before["last.pt"] and after.get("previous.pt") == before.get("previous.pt")
+    assert files_of(parts) <= torn
+    assert start(stage, *options(stage, encoder, parts, *more)).codes() == [0]
+    assert_same_run(parts, whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 700 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_that_is_full_keeps_what_is_on_it(start, encoder, small_disk):
+    more = options("mae_pretrain", encoder, small_disk / "run", "--epochs", "1")
+    job = start("mae_pretrain", *more)
+    assert job.codes() == [1], job.said()
+    assert len(job.errors()) == 1 and "the disk is full" in job.errors()[0] and "Traceback" not in job.said()
+    step = saved(small_disk / "run")["step"] if (small_disk / "run" / "last.pt").exists() else 0
+    assert not any(name.endswith(".tmp") for name in os.listdir(small_disk / "run"))
+    subprocess.run(["mount", "-o", "remount,size=40m", small_disk], check=True)
+    job = start("mae_pretrain", *more)
+    assert job.codes() == [0] and (f"at step {step} of 6" in job.said() or step == 0)
+    assert saved(small_disk / "run")["step"] == 6
+
+
+def test_a_folder_that_cannot_be_written_to(encoder, tmp_path, monkeypatch, capsys):
+    one_process(monkeypatch)
+    for place in ("/proc/nowhere/run", "/dev/full/run"):
+        monkeypatch.setattr(sys, "argv", ["mae_pretrain.py", *map(str, options("mae_pretrain", encoder, place))])
+        with pytest.raises(SystemExit) as end:
+            run.program(mae_pretrain.main, mae_pretrain.get_args)
+        lines = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and len(lines) == 1 and "cannot write there" in lines[0]
+    (tmp_path / "closed").mkdir(mode=0o555)
+    reachable(tmp_path / "closed")
+
+    def work():
+        try:
+            train("mae_pretrain", encoder, tmp_path / "closed" / "run")
+        except data.UsageError as error:
+            print(error)
+
+    said = unprivileged(work)
+    assert "cannot write there (Permission denied)" in said and not os.listdir(tmp_path / "closed")
+
+
+def test_two_runs_in_one_folder(start, encoder, tmp_path):
+    first = start("mae_pretrain", *options("mae_pretrain", encoder, tmp_path / "out", "--epochs", "3"), prepare=slow_steps)
+    first.until(" step 2/")
+    second = start("mae_pretrain", *options("mae_pretrain", encoder, tmp_path / "out", "--epochs", "3"))
+    assert second.codes() == [2]
+    assert second.errors()[0].endswith(f"is in use by process {first.jobs[0].pid} on {socket.gethostname()}")
+    assert first.codes() == [0] and saved(tmp_path / "out")["step"] == 18
+    assert [line["step"] for line in log_of(tmp_path / "out")] == list(range(1, 19))
+
+
+def test_readers_that_outlive_a_killed_run_do_not_lock_its_folder(start, encoder, tmp_path):
+    root = folder_of(tmp_path / "pictures", [f"{i:03}.png" for i in range(96)], (24, 136))
+    more = options("mae_pretrain", encoder, tmp_path / "out", "--data", root, "--epochs", "2", "--img-size", "16", "--workers", "2")
+    job = start("mae_pretrain", *more, prepare=slow_steps).until(" step 3/")
+    job.jobs[0].kill()
+    while os.path.exists(f"/proc/{job.jobs[0].pid}"):
+        time.sleep(0.001)
+    job = start("mae_pretrain", *more)
+    assert job.codes() == [0], job.said()
+    assert "resumed" in job.said() and saved(tmp_path / "out")["step"] == 12
+
+
+def offline():
+    """No socket can be made."""
+    def refuse(*args, **more):
+        raise OSError(101, "Network is unreachable")
+
+    socket.socket = socket.create_connection = refuse
+    socket.getaddrinfo = refuse
+
+
+@pytest.mark.parametrize("program, arguments", [
+    ("mae_pretrain", ["--arch", "vit_test"]), ("graft_train", ["--init", "{encoder}", "--hidden-dim", "32"]),
+    ("finetune", ["--checkpoint", "{encoder}"]), ("evaluate", ["--mode", "knn", "--checkpoint", "{encoder}", "--k", "5"])])
+def test_no_network_is_needed(start, encoder, tmp_path, program, arguments):
+    arguments = [a.replace("{encoder}", str(encoder)) for a in arguments]
+    epochs = [] if program == "evaluate" else ["--epochs", "1", "--batch-size", "32"]
+    job = start(program, *arguments, *epochs, *QUIET, "--out", tmp_path / "out", prepare=offline)
+    assert job.codes() == [0], job.said()
+
+
+def test_a_download_that_fails_ends_in_a_line(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = start("mae_pretrain", "--data", "cifar10", "--arch", "vit_test", *QUIET, "--out", tmp_path / "out",
+                prepare=Offline(str(tmp_path)))
+    assert job.codes() == [1], job.said()
+    assert len(job.errors()) == 1 and "--data cifar10: not in downloads/ and cannot be downloaded" in job.errors()[0]
+
+
+class Offline:
+    """As offline(), in another folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self):
+        os.chdir(self.folder)
+        offline()
+
+
+# ------------------------------------------------------------------------------------------------------ numbers
+def broken_gradients(monkeypatch, steps):
+    """At these steps (from 1) a gradient is infinite, the loss is not."""
+    state = {"step": 0}
+    scale = torch.amp.GradScaler.step
+
+    def step(self, optimizer):
+        state["step"] += 1
+        if state["step"] in steps:
+            optimizer.param_groups[-1]["params"][0].grad.view(-1)[0] = float("inf")
+        return scale(self, optimizer)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "step", step)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_is_named_and_skipped(encoder, tmp_path, monkeypatch, capsys, stage):
+    one_process(monkeypatch)
+    broken_gradients(monkeypatch, {3})
+    after, save = {}, run.Run.save
+    monkeypatch.setattr(run.Run, "save", lambda self, state, **more: (save(self, state, **more), after.update(
+        {state["step"]: {k: v.clone() for k, v in state["model"].items()}})))
+    train(stage, encoder, tmp_path, "--epochs", "1")
+    said = capsys.readouterr().out
+    assert said.count("warning: rank 0: gradient is not finite at step 3, step skipped; pictures embedded/") == 1
+    assert said.count("warning: rank") == 1 and saved(tmp_path)["skipped"] == 1
+    trained = [k for k in after[3] if not k.startswith("momentum_encoder.") and "running_" not in k and "num_b" not in k]
+    assert all(torch.equal(after[3][k], after[2][k]) for k in trained)
+    assert any(not torch.equal(after[4][k], after[3][k]) for k in trained)
+    assert all(line["loss"] is not None for line in log_of(tmp_path))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_many_gradients_that_are_not_finite_stop_the_run(encoder, tmp_path, monkeypatch, stage):
+    one_process(monkeypatch)
+    broken_gradients(monkeypatch, set(range(5, 100)))
+    with pytest.raises(data.RunError, match="loss or gradient was not finite 6 times, last at step 10;.*last good checkpoint is"):
+        train(stage, encoder, tmp_path, "--epochs", "3")
+    assert all(v.isfinite().all() for v in saved(tmp_path)["model"].values()) and saved(tmp_path)["step"] == 9
+
+
+def a_job(tmp_path, **more):
+    return run.Run(str(tmp_path), 0, 1, torch.device("cpu"), 1, 100, 8, **more)
+
+
+class Pictures3:
+    """As much of a loader as the log asks for."""
+    waited = 0.0
+    pictures = data.Pictures(images=torch.zeros(3, 3, 2, 2, dtype=torch.uint8), name="three")
+
+
+def test_a_loss_scale_that_collapses_is_reported_and_ends_the_run(tmp_path, capsys):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    with a_job(tmp_path) as job:
+        job.watch(optimizer, scaler, torch.float16)
+        with pytest.raises(data.RunError, match="the loss scale of fp16 has collapsed to .*--amp off"):
+            for step in range(1, 100):
+                (scaler.scale(weight.sum()) * float("inf")).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                job.record(step, torch.tensor(1.0), torch.tensor([0]))
+                job.log(step, 0.0, [0.1], Pictures3)
+    said = capsys.readouterr().out
+    assert said.count("warning: the loss scale of fp16 has fallen below 1") == 1 and "gradient is not finite" not in said
+    lines = log_of(tmp_path)
+    assert [line["scale"] for line in lines[:3]] == [2.0 ** 15, 2.0 ** 14, 2.0 ** 13] and len(lines) == step - 1 == 32
+    assert torch.equal(weight.detach(), torch.ones(2)) and job.skipped == 0
+
+
+@pytest.mark.parametrize("loss, more, sign", [
+    (2.773, dict(rank=9.0, std=0.06), "the loss is at its chance level, 2.773"),
+    (1.0, dict(rank=1.01, std=0.06), "the effective rank of the features is 1.01"),
+    (1.0, dict(rank=9.0, std=1e-5), "the spread of the embeddings is 1.0e-05"),
+    (3.0, dict(contrastive=2.7, rank=9.0, std=0.06), None), (2.6, dict(rank=9.0, std=0.06), None)])
+def test_a_collapse_is_told_once_with_what_to_try(tmp_path, capsys, loss, more, sign):
+    with a_job(tmp_path) as job:
+        job.watch(torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]), None, None, warmup=4, chance=2.773)
+        for step in range(1, 20):
+            job.record(step, torch.tensor(loss), torch.tensor([0]))
+            job.log(step, 0.0, [0.1], Pictures3, **more)
+            said = capsys.readouterr().out
+            assert (("features may have collapsed" in said) == (step == 7)) if sign else "collapsed" not in said
+            if sign and step == 7:
+                assert sign in said and "Try a lower --lr" in said and "--batch-size" in said
+
+
+def test_features_that_collapse_in_training_are_told(encoder, tmp_path, monkeypatch, capsys):
+    """Equal pictures leave nothing to tell apart: the loss stays at its chance level."""
+    one_process(monkeypatch)
+    blank = data.Pictures(images=torch.full((96, 3, 32, 32), 128, dtype=torch.uint8), name="blank")
+    monkeypatch.setattr(data, "embedded", lambda *more: blank)
+    monkeypatch.setattr(augment, "MOCO_VIEWS", (dict(scale=(0.2, 1.0), mode="bilinear"),) * 2)
+    train("graft_train", encoder, tmp_path, "--epochs", "2", "--lr", "0.001")
+    said = capsys.readouterr().out
+    assert said.count("warning: the features may have collapsed") == 1 and "chance level" in said
+
+
+# ------------------------------------------------------------------------------------------------- determinism
+@pytest.mark.parametrize("stage", STAGES)
+def test_deterministic_runs_are_equal_to_the_bit(encoder, tmp_path, monkeypatch, stage):
+    one_process(monkeypatch)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    asked = []
+    record = run.Run.record
+    monkeypatch.setattr(run.Run, "record", lambda self, *more: (asked.append((
+        torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic,
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"))), record(self, *more)))
+    try:
+        for name in ("a", "b"):
+            train(stage, encoder, tmp_path / name, "--epochs", "1", "--deterministic")
+        assert set(asked) == {(True, True, ":4096:8")}
+        assert_same_run(tmp_path / "a", tmp_path / "b")
+        asked.clear()
+        train(stage, encoder, tmp_path / "a", "--epochs", "1", "--resume", "never")
+        assert {found[:2] for found in asked} == {(False, False)}
+        assert_identical(saved(tmp_path / "a")["model"], saved(tmp_path / "b")["model"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# --------------------------------------------------------------------------------------------- several processes
+def die(step=3):
+    """This process is gone, without a word, before the gradients of a step are averaged."""
+    record = run.Run.record
+    run.Run.record = lambda self, number, *more: (record(self, number, *more), number == step and os._exit(9))
+
+
+def stop_answering(step=3):
+    """This process hangs for good after a step, and does not say so."""
+    record = run.Run.record
+    run.Run.record = lambda self, number, *more: (record(self, number, *more), number == step and os.kill(
+        os.getpid(), signal.SIGSTOP))
+
+
+def fail_alone(step=3):
+    """An error that one process has for itself."""
+    record = run.Run.record
+
+    def broken(self, number, *more):
+        record(self, number, *more)
+        if number == step:
+            raise data.RunError(f"rank {self.rank}: 20 pictures in a row cannot be read")
+
+    run.Run.record = broken
+
+
+def fewer_pictures():
+    full = data.embedded
+    data.embedded = lambda *more: full(*more).select(range(64))
+
+
+DISTRIBUTED = ["--epochs", "2", "--timeout-minutes", "0.1"]
+
+
+@pytest.mark.parametrize("stage, fault, lost", [("mae_pretrain", die, 1), ("graft_train", stop_answering, 1),
+                                                ("finetune", die, 1), ("mae_pretrain", stop_answering, 1)])
+def test_a_process_that_dies_or_hangs_is_named(start, encoder, tmp_path, stage, fault, lost):
+    job = start(stage, *options(stage, encoder, tmp_path / "out", *DISTRIBUTED), processes=3, prepares={lost: fault})
+    others = [r for r in range(3) if r != lost]
+    for r in others:
+        job.jobs[r].join(40)
+    job.jobs[lost].kill()
+    assert [job.jobs[r].exitcode for r in others] == [1, 1], job.said()
+    assert len(job.errors()) == 1 and f"rank {lost} of 3 died or hangs" in job.errors()[0], job.said()
+    assert "Traceback" not in job.said()
+    assert saved(tmp_path / "out")["step"] >= 2
+
+
+def test_an_error_of_one_process_is_told_once_and_ends_all(start, encoder, tmp_path):
+    job = start("mae_pretrain", *options("mae_pretrain", encoder, tmp_path / "out", *DISTRIBUTED), processes=2,
+                prepares={1: fail_alone})
+    assert job.codes() == [1, 1], job.said()
+    assert [line.split("error: ")[1] for line in job.errors()] == ["rank 1: 20 pictures in a row cannot be read"]
+    assert "Traceback" not in job.said()
+
+
+@pytest.mark.parametrize("stage, what", [("mae_pretrain", "numbers of pictures"), ("graft_train", "numbers of pictures"),
+                                         ("finetune", "numbers of pictures")])
+def test_processes_that_see_different_pictures_are_named_at_once(start, encoder, tmp_path, stage, what):
+    job = start(stage, *options(stage, encoder, tmp_path / "out", *DISTRIBUTED), processes=3, prepares={2: fewer_pictures})
+    assert job.codes() == [2, 2, 2], job.said()
+    assert len(job.errors()) == 1 and f"different {what}: 96 on ranks 0, 1; 64 on rank 2" in job.errors()[0], job.errors()
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_with_different_folders_are_named(start, encoder, tmp_path):
+    """--out on a disk of its own for each machine: only rank 0 finds the checkpoint."""
+    assert start("mae_pretrain", *options("mae_pretrain", encoder, tmp_path / "out", "--epochs", "1")).codes() == [0]
+    job = start("mae_pretrain", *options("mae_pretrain", encoder, tmp_path / "out", "--epochs", "1"), processes=2,
+                prepares={1: no_last_pt})
+    assert job.codes() == [2, 2], job.said()
+    assert len(job.errors()) == 1 and "6 on rank 0; 0 on rank 1" in job.errors()[0]
+    assert len(log_of(tmp_path / "out")) == 6
+
+
+def no_last_pt():
+    run.Run.path = lambda self, name: os.path.join(self.out, "elsewhere", name)
+
+
+@pytest.mark.parametrize("number, to", [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)])
+def test_a_signal_to_one_process_stops_all_between_lines_of_the_log(start, encoder, tmp_path, number, to):
+    more = ["--epochs", "200", "--log-every", "100000", "--save-minutes", "1000"]
+    job = start("mae_pretrain", *options("mae_pretrain", encoder, tmp_path / "out", *more), processes=2, prepare=slow_steps)
+    job.until(" step 6/")
+    began = time.monotonic()
+    os.kill(job.jobs[to].pid, number)
+    assert job.codes(30) == [128 + number] * 2, job.said()
+    assert time.monotonic() - began < 10
+    assert saved(tmp_path / "out")["step"] == log_of(tmp_path / "out")[-1]["step"] >= 6
+
+
+def test_the_number_of_processes_may_change(start, encoder, tmp_path):
+    more = ["--epochs", "2", "--lr", "0.005"]
+    for stage in ("mae_pretrain", "graft_train"):
+        whole, parts = tmp_path / f"{stage}1", tmp_path / f"{stage}2"
+        assert start(stage, *options(stage, encoder, whole, *more)).codes() == [0]
+        job = start(stage, *options(stage, encoder, parts, *more), processes=2, prepare=slow_steps).until(" step 3/")
+        os.kill(job.jobs[1].pid, signal.SIGTERM)
+        assert job.codes() == [128 + signal.SIGTERM] * 2
+        first = saved(parts)["step"]
+        job = start(stage, *options(stage, encoder, parts, *more))
+        assert job.codes() == [0] and f"at step {first} of 12" in job.said() and 3 <= first < 12
+        a, b = log_of(whole), log_of(parts)
+        assert [line["step"] for line in a] == [line["step"] for line in b]
+        assert [line["loss"] for line in b] == pytest.approx([line["loss"] for line in a], rel=2e-3)
+
+
+def test_uneven_shares_of_the_test_pictures_are_counted_once_each(start, encoder, tmp_path):
+    """50 test pictures on three processes, in batches of 256: 17, 17 and 16 of them."""
+    more = ["--epochs", "1", "--batch-size", "15", "--lr", "1e-4"]
+    assert start("finetune", *options("finetune", encoder, tmp_path / "one", *more, "--mixup", "0", "--erasing", "0",
+                                      "--drop-path", "0")).codes() == [0]
+    job = start("finetune", *options("finetune", encoder, tmp_path / "three", *more, "--mixup", "0", "--erasing", "0",
+                                     "--drop-path", "0"), processes=3)
+    assert job.codes() == [0] * 3, job.said()
+    one, three = (run.read_results(tmp_path / name / "results.jsonl") for name in ("one", "three"))
+    assert len(one) == len(three) == 1 and three[0]["tested"] == 50
+    assert abs(one[0]["top1"] - three[0]["top1"]) <= 2                      # rounding may turn one picture
+    job = start("evaluate", "--mode", "knn", "--k", "5", "--checkpoint", encoder, *QUIET, "--out", tmp_path / "one")
+    assert job.codes() == [0], job.said()
+    job = start("evaluate", "--mode", "knn", "--k", "5", "--checkpoint", encoder, *QUIET, "--out", tmp_path / "three",
+                processes=3)
+    assert job.codes() == [0] * 3, job.said()
+    one, three = (run.read_results(tmp_path / name / "results.jsonl")[-1] for name in ("one", "three"))
+    assert one["tested"] == three["tested"] == 50 and abs(one["top1"] - three["top1"]) <= 2
+
+
+ALONE = ["--arch", "vit_mini", "--patch-size", "8", "--img-size", "16", "--batch-size", "8", "--lr", "0.01", "--log-every", "1",
+         "--save-minutes", "1e-9", *QUIET]
+
+
+def test_torchrun_brings_a_killed_worker_back(tmp_path):
+    root = folder_of(tmp_path / "pictures", [f"{i}.png" for i in range(36)])
+    out, more = tmp_path / "out", ["--epochs", "60"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "2",
+               os.path.join(HERE, "mae_pretrain.py"), "--data", root, "--out", str(out), *ALONE, *more]
+    with open(tmp_path / "said.txt", "w") as log:
+        job = subprocess.Popen(command, stdout=log, stderr=log)
+    killed = 0
+    end = time.monotonic() + 120
+    while job.poll() is None and time.monotonic() < end:
+        said = (tmp_path / "said.txt").read_text()
+        if killed < 1 and " step 5/240" in said:
+            pids = [int(p) for p in os.listdir("/proc") if p.isdigit() and is_worker_of(int(p), job.pid)]
+            os.kill(max(pids), signal.SIGKILL)
+            killed += 1
+        time.sleep(0.02)
+    said = (tmp_path / "said.txt").read_text()
+    assert job.poll() == 0, said[-3000:]
+    assert killed == 1 and said.count("resumed ") >= 1
+    assert saved(out)["step"] == 240 and [line["step"] for line in log_of(out)] == list(range(1, 241))
+
+
+def is_worker_of(pid, parent):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return int(f.read().rsplit(")", 1)[1].split()[1]) == parent
+    except (OSError, IndexError):
+        return False
