@@ -4,6 +4,7 @@ All through the store in which torchrun's processes meet, never through the GPU:
 """
 import json
 import os
+import threading
 import time
 from datetime import timedelta
 
@@ -12,7 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from data import RunError, UsageError
 
-GLANCE_SECONDS = 2.0        # between looks, while waiting for an answer, whether another process met a failure
+GLANCE_SECONDS = 1.0        # between looks at whether another process met a failure
 SIGN_IN_SECONDS = 3 * GLANCE_SECONDS                                        # that a living process gets to say so then
 
 store = None                # of this process, once connected; None where a run is one process
@@ -30,6 +31,7 @@ def connect(backend, timeout_minutes):
         # NCCL's own watchdog aborts the process without a word on who is missing, so it gets more time than a vote
         dist.init_process_group(backend, store=dist.PrefixStore("default", store), rank=rank, world_size=processes,
                                 timeout=limit * (2 if backend == "nccl" else 1))
+        threading.Thread(target=listen, daemon=True).start()
     except (RuntimeError, ValueError) as error:
         raise RunError(f"rank {rank}: the {processes} processes did not meet within {timeout_minutes:g} minutes "
                        f"({str(error).splitlines()[0]})") from None
@@ -63,16 +65,34 @@ def arrived(keys, seconds):
     return True
 
 
+def listen():
+    """Sign in when another process calls, even while this one is stuck in a collective; then end with the others."""
+    try:
+        while not store.check(["failure"]):
+            time.sleep(GLANCE_SECONDS)
+        store.set(f"alive/{rank}", "")
+        time.sleep(4 * SIGN_IN_SECONDS)
+    except RuntimeError:                                                    # the store has gone with rank 0
+        return
+    os._exit(1)
+
+
 def roll_call():
-    """A RunError that names the processes that do not answer any more, or None if all do."""
-    store.set("failure", "")                                                # calls those who wait for an answer
-    store.set(f"alive/{rank}", "")
-    keys = [f"alive/{r}" for r in range(processes)]
-    if arrived(keys, SIGN_IN_SECONDS):
-        return None
-    silent = [r for r, key in enumerate(keys) if not store.check([key])]
-    return RunError(f"{named(silent)} of {processes} died or hangs, the others went on waiting for it. "
-                    "What was saved is intact; the same command goes on from it")
+    """A RunError that names the processes that do not answer any more, or None if all do.
+
+    A process that has died or was stopped does not sign in at all. One that hangs by itself is alive and does not
+    wait for the others, as they do.
+    """
+    store.set("failure", "")
+    for word in ("alive", "waiting"):
+        store.set(f"{word}/{rank}", "")
+    arrived([f"waiting/{r}" for r in range(processes)], SIGN_IN_SECONDS)
+    for word in ("alive", "waiting"):
+        lost = [r for r in range(processes) if not store.check([f"{word}/{r}"])]
+        if lost:
+            return RunError(f"{named(lost)} of {processes} died or hangs, the others went on waiting for it. "
+                            "What was saved is intact; the same command goes on from it")
+    return None
 
 
 def named(ranks):
@@ -98,9 +118,21 @@ def blame(error):
     if store is None or not (isinstance(error, dist.DistError) or "gloo" in said or "nccl" in said):
         return None
     try:
+        if store.check(["errors"]):                                         # one of them has said what is wrong
+            return RunError("another process has failed")
         return roll_call()
     except RuntimeError:
         return RunError("rank 0 died or hangs: the store in which the processes meet does not answer")
+
+
+def leave():
+    """Before this process ends with an error: rank 0, in whom the store may be, lets the others end before it."""
+    try:
+        store.set(f"left/{rank}", "")
+        if rank == 0:
+            arrived([f"left/{r}" for r in range(processes)], SIGN_IN_SECONDS)
+    except RuntimeError:
+        return
 
 
 def speaks():

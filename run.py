@@ -114,7 +114,8 @@ def program(main, get_args):
     if peers.store is not None:
         sys.stdout.flush()
         if code in (1, 2):
-            os._exit(code)                                                  # leaving the group would wait for the others
+            peers.leave()
+            os._exit(code)                                                  # to leave the group would be to wait for all
         dist.destroy_process_group()
     sys.exit(code)
 

@@ -1293,11 +1293,17 @@ def fewer_pictures():
     data.embedded = lambda *more: full(*more).select(range(64))
 
 
-DISTRIBUTED = ["--epochs", "2", "--timeout-minutes", "0.1"]
+def hang_by_itself(step=3):
+    """The same, of its main thread alone: as a read from a disk that does not answer."""
+    record = run.Run.record
+    run.Run.record = lambda self, number, *more: (record(self, number, *more), number == step and time.sleep(1000))
+
+
+DISTRIBUTED = ["--epochs", "2", "--timeout-minutes", "0.1", "--batch-size", "15"]
 
 
 @pytest.mark.parametrize("stage, fault, lost", [("mae_pretrain", die, 1), ("graft_train", stop_answering, 1),
-                                                ("finetune", die, 1), ("mae_pretrain", stop_answering, 1)])
+                                                ("finetune", hang_by_itself, 2), ("graft_train", hang_by_itself, 0)])
 def test_a_process_that_dies_or_hangs_is_named(start, encoder, tmp_path, stage, fault, lost):
     job = start(stage, *options(stage, encoder, tmp_path / "out", *DISTRIBUTED), processes=3, prepares={lost: fault})
     others = [r for r in range(3) if r != lost]
@@ -1311,9 +1317,9 @@ def test_a_process_that_dies_or_hangs_is_named(start, encoder, tmp_path, stage, 
 
 
 def test_an_error_of_one_process_is_told_once_and_ends_all(start, encoder, tmp_path):
-    job = start("mae_pretrain", *options("mae_pretrain", encoder, tmp_path / "out", *DISTRIBUTED), processes=2,
+    job = start("mae_pretrain", *options("mae_pretrain", encoder, tmp_path / "out", *DISTRIBUTED), processes=3,
                 prepares={1: fail_alone})
-    assert job.codes() == [1, 1], job.said()
+    assert job.codes() == [1] * 3, job.said()
     assert [line.split("error: ")[1] for line in job.errors()] == ["rank 1: 20 pictures in a row cannot be read"]
     assert "Traceback" not in job.said()
 
@@ -1395,7 +1401,7 @@ ALONE = ["--arch", "vit_mini", "--patch-size", "8", "--img-size", "16", "--batch
 
 def test_torchrun_brings_a_killed_worker_back(tmp_path):
     root = folder_of(tmp_path / "pictures", [f"{i}.png" for i in range(36)])
-    out, more = tmp_path / "out", ["--epochs", "60"]
+    out, more = tmp_path / "out", ["--epochs", "6"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "2",
                os.path.join(HERE, "mae_pretrain.py"), "--data", root, "--out", str(out), *ALONE, *more]
     with open(tmp_path / "said.txt", "w") as log:
@@ -1404,7 +1410,7 @@ def test_torchrun_brings_a_killed_worker_back(tmp_path):
     end = time.monotonic() + 120
     while job.poll() is None and time.monotonic() < end:
         said = (tmp_path / "said.txt").read_text()
-        if killed < 1 and " step 5/240" in said:
+        if killed < 1 and " step 5/24 " in said:
             pids = [int(p) for p in os.listdir("/proc") if p.isdigit() and is_worker_of(int(p), job.pid)]
             os.kill(max(pids), signal.SIGKILL)
             killed += 1
@@ -1412,7 +1418,7 @@ def test_torchrun_brings_a_killed_worker_back(tmp_path):
     said = (tmp_path / "said.txt").read_text()
     assert job.poll() == 0, said[-3000:]
     assert killed == 1 and said.count("resumed ") >= 1
-    assert saved(out)["step"] == 240 and [line["step"] for line in log_of(out)] == list(range(1, 241))
+    assert saved(out)["step"] == 24 and [line["step"] for line in log_of(out)] == list(range(1, 25))
 
 
 def is_worker_of(pid, parent):
