@@ -28,6 +28,8 @@ def connect(backend, timeout_minutes):
     rank, processes, minutes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout_minutes
     try:
         store, _, _ = next(rendezvous("env://", timeout=limit))
+        # torchrun's agent keeps its store when it starts the processes again, and with it what the dead ones wrote
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         # NCCL's own watchdog aborts the process without a word on who is missing, so it gets more time than a vote
         dist.init_process_group(backend, store=dist.PrefixStore("default", store), rank=rank, world_size=processes,
                                 timeout=limit * (2 if backend == "nccl" else 1))
