@@ -42,7 +42,7 @@ def save(obj, path):
         os.close(folder)
     except (OSError, RuntimeError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "file write failed" in str(error)
-        if "unexpected pos" in str(error):                                  # all that torch's writer says of a short write
+        if "unexpected pos" in str(error):                                  # all that torch says of a short write
             full = full or shutil.disk_usage(os.path.dirname(path) or ".").free < 1 << 20
         why = "the disk is full" if full else getattr(error, "strerror", None) or "the write fails"
         if os.path.exists(temporary):

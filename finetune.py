@@ -223,7 +223,8 @@ def load_classifier(path):
     checkpoint.check_meta(content, config, path)
     widest = max((n for v in state.values() for n in v.shape), default=0)
     claims = [head.get("width", 0), head.get("block", 0), head.get("blocks", 0), len(classes)]
-    if not all(type(n) is int and 0 <= n <= widest for n in claims) or head.get("blocks", 0) > checkpoint.LARGEST["depth"]:
+    if (not all(type(n) is int and 0 <= n <= widest for n in claims)
+            or head.get("blocks", 0) > checkpoint.LARGEST["depth"]):
         raise UsageError(f"{path}: refused, it claims a head {head!r:.80}")
     try:
         net = make(config, head, len(classes))

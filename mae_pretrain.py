@@ -145,8 +145,8 @@ def main(args):
                     seed=args.seed, classes=pictures.classes, decoder=net.decoder_config, commit=run.commit())
 
         def save(step):
-            job.save(dict(model=net.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
-                          config=net.config, meta=meta, settings=settings, skipped=job.skipped),
+            job.save(dict(model=net.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                          step=step, config=net.config, meta=meta, settings=settings, skipped=job.skipped),
                      before={"encoder.pt": checkpoint.encoder_file(net, meta | dict(step=step))})
 
         def attempt(n):

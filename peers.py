@@ -51,8 +51,8 @@ def ask(question, value):
             if time.monotonic() > end or store.check(["failure"]):
                 raise roll_call() or RunError(f"the processes lost each other while they compared {question}")
         answers = [json.loads(store.get(key)) for key in keys]
-        if asked > 2:                                                       # everyone has read what is two questions old
-            store.delete_key(f"{asked - 2}/{rank}")
+        if asked > 2:
+            store.delete_key(f"{asked - 2}/{rank}")                         # everyone has read what is that old
         return answers
     except dist.DistError:
         raise RunError("rank 0 died or hangs: the store in which the processes meet does not answer") from None

@@ -317,7 +317,7 @@ class Run:
         self.log_every, self.steps, self.batch_size = log_every, steps, batch_size
         self.save_minutes = save_minutes
         self.max_skipped, self.skipped = max_skipped, 0
-        self.window = []                                        # (step, loss, ids, gradient overflowed) since the last log
+        self.window = []                                        # (step, loss, ids, overflow) since the last log
         self.optimizer = self.scaler = self.dtype = self.chance = None
         self.warmup, self.collapsed, self.warned = 0, 0, set()
         self.signal = None
