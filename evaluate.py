@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import augment
 import checkpoint
 import data
+import peers
 import run
 from data import UsageError
 from features import digest, extract, knn_scores
@@ -399,6 +400,8 @@ def main(args):
             train = data.load_data(args.data, True, in_chans, args.stats, args.max_bad)
             test = data.same_classes(train, data.load_data(args.data, False, in_chans, args.stats, args.max_bad))
             test.mean, test.std = train.mean, train.std
+            peers.same("numbers of pictures", len(train))
+            peers.same("numbers of test pictures", len(test))
             loaded[in_chans] = train.hold(device), test.hold(device)
         train, test = loaded[in_chans]
         for seed in args.seeds:

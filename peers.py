@@ -19,6 +19,7 @@ SIGN_IN_SECONDS = 3 * GLANCE_SECONDS                                        # th
 store = None                # of this process, once connected; None where a run is one process
 rank, processes, minutes = 0, 1, 10.0
 asked = 0                   # questions so far, the same number on every process
+gone = set()                # the ranks that did not answer
 
 
 def connect(backend, timeout_minutes):
@@ -47,7 +48,7 @@ def ask(question, value):
     end = time.monotonic() + 60 * minutes
     try:
         store.set(keys[rank], json.dumps(value))
-        while not arrived(keys, min(GLANCE_SECONDS, end - time.monotonic())):
+        while not arrived(keys, GLANCE_SECONDS):
             if time.monotonic() > end or store.check(["failure"]):
                 raise roll_call() or RunError(f"the processes lost each other while they compared {question}")
         answers = [json.loads(store.get(key)) for key in keys]
@@ -59,11 +60,14 @@ def ask(question, value):
 
 
 def arrived(keys, seconds):
-    """Whether all these keys are in the store, after waiting for them at most so long."""
-    try:
-        store.wait(keys, timedelta(seconds=max(seconds, 0.01)))
-    except dist.DistStoreError:
-        return False
+    """Whether all these keys are in the store, after waiting for them at most so long. Asks again and again:
+    the store's own waiting writes lines to the screen when its time is over."""
+    end, pause = time.monotonic() + seconds, 0.0005
+    while not store.check(keys):
+        if time.monotonic() > end:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
     return True
 
 
@@ -92,6 +96,7 @@ def roll_call():
     for word in ("alive", "waiting"):
         lost = [r for r in range(processes) if not store.check([f"{word}/{r}"])]
         if lost:
+            gone.update(lost)
             return RunError(f"{named(lost)} of {processes} died or hangs, the others went on waiting for it. "
                             "What was saved is intact; the same command goes on from it")
     return None
@@ -132,7 +137,7 @@ def leave():
     try:
         store.set(f"left/{rank}", "")
         if rank == 0:
-            arrived([f"left/{r}" for r in range(processes)], SIGN_IN_SECONDS)
+            arrived([f"left/{r}" for r in range(processes) if r not in gone], SIGN_IN_SECONDS)
     except RuntimeError:
         return
 

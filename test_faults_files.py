@@ -4,8 +4,8 @@ import os
 import pickle
 import random
 import resource
+import runpy
 import shutil
-import subprocess
 import sys
 import time
 import zipfile
@@ -432,10 +432,13 @@ def test_check_shows_its_progress_and_refuses_nonsense(tmp_path, monkeypatch, ca
         assert code == 2 and len(err.strip().splitlines()) == 1, err
 
 
-def test_data_py_hands_over_to_its_commands(tmp_path):
+def test_data_py_hands_over_to_its_commands(tmp_path, monkeypatch, capsys):
     root = folder_of(tmp_path, ["1.png", "2.png"])
     (tmp_path / "3.png").write_bytes(b"")
-    done = subprocess.run([sys.executable, os.path.join(HERE, "data.py"), "check", root], capture_output=True, text=True)
-    assert done.returncode == 1 and "1 of 3 pictures are bad: 1 empty" in done.stderr and "Traceback" not in done.stderr
-    done = subprocess.run([sys.executable, os.path.join(HERE, "data.py"), "juggle"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "usage: python data.py check DIR\n"
+    for arguments, code, words in (["check", root], 1, "error: 1 of 3 pictures are bad: 1 empty"), (
+            ["juggle"], 2, "usage: python data.py check DIR"), ([], 2, "usage: python data.py check DIR"):
+        monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(os.path.join(HERE, "data.py"), run_name="__main__")
+        lines = capsys.readouterr().err.splitlines()
+        assert end.value.code == code and len(lines) == 1 and words in lines[0], lines
