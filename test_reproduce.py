@@ -4,7 +4,6 @@ import types
 
 import pytest
 
-import data
 import reproduce
 
 
