@@ -35,7 +35,6 @@ import mae_pretrain
 import model
 import reproduce
 import run
-from test_data import folder_of
 from test_model import assert_identical
 
 torch.set_num_threads(1)
@@ -507,17 +506,29 @@ def test_two_runs_in_one_folder(start, encoder, tmp_path):
     assert [line["step"] for line in log_of(tmp_path / "out")] == list(range(1, 19))
 
 
-def test_readers_that_outlive_a_killed_run_do_not_lock_its_folder(start, encoder, tmp_path):
-    root = folder_of(tmp_path / "pictures", [f"{i:03}.png" for i in range(96)], (24, 136))
-    more = ["--data", root, "--epochs", "1", "--img-size", "16", "--workers", "1"]
-    more = options("mae_pretrain", encoder, tmp_path / "out", *more)
-    job = start("mae_pretrain", *more, prepare=slow_steps).until(" step 3/")
-    job.jobs[0].kill()
-    while os.path.exists(f"/proc/{job.jobs[0].pid}"):
-        time.sleep(0.001)
-    job = start("mae_pretrain", *more)
-    assert job.codes() == [0], job.said()
-    assert "resumed" in job.said() and saved(tmp_path / "out")["step"] == 6
+def test_readers_that_outlive_a_killed_run_do_not_lock_its_folder(tmp_path):
+    """Workers that read pictures are forked from a run, and notice only after seconds that it was killed."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with a_job(tmp_path):
+            reader = os.fork()
+            if reader == 0:
+                time.sleep(60)
+                os._exit(0)
+            time.sleep(0.2)                                                 # until the reader is about its work
+            os.write(writing, str(reader).encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    reader = int(os.read(reading, 20))
+    try:
+        os.kill(reader, 0)                                                  # it is still there
+        with a_job(tmp_path) as job:
+            assert job.lock is not None
+    finally:
+        os.kill(reader, signal.SIGKILL)
+        os.close(reading)
+        os.close(writing)
 
 
 def offline():
