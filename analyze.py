@@ -96,7 +96,7 @@ def get_args(argv=None):
     of_data(add)
     of_pictures(add, 8)
     add("--img-size", type=run.image_size, help="224 or HEIGHTxWIDTH (default 224; embedded 32)")
-    add("--in-chans", type=number(int, 1, 4), default=3, help="1 grey, 3 RGB, 4 RGBA")
+    add("--in-chans", type=int, choices=(1, 3, 4), default=3, help="1 grey, 3 RGB, 4 RGBA")
     add("--crop-min", type=number(float, 0, 1, above=True), help="smallest crop of a view (default .08; embedded .2)")
 
     for name, function, help in (("lr-grid", plots.lr_grid, "Figure 4: accuracy by the rates of three stages"),
@@ -109,6 +109,7 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if hasattr(args, "data"):
         args.data = args.data or os.environ.get("DATA")
+    run.check(parser, args)
     if hasattr(args, "crop_min"):
         run.fill(args, dict(crop_min=0.08 if args.data else 0.2))
     for path in getattr(args, "checkpoint", []):

@@ -4,6 +4,7 @@ Order and augmentation are functions of (seed, epoch, picture) alone: see augmen
 torchvision only for `--data cifar10|cifar100`.
 
     python data.py pack PICTURES PICTURES.pack      # one file instead of many, for --data: see pack.py
+    python data.py check PICTURES                   # read every picture beforehand, and name the bad ones: see check.py
 
 Shapes: N images, C channels, (H, W) source, (h, w) output pixels.
 """
@@ -18,10 +19,11 @@ import torch
 
 from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central_boxes, grey, per_picture, random_boxes,
                      resample, shuffled, uniform, upload)
-from decode import UNREADABLE, Encoded, device_decoder, to_channels
+from decode import BadFile, Encoded, device_decoder, or_bad_file, to_channels
 from reader import Reader, whole
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+DOWNLOADS = ("cifar10", "cifar100")         # the sets that --data fetches by name: all that ever uses the network
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
 MEMORY_LIMIT = 4 << 30      # bytes of uint8 pixels up to which pictures of one size are held in memory
 MEMORY_SIDE = 128           # and up to which side: larger ones are cropped by workers as they are read
@@ -58,18 +60,23 @@ class Pictures:
 
     def open(self, i):
         """Picture i with its bytes in memory and its header read (decode.Encoded)."""
-        if self.packed is not None:
-            return Encoded(self.packed.content(i))
-        with open(os.path.join(self.root, self.files[i]), "rb") as f:
-            content = bytearray(os.fstat(f.fileno()).st_size)
-            del content[f.readinto(content):]
-        return Encoded(content)
+        with or_bad_file():
+            if self.packed is not None:
+                return Encoded(self.packed.content(i))
+            with open(os.path.join(self.root, self.files[i]), "rb") as f:
+                content = bytearray(os.fstat(f.fileno()).st_size)
+                del content[f.readinto(content):]
+            return Encoded(content)
 
     def read(self, i, shrink_to=None):
-        """Picture i as a PIL image with in_chans channels of 8 bits; shrink_to(H, W) -> factor allows a smaller one."""
-        picture = self.open(i)
-        factor = shrink_to(picture.size) if shrink_to is not None and picture.is_jpeg else 1
-        return to_channels(picture.decode(factor), self.in_chans)
+        """Picture i as a PIL image with in_chans channels of 8 bits; shrink_to(H, W) -> factor allows a smaller one.
+
+        Of an animation or several pages the first. Whatever is wrong with the file is a BadFile.
+        """
+        with or_bad_file():
+            picture = self.open(i)
+            factor = shrink_to(picture.size) if shrink_to is not None and picture.is_jpeg else 1
+            return to_channels(picture.decode(factor), self.in_chans)
 
     def select(self, ids):
         """The pictures at ids (a list or tensor of indices), as a set of its own."""
@@ -99,17 +106,30 @@ def list_files(root):
     """Picture files below root, relative and sorted; hidden ones left out."""
     found = []
     for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and not leads_back(folder, f))
         inside = os.path.relpath(folder, root)
         found += [os.path.normpath(os.path.join(inside, name)) for name in sorted(names)
                   if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
     return found
 
 
+def leads_back(folder, name):
+    """Whether a folder is a link to one that it lies in: following it would never end."""
+    path = os.path.join(folder, name)
+    return os.path.islink(path) and (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(path) + os.sep)
+
+
 def read_list(path):
-    """Names of a list file: one a line, alone or followed by a label; LF or CRLF; bare or with folders."""
+    """Names of a list file: one a line, alone or followed by a label; LF or CRLF; bare or with folders.
+
+    A name may have blanks in it: a label is what follows the last one, if it is a number or comes after a picture.
+    """
     with open(path, encoding="utf-8", errors="replace") as f:
-        names = [line.split()[0] for line in f.read().splitlines() if line.strip()]
+        lines = [line.strip() for line in f.read().splitlines() if line.strip()]
+    names = []
+    for line in lines:
+        name, *label = line.rsplit(maxsplit=1)
+        names.append(name if label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS)) else line)
     for name in names:
         if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
             raise UsageError(f"{path}: the name {name!r} leads out of the data folder")
@@ -210,7 +230,7 @@ def into_memory(pictures, max_bad=0.01):
     for i in shuffled(len(pictures), 0, SUBSET)[:64].tolist():
         try:
             sizes.add(pictures.open(i).size)
-        except UNREADABLE:
+        except BadFile:
             continue
     if len(sizes) != 1:
         return pictures
@@ -222,7 +242,7 @@ def into_memory(pictures, max_bad=0.01):
         try:
             image = np.asarray(pictures.read(i))
             return image if image.shape[:2] == (h, w) else None
-        except UNREADABLE as error:
+        except BadFile as error:
             return str(error)
 
     stack = np.zeros((len(pictures), h, w, pictures.in_chans), np.uint8)
@@ -259,7 +279,7 @@ def load_data(source, train=True, in_chans=3, stats="imagenet", max_bad=0.01):
     source = source or os.environ.get("DATA")
     if not source:
         pictures = embedded(train, in_chans)
-    elif source in ("cifar10", "cifar100"):
+    elif source in DOWNLOADS:
         import torchvision
         reader = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[source]
         try:
@@ -351,7 +371,7 @@ def measure_stats(pictures, most=5000):
         else:
             try:
                 x = torch.from_numpy(np.array(pictures.read(i))).double().reshape(-1, pictures.in_chans).T
-            except UNREADABLE:
+            except BadFile:
                 continue
         total, squares, count = total + x.sum(1), squares + x.square().sum(1), count + x.shape[1]
     if not count:
@@ -558,9 +578,14 @@ def draw(ids, side=32):
     return (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":                                                  # the sub-commands, each in its own file
     import run
-    if sys.argv[1:2] == ["pack"]:
+    asked, rest = sys.argv[1:2], sys.argv[2:]
+    if asked == ["pack"]:
         import pack
-        run.program(pack.main, lambda: pack.get_args(sys.argv[2:]))
-    run.Parser(usage="data.py pack ...").error("which command? pack: many pictures into one file")
+        run.program(pack.main, lambda: pack.get_args(rest))
+    if asked == ["check"]:
+        import check
+        run.program(check.main, lambda: check.get_args(rest))
+    run.Parser(usage="data.py pack|check ...").error("which command? pack: many pictures into one file; check: find bad "
+                                                     "ones")

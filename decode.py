@@ -2,19 +2,52 @@
 
 Sizes are (H, W) in pixels, boxes (top, left, height, width).
 """
+import contextlib
 import functools
 import io
 import struct
+import warnings
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)   # what pillow raises for a bad file
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")  # and none that pillow needs a program for
+MOST_PIXELS = 1 << 27       # of one picture, 134 million: what claims more is refused before its pixels are allocated
 FILTERS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 START, APP1, SCAN = 0xD8, 0xE1, 0xDA                                        # JPEG's markers
 FRAMES = (0xC0, 0xC1, 0xC2)                                                 # baseline, extended, progressive; Huffman
+
+
+class BadFile(ValueError):
+    """A picture file that cannot be read: what is wrong with it, in one line."""
+
+
+@contextlib.contextmanager
+def or_bad_file():
+    """Whatever goes wrong within is a BadFile: pillow raises a dozen kinds."""
+    try:
+        yield
+    except BadFile:
+        raise
+    except Exception as error:
+        raise BadFile(f"{type(error).__name__}: {error}") from None
+
+
+def open_picture(file):
+    """A picture file, a path or a file object, opened by pillow and not yet decoded; a BadFile if it is none or claims
+    too many pixels."""
+    with or_bad_file(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # its limit is not ours
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:                                      # its words name an object in memory
+            raise UnidentifiedImageError("not a picture that pillow can read") from None
+    if image.width * image.height > MOST_PIXELS:
+        image.close()
+        raise BadFile(f"DecompressionBombError: it claims {image.width} x {image.height} pixels")
+    return image
 
 
 @functools.cache
@@ -63,7 +96,7 @@ def plain_jpeg(content):
                 return None
         if marker in FRAMES:
             bits, height, width, channels = struct.unpack_from(">BHHB", content, at + 4)
-            if found or bits != 8 or channels not in (1, 3) or not 0 < height * width <= (Image.MAX_IMAGE_PIXELS or 0):
+            if found or bits != 8 or channels not in (1, 3) or not 0 < height * width <= MOST_PIXELS:
                 return None
             found = (height, width), channels
         at += 2 + length
@@ -75,7 +108,7 @@ class Encoded:
 
     is_jpeg: whether it can be decoded at 1/2, 1/4 or 1/8 of its size. size: (H, W), for a JPEG as it is shown, turned
     by its EXIF orientation; of others what the header says, which is only right when they are not turned. plain: size
-    and channels of a JPEG as `plain_jpeg` finds them, or None.
+    and channels of a JPEG as `plain_jpeg` finds them, or None. Whatever is wrong with the file is a BadFile.
     """
 
     def __init__(self, content):
@@ -85,7 +118,8 @@ class Encoded:
             return
         image = self.image
         self.is_jpeg = image.format == "JPEG"
-        orientation = image.getexif().get(0x0112, 1) if self.is_jpeg else 1
+        with or_bad_file():
+            orientation = image.getexif().get(0x0112, 1) if self.is_jpeg else 1
         self.size = image.size if orientation > 4 else image.size[::-1]     # above 4: on its side
         if self.is_jpeg and orientation == 1 and image.mode in ("L", "RGB"):
             self.plain = self.size, len(image.mode)
@@ -93,17 +127,15 @@ class Encoded:
     @functools.cached_property
     def image(self):
         """The PIL image, not yet decoded."""
-        try:
-            return Image.open(io.BytesIO(self.content))
-        except UnidentifiedImageError:                                      # its words name an object in memory
-            raise UnidentifiedImageError("not a picture that pillow can read") from None
+        return open_picture(io.BytesIO(self.content))
 
     def decode(self, factor=1):
         """The PIL image, upright, of ceil(size / factor) pixels; factor 2, 4 or 8 for JPEGs only."""
-        if factor > 1:
-            width, height = self.image.size
-            self.image.draft(None, (width // factor, height // factor))
-        return ImageOps.exif_transpose(self.image)
+        with or_bad_file():
+            if factor > 1:
+                width, height = self.image.size
+                self.image.draft(None, (width // factor, height // factor))
+            return ImageOps.exif_transpose(self.image)
 
     def pixels(self, in_chans, factor=1):
         """The same as a uint8 tensor (H, W, C) with in_chans channels."""
@@ -113,7 +145,8 @@ class Encoded:
                 return decode(self.content, in_chans).permute(1, 2, 0)
             except RuntimeError:                                            # pillow decodes more, or says what is wrong
                 pass
-        image = to_channels(self.decode(factor), in_chans)
+        with or_bad_file():
+            image = to_channels(self.decode(factor), in_chans)
         return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import augment
 import checkpoint
 import data
+import peers
 import run
 from data import UsageError
 from features import digest, extract, knn_scores
@@ -85,11 +86,18 @@ def get_args(argv=None):
         parser.error("--mode predict needs --classifier FILE and --input FOLDER")
     if args.export and args.export[0] not in ("timm", "hf"):
         parser.error(f"--export {args.export[0]!r}: it must be timm or hf, then a file")
+    if args.export and args.table:
+        parser.error("--export and --table: one at a time")
+    for option, value, modes in (("--block", args.block, ("features",)), ("--classifier", args.classifier, ("predict",)),
+                                 ("--input", args.input, ("features", "predict"))):
+        if value and args.mode not in modes:
+            parser.error(f"{option} goes with --mode {' or '.join(modes)}")
     if not (args.table or args.export) and args.mode != "predict":
         for path in args.checkpoint:
             if not os.path.exists(path):
                 parser.error(f"no checkpoint {path}: run `python mae_pretrain.py` and `python graft_train.py` first, "
                              "or give --checkpoint FILE")
+    run.check(parser, args)
     return args
 
 
@@ -309,6 +317,7 @@ def predict(args, device, dtype):
     """A CSV with file, class and probability for every picture of --input, by a classifier that was saved."""
     content = checkpoint.read(args.classifier)
     if "classifier" in content:
+        checkpoint.check_linear(content, args.classifier)
         encoder, source = load_encoder(content["checkpoint"] if args.checkpoint == ["out/graft"] else args.checkpoint[0],
                                        args, device)
         if digest(encoder) != content["encoder_digest"]:
@@ -394,6 +403,8 @@ def main(args):
             train = data.load_data(args.data, True, in_chans, args.stats, args.max_bad)
             test = data.same_classes(train, data.load_data(args.data, False, in_chans, args.stats, args.max_bad))
             test.mean, test.std = train.mean, train.std
+            peers.same("numbers of pictures", len(train))
+            peers.same("numbers of test pictures", len(test))
             loaded[in_chans] = train.hold(device), test.hold(device)
         train, test = loaded[in_chans]
         for seed in args.seeds:

@@ -23,8 +23,9 @@ from torchvision.transforms import v2
 import augment
 import checkpoint
 import data
+import peers
 import run
-from data import UsageError
+from data import RunError, UsageError
 from features import digest
 from model import Block, VisionTransformer, freeze, group_table, init_mae_, lr_factor, param_groups
 from run import number
@@ -57,7 +58,7 @@ def get_args(argv=None):
     protocol("--freeze-blocks", type=number(int), default=0, metavar="K", help="keep embeddings, first K blocks fixed")
     protocol("--probe-block", type=number(int, 1), metavar="K", help="frozen tokens of block K under --blocks new ones "
              "(of the last block: after the final norm)")
-    add("--blocks", type=number(int), help="new blocks on --probe-block; 0, the default, is a linear classifier")
+    add("--blocks", type=number(int, 0, 100), help="new blocks on --probe-block; 0, the default, is a linear classifier")
     # augmentation
     add("--crop-min", type=number(float, 0, 1, above=True), help="smallest crop (default 0.08; embedded 0.5)")
     add("--rand-augment", type=number(int, 0, 10), metavar="M", help="its magnitude, 0: none (default 9; embedded 0)")
@@ -88,6 +89,8 @@ def get_args(argv=None):
     add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the blocks; auto: on a GPU")
     add("--log-every", type=number(int, 1), default=20, help="steps between lines of the log")
     add("--save-minutes", type=number(float, 0, above=True), default=10.0, help="also saved after every epoch")
+    add("--timeout-minutes", type=number(float, 0, 1440, above=True), default=10.0, help="for a process that hangs")
+    add("--deterministic", action="store_true", help="the same bits on every run, on a GPU too (slower there)")
     add("--eval-every", type=number(int), default=0, help="epochs between test accuracies in the log; the result is "
         "that of the last epoch in any case (0: only then)")
     args = parser.parse_args(argv)
@@ -101,6 +104,7 @@ def get_args(argv=None):
         run.fill(args, PAPER_PROJECTOR if args.data else SMALL_PROJECTOR)
     run.fill(args, PAPER if args.data else SMALL)
     run.fill(args, dict(warmup_epochs=min(5, 0.15 * args.epochs), blocks=0))
+    run.check(parser, args)
     return args
 
 
@@ -212,8 +216,21 @@ def load_classifier(path):
     content = checkpoint.read(path)
     if not isinstance(content, dict) or not {"model", "config", "head", "classes", "mean", "std"} <= set(content):
         raise UsageError(f"{path}: not a classifier that finetune.py wrote")
-    net = make(content["config"], content["head"], len(content["classes"]))
-    net.load_state_dict(content["model"])
+    state, config, head, classes = (content[k] for k in ("model", "config", "head", "classes"))
+    if not all(isinstance(value, dict) for value in (state, config, head)) or not isinstance(classes, (list, tuple)):
+        raise UsageError(f"{path}: not a classifier that finetune.py wrote")
+    checkpoint.check_config(config, state, path)
+    checkpoint.check_meta(content, config, path)
+    widest = max((n for v in state.values() for n in v.shape), default=0)
+    claims = [head.get("width", 0), head.get("block", 0), head.get("blocks", 0), len(classes)]
+    if (not all(type(n) is int and 0 <= n <= widest for n in claims)
+            or head.get("blocks", 0) > checkpoint.LARGEST["depth"]):
+        raise UsageError(f"{path}: refused, it claims a head {head!r:.80}")
+    try:
+        net = make(config, head, len(classes))
+        net.load_state_dict(state)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"{path}: not a classifier that finetune.py wrote ({str(error).splitlines()[0]})") from None
     return net.eval(), content
 
 
@@ -256,12 +273,14 @@ def evaluate(net, loader, dtype):
     if loader.processes > 1:
         dist.all_reduce(counts)
     first, five, n = counts.tolist()
+    if n == 0:
+        raise RunError(f"{loader.pictures.name}: none of the test pictures can be read")
     return 100 * first / n, 100 * five / n, n
 
 
 def main(args):
     # ---------------------------------------------------------------- 1. processes, data, model
-    device, rank, processes = run.setup(args.device)
+    device, rank, processes = run.setup(args.device, args.timeout_minutes, args.deterministic)
     dtype = run.precision(args.amp, device)
     if args.batch_size % processes:
         raise UsageError(f"--batch-size {args.batch_size} is not divided by {processes} processes")
@@ -272,6 +291,8 @@ def main(args):
     pictures = everything.select(ids).hold(device)
     test = data.same_classes(everything, data.load_data(args.data, False, in_chans, args.stats, args.max_bad))
     pictures.mean, pictures.std = (source["meta"].get(k) or getattr(pictures, k) for k in ("mean", "std"))
+    peers.same("numbers of pictures", len(everything))
+    peers.same("numbers of test pictures", len(test))
     batch_size = min(args.batch_size, len(pictures) // processes * processes)
     if batch_size == 0:
         raise UsageError(f"{len(pictures)} labelled pictures are fewer than the {processes} processes")
@@ -305,16 +326,15 @@ def main(args):
             logits = model(images)
         return F.cross_entropy(logits.float(), targets, label_smoothing=args.label_smoothing)
 
-    with run.Run(args.out, rank, processes, device, args.log_every, steps, batch_size) as job:
+    with run.Run(args.out, rank, processes, device, args.log_every, steps, batch_size,
+                 args.save_minutes) as job:
         # ------------------------------------------------------------ 3. own last checkpoint, or start
         settings = run.settings(args, source=source["digest"])
+        job.watch(optimizer, scaler, dtype)
         state = job.load(settings) if args.resume == "auto" else job.cut_log(0)
         step, before = 0, 0.0
         if state is not None:
-            net.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            step, before = state["step"], state["seconds"]
+            step, before = job.restore(state, net), state["seconds"]
         protocol = protocol_name(args, len(pictures) / len(everything))
         system = source["meta"].get("system", os.path.basename(os.path.normpath(args.checkpoint)))
         meta = dict(system=f"{system}, {protocol}", data=pictures.name, mean=list(pictures.mean),
@@ -346,7 +366,6 @@ def main(args):
             job.say(line)
 
         # ------------------------------------------------------------ 5. the method
-        saved = time.perf_counter()
         while step < steps:
             epoch = step // len(loader)
             for batch in loader.epoch(epoch, start=step % len(loader)):
@@ -372,16 +391,15 @@ def main(args):
 
                 step += 1
                 job.record(step, total, batch.ids)
-                stop, epoch_done = job.stop_asked(step), step % len(loader) == 0
-                if stop or epoch_done or step % args.log_every == 0:
+                (stop, due), epoch_done = job.asked(step), step % len(loader) == 0
+                if stop or due or epoch_done or step % args.log_every == 0:
                     more = {}
                     if epoch_done and args.eval_every and (step // len(loader)) % args.eval_every == 0:
                         more["top1"], more["top5"], _ = evaluate(net, test_loader, dtype)
                         net.train()
                     job.log(step, step / len(loader), [args.lr * scale * factor], loader, **more)
-                    if stop or epoch_done or time.perf_counter() - saved > 60 * args.save_minutes:
+                    if stop or due or epoch_done:
                         save(step)
-                        saved = time.perf_counter()
                 if stop:
                     raise run.Stopped(stop)
 
@@ -400,7 +418,7 @@ def main(args):
                                  mean=list(pictures.mean), std=list(pictures.std), protocol=protocol,
                                  encoder_digest=encoder_digest, meta=meta), job.path("classifier.pt"))
             job.say(f"wrote {job.path('classifier.pt')}")
-            run.write_result(args.results or args.out, entry)
+            run.write_result(args.results or args.out, entry, once=True)
         return entry
 
 

@@ -10,7 +10,6 @@ Writes last.pt (to resume), encoder.pt (the encoder, for evaluate.py) and log.js
 """
 import math
 import os
-import time
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import augment
 import checkpoint
 import data
+import peers
 import run
 from data import UsageError
 from features import online_knn
@@ -38,7 +38,7 @@ def get_args(argv=None):
     # data
     add("--data", help="folder of pictures, list file, cifar10 or cifar100 (default: $DATA, else an embedded set)")
     add("--img-size", type=run.image_size, help="224 or HEIGHTxWIDTH (default: that of --init)")
-    add("--in-chans", type=number(int, 1, 4), default=3, help="1 grey, 3 RGB, 4 RGBA")
+    add("--in-chans", type=int, choices=(1, 3, 4), default=3, help="1 grey, 3 RGB, 4 RGBA")
     add("--stats", choices=("imagenet", "data"), default="imagenet", help="mean and std of the channels")
     add("--crop-min", type=number(float, 0, 1, above=True), help="smallest crop, as a share (default 0.08; embedded 0.4)")
     add("--workers", type=number(int, 0, 256), default=min(os.cpu_count(), 10), help="reading processes per device")
@@ -50,7 +50,7 @@ def get_args(argv=None):
     add("--patch-size", type=number(int, 1, 256), help="with --init none; default: the architecture's")
     add("--train-patch-embed", action="store_true", help="train the patch projection too (MoCo v3 freezes it)")
     add("--freeze-blocks", type=number(int), default=0, help="MIM -> CL grafting: keep embeddings and first K blocks fixed")
-    add("--hidden-dim", type=number(int, 1), help="of the heads (default 4096, VICReg 8192; embedded 512, 1024)")
+    add("--hidden-dim", type=number(int, 1, 32768), help="of the heads (default 4096, VICReg 8192; embedded 512, 1024)")
     # loss
     add("--loss", choices=("moco", "vicreg", "simclr"), default="moco", help="the contrastive end")
     add("--temperature", type=number(above=True), default=0.2)
@@ -78,6 +78,8 @@ def get_args(argv=None):
     add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the blocks; auto: on a GPU")
     add("--log-every", type=number(int, 1), default=20, help="steps between lines of the log")
     add("--save-minutes", type=number(float, 0, above=True), default=10.0, help="also saved after every epoch")
+    add("--timeout-minutes", type=number(float, 0, 1440, above=True), default=10.0, help="for a process that hangs")
+    add("--deterministic", action="store_true", help="the same bits on every run, on a GPU too (slower there)")
     add("--every-epochs", type=number(int), default=0, help="epochs between weights kept as epochNNNN.pt (0: none)")
     add("--knn-every", type=number(int), default=0, help="epochs between k-NN accuracies on held-out labels (0: never)")
     args = parser.parse_args(argv)
@@ -97,6 +99,7 @@ def get_args(argv=None):
         defaults["hidden_dim"] *= 2
     run.fill(args, defaults)
     run.fill(args, dict(warmup_epochs=min(40, 0.15 * args.epochs)))
+    run.check(parser, args)
     return args
 
 
@@ -145,7 +148,7 @@ def build(args):
 
 def main(args):
     # ---------------------------------------------------------------- 1. processes, data, model
-    device, rank, processes = run.setup(args.device)
+    device, rank, processes = run.setup(args.device, args.timeout_minutes, args.deterministic)
     dtype = run.precision(args.amp, device)
     if args.batch_size % processes:
         raise UsageError(f"--batch-size {args.batch_size} is not divided by {processes} processes")
@@ -154,6 +157,7 @@ def main(args):
     net, source = build(args)
     encoder = net.base_encoder
     pictures = data.load_data(args.data, True, args.in_chans, args.stats, args.max_bad).hold(device)
+    peers.same("numbers of pictures", len(pictures))
     views = [view | dict(scale=(args.crop_min, 1.0)) for view in augment.MOCO_VIEWS]
     loader = data.Loader(pictures, views + [augment.MAE_VIEW] * bool(args.mim_weight), encoder.config["img_size"], local,
                          args.seed, args.workers, device, rank, processes, max_bad=args.max_bad,
@@ -187,28 +191,28 @@ def main(args):
             loss = loss + args.anchor_weight * penalty
         return loss
 
-    with run.Run(args.out, rank, processes, device, args.log_every, steps, args.batch_size) as job:
+    with run.Run(args.out, rank, processes, device, args.log_every, steps, args.batch_size,
+                 args.save_minutes) as job:
         # ------------------------------------------------------------ 3. own last checkpoint, or start
         settings = run.settings(args, source=source and source["digest"])
+        chance = 4 * args.temperature * math.log(args.batch_size) if args.loss == "moco" else None
+        job.watch(optimizer, scaler, dtype, warmup, chance)
         state = job.load(settings) if args.resume == "auto" else job.cut_log(0)
         step = 0
         if state is not None:
-            net.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            step = state["step"]
+            step = job.restore(state, net)
         meta = dict(system=system_name(args), data=pictures.name, mean=list(pictures.mean), std=list(pictures.std),
                     epochs=args.epochs, seed=args.seed, classes=pictures.classes, init=source and source["digest"],
                     decoder=getattr(encoder, "decoder_config", None), commit=run.commit())
 
         def save(step):
             weights = dict(model=net.state_dict(), config=encoder.config, meta=meta, settings=settings, step=step)
-            job.save(weights | dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), skipped=job.skipped))
-            if rank == 0:
-                checkpoint.save(checkpoint.encoder_file(net, meta | dict(step=step)), job.path("encoder.pt"))
-                epoch, rest = divmod(step, len(loader))
-                if args.every_epochs and rest == 0 and epoch % args.every_epochs == 0:
-                    checkpoint.save(weights | dict(epoch=epoch), job.path(f"epoch{epoch:04}.pt"))
+            files = {"encoder.pt": checkpoint.encoder_file(net, meta | dict(step=step))}
+            epoch, rest = divmod(step, len(loader))
+            if args.every_epochs and rest == 0 and epoch % args.every_epochs == 0:
+                files[f"epoch{epoch:04}.pt"] = weights | dict(epoch=epoch)
+            job.save(weights | dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), skipped=job.skipped),
+                     before=files)
 
         def attempt(n):
             x = torch.zeros(n, args.in_chans, *encoder.config["img_size"], device=device)
@@ -227,11 +231,10 @@ def main(args):
                 f"processes, {size} at once; {steps} steps, {warmup} of warm-up; {device}, {dtype or torch.float32}")
         for line in group_table(groups, scale):
             job.say(line)
-        if args.loss == "moco":
-            job.say(f"chance level of the loss: {4 * args.temperature * math.log(args.batch_size):.3f}")
+        if chance is not None:
+            job.say(f"chance level of the loss: {chance:.3f}")
 
         # ------------------------------------------------------------ 5. the method
-        saved = time.perf_counter()
         while step < steps:
             epoch = step // len(loader)
             for batch in loader.epoch(epoch, start=step % len(loader)):
@@ -252,15 +255,14 @@ def main(args):
 
                 step += 1
                 job.record(step, loss, batch.ids)
-                stop, epoch_done = job.stop_asked(step), step % len(loader) == 0
-                if stop or epoch_done or step % args.log_every == 0:
+                (stop, due), epoch_done = job.asked(step), step % len(loader) == 0
+                if stop or due or epoch_done or step % args.log_every == 0:
                     more = feature_stats(log.pop("features"), log.pop("q"), log.pop("k"), rank) | log
                     if epoch_done and args.knn_every and (step // len(loader)) % args.knn_every == 0 and rank == 0:
                         more["knn"] = online_knn(encoder, pictures, device, dtype, args.workers)
                     job.log(step, step / len(loader), [lr * scale * factor for lr in args.lr], loader, **more)
-                    if stop or epoch_done or time.perf_counter() - saved > 60 * args.save_minutes:
+                    if stop or due or epoch_done:
                         save(step)
-                        saved = time.perf_counter()
                 if stop:
                     raise run.Stopped(stop)
         job.say(f"wrote {job.path('encoder.pt')}")

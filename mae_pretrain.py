@@ -7,7 +7,6 @@
 Writes last.pt (to resume), encoder.pt (the encoder, for graft_train.py and evaluate.py) and log.jsonl into --out.
 """
 import os
-import time
 from contextlib import nullcontext
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import augment
 import checkpoint
 import data
+import peers
 import run
 from data import UsageError
 from features import online_knn
@@ -33,7 +33,7 @@ def get_args(argv=None):
     # data
     add("--data", help="folder of pictures, list file, cifar10 or cifar100 (default: $DATA, else an embedded set)")
     add("--img-size", type=run.image_size, help="224 or HEIGHTxWIDTH (default 224; embedded 32; or that of --init)")
-    add("--in-chans", type=number(int, 1, 4), default=3, help="1 grey, 3 RGB, 4 RGBA")
+    add("--in-chans", type=int, choices=(1, 3, 4), default=3, help="1 grey, 3 RGB, 4 RGBA")
     add("--stats", choices=("imagenet", "data"), default="imagenet", help="mean and std of the channels")
     add("--crop-min", type=number(float, 0, 1, above=True), default=0.2, help="smallest crop, as a share")
     add("--workers", type=number(int, 0, 256), default=min(os.cpu_count(), 10), help="reading processes per device")
@@ -62,6 +62,8 @@ def get_args(argv=None):
     add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile the blocks; auto: on a GPU")
     add("--log-every", type=number(int, 1), default=20, help="steps between lines of the log")
     add("--save-minutes", type=number(float, 0, above=True), default=10.0, help="also saved after every epoch")
+    add("--timeout-minutes", type=number(float, 0, 1440, above=True), default=10.0, help="for a process that hangs")
+    add("--deterministic", action="store_true", help="the same bits on every run, on a GPU too (slower there)")
     add("--knn-every", type=number(int), default=0, help="epochs between k-NN accuracies on held-out labels (0: never)")
     args = parser.parse_args(argv)
     args.data = args.data or os.environ.get("DATA")
@@ -72,6 +74,7 @@ def get_args(argv=None):
         del defaults["arch"], defaults["img_size"]
     run.fill(args, defaults)
     run.fill(args, dict(warmup_epochs=min(40, 0.15 * args.epochs)))
+    run.check(parser, args)
     return args
 
 
@@ -98,7 +101,7 @@ def build(args):
 
 def main(args):
     # ---------------------------------------------------------------- 1. processes, data, model
-    device, rank, processes = run.setup(args.device)
+    device, rank, processes = run.setup(args.device, args.timeout_minutes, args.deterministic)
     dtype = run.precision(args.amp, device)
     if args.batch_size % processes:
         raise UsageError(f"--batch-size {args.batch_size} is not divided by {processes} processes")
@@ -106,6 +109,7 @@ def main(args):
     torch.manual_seed(args.seed)
     net, source = build(args)
     pictures = data.load_data(args.data, True, args.in_chans, args.stats, args.max_bad).hold(device)
+    peers.same("numbers of pictures", len(pictures))
     view = augment.MAE_VIEW | dict(scale=(args.crop_min, 1.0))
     loader = data.Loader(pictures, [view], net.config["img_size"], local, args.seed, args.workers, device, rank,
                          processes, max_bad=args.max_bad, decoder=data.decoder(args.decode, device))
@@ -130,25 +134,23 @@ def main(args):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             return model(images, args.mask_ratio, noise)[0]
 
-    with run.Run(args.out, rank, processes, device, args.log_every, steps, args.batch_size) as job:
+    with run.Run(args.out, rank, processes, device, args.log_every, steps, args.batch_size,
+                 args.save_minutes) as job:
         # ------------------------------------------------------------ 3. own last checkpoint, or start
         settings = run.settings(args, source=source and source["digest"])
+        job.watch(optimizer, scaler, dtype)
         state = job.load(settings) if args.resume == "auto" else job.cut_log(0)
         step = 0
         if state is not None:
-            net.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            step = state["step"]
+            step = job.restore(state, net)
         system = "CL -> MIM grafting" if args.init and args.freeze_blocks else "MAE"
         meta = dict(system=system, data=pictures.name, mean=list(pictures.mean), std=list(pictures.std), epochs=args.epochs,
                     seed=args.seed, classes=pictures.classes, decoder=net.decoder_config, commit=run.commit())
 
         def save(step):
-            job.save(dict(model=net.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
-                          config=net.config, meta=meta, settings=settings, skipped=job.skipped))
-            if rank == 0:
-                checkpoint.save(checkpoint.encoder_file(net, meta | dict(step=step)), job.path("encoder.pt"))
+            job.save(dict(model=net.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                          step=step, config=net.config, meta=meta, settings=settings, skipped=job.skipped),
+                     before={"encoder.pt": checkpoint.encoder_file(net, meta | dict(step=step))})
 
         def attempt(n):
             images = torch.zeros(n, args.in_chans, *net.config["img_size"], device=device)
@@ -170,7 +172,6 @@ def main(args):
             job.say(line)
 
         # ------------------------------------------------------------ 5. the method
-        saved = time.perf_counter()
         model.train()
         while step < steps:
             epoch = step // len(loader)
@@ -191,15 +192,14 @@ def main(args):
 
                 step += 1
                 job.record(step, total, batch.ids)
-                stop, epoch_done = job.stop_asked(step), step % len(loader) == 0
-                if stop or epoch_done or step % args.log_every == 0:
+                (stop, due), epoch_done = job.asked(step), step % len(loader) == 0
+                if stop or due or epoch_done or step % args.log_every == 0:
                     more = {}
                     if epoch_done and args.knn_every and (step // len(loader)) % args.knn_every == 0 and rank == 0:
                         more["knn"] = online_knn(net, pictures, device, dtype, args.workers)
                     job.log(step, step / len(loader), [lr * scale * factor for lr in args.lr], loader, **more)
-                    if stop or epoch_done or time.perf_counter() - saved > 60 * args.save_minutes:
+                    if stop or due or epoch_done:
                         save(step)
-                        saved = time.perf_counter()
                 if stop:
                     raise run.Stopped(stop)
         job.say(f"wrote {job.path('encoder.pt')}")

@@ -34,7 +34,7 @@ from PIL import Image
 
 import run
 from data import PACK_MAGIC, Pictures, RunError, UsageError, list_files, report_bad
-from decode import UNREADABLE, Encoded
+from decode import Encoded
 
 RECORD, FOOTER = struct.Struct("<IQ16s"), struct.Struct("<8sQQ32s")
 FOOTER_TAG = b"pack end"
@@ -202,7 +202,7 @@ def prepare(path, short_side=None, quality=90):
         packed = io.BytesIO()
         image.save(packed, "JPEG", quality=quality)
         return packed.getvalue()
-    except UNREADABLE as error:
+    except Exception as error:                                              # pillow raises a dozen kinds
         return f"{type(error).__name__}: {error}"
 
 

@@ -303,7 +303,8 @@ def curves(args):
             raise UsageError(f"{log}: nothing in it yet")
         for e in entries:
             rates = {f"lr_{stage}": lr for stage, lr in enumerate(e["lr"], start=1)}
-            kept = {k: e.get(k, "") for k in ("step", "epoch", "loss", "knn", "rank", "images_per_second")}
+            kept = {k: "" if e.get(k) is None else e[k]                     # null: it was not a finite number
+                    for k in ("step", "epoch", "loss", "knn", "rank", "images_per_second")}
             rows.append(dict(run=name, **kept, **rates))
     names = unique(k for row in rows for k in row)
     rows = [{k: row.get(k, "") for k in names} for row in rows]

@@ -7,7 +7,7 @@ import copy
 import torch
 
 from augment import PIXELS, SUBSET, per_picture, shuffled
-from decode import UNREADABLE, crop, exact_crop, jpeg_decoder
+from decode import BadFile, crop, exact_crop, jpeg_decoder
 
 
 class Reader(torch.utils.data.Dataset):
@@ -71,8 +71,8 @@ class Reader(torch.utils.data.Dataset):
         for row in rows:
             try:
                 opened[row] = self.pictures.open(shown[row])
-            except UNREADABLE as error:
-                failed[row] = f"{type(error).__name__}: {error}"
+            except BadFile as error:
+                failed[row] = str(error)
         if not opened:
             return failed
         # boxes for all of them at once: a dozen small tensor operations each would cost as much as the decoding
@@ -93,8 +93,8 @@ class Reader(torch.utils.data.Dataset):
                 continue
             try:
                 pixels = picture.pixels(self.pictures.in_chans, factor)
-            except UNREADABLE as error:
-                failed[row] = f"{type(error).__name__}: {error}"
+            except BadFile as error:
+                failed[row] = str(error)
                 continue
             if list(pixels.shape[:2]) != size:                              # a format that is turned as it is decoded
                 turned = torch.tensor([pixels.shape[:2]])

@@ -148,6 +148,7 @@ def get_args(argv=None):
     if args.preset == "imagenet" and not (args.data or os.environ.get("DATA")):
         parser.error("--preset imagenet needs --data FOLDER (with train/ and val/)")
     run.fill(args, dict(out=os.path.join("out", args.preset), seeds=[0, 1, 2] if args.preset == "cifar10" else [0]))
+    run.check(parser, args)
     return args
 
 

@@ -88,17 +88,17 @@ def test_without_torchvision_pillow_decodes(monkeypatch):
 def test_damaged_jpegs_raise_what_pillow_raises():
     whole = JPEGS["plain"]
     for content in (whole[:len(whole) // 2], whole[:300], whole[:20], bytearray(), b"\xff\xd8" + bytearray(100)):
-        with pytest.raises(decode.UNREADABLE):
+        with pytest.raises(decode.BadFile):
             decode.Encoded(content).pixels(3)
     size = whole.index(b"\xff\xc0") + 5
     for claimed in (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\0\x65\0\0", b"\0\0\0\x96"):
         hostile = whole[:size] + claimed + whole[size + 4:]
-        with pytest.raises(decode.UNREADABLE):
+        with pytest.raises(decode.BadFile):
             decode.Encoded(hostile).pixels(3)
     again = whole.index(b"\xff\xc0")                                        # a second frame, of another size
     length = 2 + int.from_bytes(whole[again + 2:again + 4], "big")
     frame = whole[again:again + 5] + b"\0\x10\0\x10" + whole[again + 9:again + length]
-    with pytest.raises(decode.UNREADABLE):
+    with pytest.raises(decode.BadFile):
         decode.Encoded(whole[:again] + frame + whole[again:]).pixels(3)
 
 

@@ -501,10 +501,10 @@ def test_bad_options(made, options, message, capsys):
 
 
 def test_more_processes_than_pictures(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "setup", lambda device: (torch.device("cpu"), 0, 20))
+    monkeypatch.setattr(run, "setup", lambda *options: (torch.device("cpu"), 0, 20))
     with pytest.raises(UsageError, match="fewer than the 20 processes"):
         tune(made["graft"], tmp_path, "--labels", "1 per class")
-    monkeypatch.setattr(run, "setup", lambda device: (torch.device("cpu"), 0, 3))
+    monkeypatch.setattr(run, "setup", lambda *options: (torch.device("cpu"), 0, 3))
     with pytest.raises(UsageError, match="--batch-size 40 is not divided by 3"):
         tune(made["graft"], tmp_path)
 

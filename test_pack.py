@@ -307,7 +307,7 @@ def test_a_pack_that_shrinks_under_the_reader_is_a_bad_picture(split, tmp_path):
     path.write_bytes(open(split[1], "rb").read())
     pictures = data.load_data(str(path))
     os.truncate(path, 100)
-    with pytest.raises(OSError, match="ends within this picture"):
+    with pytest.raises(data.BadFile, match="ends within this picture"):
         pictures.read(2)
 
 
