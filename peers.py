@@ -20,11 +20,13 @@ store = None                # of this process, once connected; None where a run 
 rank, processes, minutes = 0, 1, 10.0
 asked = 0                   # questions so far, the same number on every process
 gone = set()                # the ranks that did not answer
+listener = None             # the thread of `listen`
+over = threading.Event()    # this process is done with the others
 
 
 def connect(backend, timeout_minutes):
     """Join the other processes, whom torchrun's environment names; who stays silent longer than this is given up."""
-    global store, rank, processes, minutes
+    global store, rank, processes, minutes, listener
     limit = timedelta(minutes=timeout_minutes)
     rank, processes, minutes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout_minutes
     try:
@@ -34,7 +36,9 @@ def connect(backend, timeout_minutes):
         # NCCL's own watchdog aborts the process without a word on who is missing, so it gets more time than a vote
         dist.init_process_group(backend, store=dist.PrefixStore("default", store), rank=rank, world_size=processes,
                                 timeout=limit * (2 if backend == "nccl" else 1))
-        threading.Thread(target=listen, daemon=True).start()
+        over.clear()
+        listener = threading.Thread(target=listen, daemon=True)
+        listener.start()
     except (RuntimeError, ValueError) as error:
         raise RunError(f"rank {rank}: the {processes} processes did not meet within {timeout_minutes:g} minutes "
                        f"({str(error).splitlines()[0]})") from None
@@ -75,7 +79,8 @@ def listen():
     """Sign in when another process calls, even while this one is stuck in a collective; then end with the others."""
     try:
         while not store.check(["failure"]):
-            time.sleep(GLANCE_SECONDS)
+            if over.wait(GLANCE_SECONDS):
+                return
         store.set(f"alive/{rank}", "")
         time.sleep(4 * SIGN_IN_SECONDS)
     except RuntimeError:                                                    # the store has gone with rank 0
@@ -130,6 +135,13 @@ def blame(error):
         return roll_call()
     except RuntimeError:
         return RunError("rank 0 died or hangs: the store in which the processes meet does not answer")
+
+
+def part():
+    """The run is done: stop listening, for a thread that asks the store while Python shuts down aborts the process."""
+    over.set()
+    listener.join()
+    dist.destroy_process_group()
 
 
 def leave():

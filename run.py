@@ -118,7 +118,7 @@ def program(main, get_args):
         if code in (1, 2):
             peers.leave()
             os._exit(code)                                                  # to leave the group would be to wait for all
-        dist.destroy_process_group()
+        peers.part()
     sys.exit(code)
 
 
