@@ -109,7 +109,7 @@ def test_a_run_trains_and_writes_what_it_must(small, tmp_path, capsys, stage):
     assert [line["step"] for line in log] == list(range(1, 41))
     assert [line["epoch"] for line in log] == [step / 4 for step in range(1, 41)]
     for line in log:
-        assert {"loss", "lr", "images_per_second", "data_wait"} < set(line) and len(line["lr"]) == 1
+        assert {"loss", "lr", "images_per_second", "seconds", "data_wait"} < set(line) and len(line["lr"]) == 1
         assert 0 <= line["data_wait"] <= 1 and line["images_per_second"] > 0
     rates = [lr * 32 / 256 * model.lr_factor(step, 40, 6) for step in range(40)]
     assert [line["lr"][0] for line in log] == pytest.approx(rates)
