@@ -135,6 +135,17 @@ class LinearSweep:
         self.velocity = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
         self.norm = BatchNorm1d(dim, eps=1e-6, affine=False).to(device) if batchnorm else torch.nn.Identity()
 
+    def state(self):
+        """Its tensors, to go on from: all that a step changes."""
+        return dict(weight=self.weight, bias=self.bias, velocity=self.velocity, norm=self.norm.state_dict())
+
+    def restore(self, state):
+        self.weight.copy_(state["weight"])
+        self.bias.copy_(state["bias"])
+        for own, kept in zip(self.velocity, state["velocity"]):
+            own.copy_(kept)
+        self.norm.load_state_dict(state["norm"])
+
     def logits(self, x):
         """(n, D) -> (n, R, C)."""
         return torch.addmm(self.bias, x, self.weight).unflatten(1, (-1, self.classes))
@@ -174,6 +185,21 @@ class LinearSweep:
         return weight, bias
 
 
+def resume_linear(sweep, path, asked):
+    """Put back what an earlier, stopped evaluation of the same kind had reached; returns the epochs done."""
+    epoch = 0
+    if os.path.exists(path):
+        try:
+            content = checkpoint.read(path)
+            if content["asked"] == asked:
+                sweep.restore(content["sweep"])
+                epoch = content["epoch"]
+        except (UsageError, KeyError, TypeError, RuntimeError) as error:
+            print(f"warning: {path} is damaged, linear evaluation starts over ({str(error).splitlines()[0]})", flush=True)
+    peers.same("epochs to go on from in --out", epoch)
+    return epoch
+
+
 def linear(encoder, train, test, args, seed, how):
     """The linear protocol: (fields of the result, classifier). The rate is chosen on held-out training pictures."""
     order = data.shuffled(len(train), augment.SUBSET, 4, seed)
@@ -200,8 +226,13 @@ def linear(encoder, train, test, args, seed, how):
         loader = data.Loader(fit, [augment.TRAIN_VIEW], encoder.config["img_size"], batch_size // processes, seed,
                              args.workers, device, how["rank"], processes, max_bad=args.max_bad, mean=how["mean"],
                              std=how["std"])
-        steps, step, started = args.epochs * len(loader), 0, time.perf_counter()
-        for epoch in range(args.epochs):
+        path = os.path.join(args.out, f"linear-{digest(encoder)}-seed{seed}.part.pt")
+        asked = dict(lr=args.lr, epochs=args.epochs, batch_size=batch_size, batchnorm=args.batchnorm, labels=args.labels,
+                     data=args.data, pictures=len(fit))
+        os.makedirs(args.out, exist_ok=True)
+        first = resume_linear(sweep, path, asked)
+        steps, step, started = args.epochs * len(loader), first * len(loader), time.perf_counter()
+        for epoch in range(first, args.epochs):
             for batch in loader.epoch(epoch):
                 with torch.no_grad(), torch.autocast(device.type, how["dtype"], enabled=how["dtype"] is not None):
                     x = encoder.forward_features(batch.views[0][:]).float()
@@ -209,8 +240,11 @@ def linear(encoder, train, test, args, seed, how):
                 sweep.step(gather(x), gather(own), 0.5 * (1 + math.cos(math.pi * step / steps)))
                 step += 1
             if how["rank"] == 0:
-                left = (time.perf_counter() - started) / step * (steps - step)
+                checkpoint.save(dict(asked=asked, epoch=epoch + 1, sweep=sweep.state()), path)
+                left = (time.perf_counter() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1)
                 print(f"epoch {epoch + 1}/{args.epochs} left {run.duration(left)}", file=sys.stderr, flush=True)
+        if how["rank"] == 0:
+            os.remove(path)
     held_out = sweep.accuracies(chooser_x, chooser.labels.to(device))
     chosen = int(held_out.argmax())
     on_test = sweep.accuracies(test_x, test.labels.to(device))

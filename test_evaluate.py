@@ -108,6 +108,42 @@ def test_linear_chooses_on_held_out_pictures_and_leaves_the_encoder(encoder_fold
     assert needed <= set(entry)
 
 
+@pytest.mark.parametrize("norm", [[], ["--batchnorm"]])
+def test_a_stopped_linear_evaluation_goes_on_to_the_same_result(encoder_folder, small, tmp_path, monkeypatch, norm, capsys):
+    options = ["--mode", "linear", "--epochs", "3", "--no-cache-features", *norm]
+    whole, = run_mode(encoder_folder, tmp_path / "whole", *options)
+    step, taken = evaluate.LinearSweep.step, []
+
+    def killed(self, x, labels, factor):
+        taken.append(factor)
+        if len(taken) == killed_at:
+            raise KeyboardInterrupt
+        return step(self, x, labels, factor)
+
+    monkeypatch.setattr(evaluate.LinearSweep, "step", killed)
+    killed_at = None
+    run_mode(encoder_folder, tmp_path / "count", *options)
+    every = list(taken)
+    killed_at = 2 * len(every) // 3 + 1                                     # the first step of the third epoch
+    taken.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_mode(encoder_folder, tmp_path / "parts", *options)
+    kept, = (tmp_path / "parts").glob("linear-*.part.pt")
+    killed_at = None
+    taken.clear()
+    parts, = run_mode(encoder_folder, tmp_path / "parts", *options)
+    assert taken == every[-len(every) // 3:] and not kept.exists()
+    for key in ("top1", "top5", "best_on_test", "held_out_top1", "lr"):
+        assert parts[key] == whole[key], key
+    ours, theirs = (torch.load(tmp_path / name / "classifier-linear.pt", weights_only=True)["classifier"]["weight"]
+                    for name in ("parts", "whole"))
+    assert torch.equal(ours, theirs)
+    kept.write_bytes(b"half")                                               # a damaged one is left aside
+    taken.clear()
+    run_mode(encoder_folder, tmp_path / "parts", *options)
+    assert taken == every and "starts over" in capsys.readouterr().out
+
+
 def test_linear_learns_what_is_linear(encoder_folder, small, tmp_path, monkeypatch):
     """Features that are the label itself are classified without fault."""
     def features_of_labels(encoder, pictures, **how):
