@@ -7,22 +7,11 @@ import sys
 import pytest
 import torch
 
-import checkpoint
-import model
 import run
 from test_faults import PROGRAMS, one_process
+from test_faults_files import encoder     # noqa: F401
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """A folder with an encoder.pt as our own scripts write it."""
-    place = tmp_path_factory.mktemp("encoder")
-    net = model.MoCoV3(model.VisionTransformer(32, 8, dim=24, depth=3, heads=3), 32)
-    meta = dict(system="MoCo v3", mean=[0.5] * 3, std=[0.2] * 3, epochs=1)
-    torch.save(checkpoint.encoder_file(net, meta), place / "encoder.pt")
-    return place
 
 
 # ------------------------------------------------------------------------------------------------ bad arguments
