@@ -152,7 +152,6 @@ class Bench:
         self.dtype = run.precision(args.amp, self.device)
         cuda = self.device.type == "cuda"
         self.batch = args.batch_size or (256 if cuda else 16)
-        self.compile = args.compile == "on" or (args.compile == "auto" and cuda)
         (patch, dim, depth, heads), self.decoder = ARCHS[args.arch]
         side = 32 if args.arch == "vit_mini" else 224
         self.config = dict(img_size=[side, side], patch_size=patch, in_chans=3, dim=dim, depth=depth, heads=heads,
@@ -201,9 +200,8 @@ class Bench:
 
     def prepare(self, net):
         net.to(self.device).train()
-        if self.compile:
-            for block in [m for m in net.modules() if isinstance(m, Block)]:
-                block.compile()
+        blocks = [m for m in net.modules() if isinstance(m, Block)]
+        run.compile_blocks(blocks, self.args.compile, self.device, dynamic=False)
         return net
 
 

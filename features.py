@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import augment
 import data
+import run
 from model import gather
 
 
@@ -70,7 +71,8 @@ def online_knn(encoder, pictures, device, dtype, workers, most=10000):
     Their labels are held out of pre-training, and the test pictures are not looked at.
     """
     chosen = pictures.select(augment.shuffled(len(pictures), 2, augment.SUBSET)[:most])
-    features = extract(encoder, chosen, device, dtype, workers=workers)
+    with run.uncompiled():
+        features = extract(encoder, chosen, device, dtype, workers=workers)
     labels, n = chosen.labels.to(device), len(chosen) // 10
     scores = knn_scores(features[:n], features[n:], labels[n:], len(chosen.classes))
     return (scores.argmax(1) == labels[:n]).float().mean().item() * 100

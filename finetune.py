@@ -305,9 +305,7 @@ def main(args):
                               args.workers, device, rank, processes, shuffle=False, max_bad=args.max_bad,
                               mean=pictures.mean, std=pictures.std)
     net.to(device).train()
-    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
-        for block in [m for m in net.modules() if isinstance(m, Block)]:
-            block.compile()
+    run.compile_blocks([m for m in net.modules() if isinstance(m, Block)], args.compile, device)    # a graph for any rate
     model = DistributedDataParallel(net) if processes > 1 else net
 
     # ---------------------------------------------------------------- 2. rates

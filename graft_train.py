@@ -167,9 +167,7 @@ def main(args):
     if args.knn_every and pictures.labels is None:
         raise UsageError(f"--knn-every needs labels, {pictures.name} has no class folders")
     net.to(device).train()
-    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
-        for block in [m for m in net.modules() if isinstance(m, Block)]:
-            block.compile()
+    run.compile_blocks([m for m in net.modules() if isinstance(m, Block)], args.compile, device, dynamic=False)
     model = DistributedDataParallel(net, broadcast_buffers=False) if processes > 1 else net
 
     # ---------------------------------------------------------------- 2. rates

@@ -118,9 +118,7 @@ def main(args):
     if args.knn_every and pictures.labels is None:
         raise UsageError(f"--knn-every needs labels, {pictures.name} has no class folders")
     net.to(device).train()
-    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
-        for block in [*net.blocks, *net.decoder_blocks]:
-            block.compile()
+    run.compile_blocks([*net.blocks, *net.decoder_blocks], args.compile, device, dynamic=False)
     model = DistributedDataParallel(net) if processes > 1 else net
 
     # ---------------------------------------------------------------- 2. rates

@@ -155,13 +155,18 @@ def setup(device, timeout_minutes=10.0, deterministic=False):
     return device, int(os.environ.get("RANK", 0)), processes
 
 
-def keep_memory():
-    """Have glibc keep the memory that a step frees: given back, it is mapped and zeroed anew at every step."""
+def keep_memory(keep=True):
+    """Have glibc keep the memory that a step frees: given back, it is mapped and zeroed anew at every step.
+
+    With keep=False as glibc comes: at the thresholds that it works up to by itself when large arrays are freed.
+    """
     m_trim_threshold, m_mmap_threshold = -1, -3                             # glibc's malloc.h
+    most = 32 << 20                                                         # of the second, before glibc 2.35
     with contextlib.suppress(OSError, AttributeError):                      # other C libraries do as they do
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, -1)
+        if not (keep and libc.mallopt(m_mmap_threshold, 1 << 30)):
+            libc.mallopt(m_mmap_threshold, most)
+        libc.mallopt(m_trim_threshold, -1 if keep else 2 * most)
 
 
 def precision(choice, device):
@@ -235,7 +240,7 @@ def micro_batch(asked, step, n, device, processes, params, share=0.5):
             return tensor
 
         probe = min(n, 2)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with uncompiled(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             step(probe)
         while size > 1 and size * sum(kept.values()) / probe > share * available_memory() / processes:
             size = (size + 1) // 2
@@ -244,6 +249,36 @@ def micro_batch(asked, step, n, device, processes, params, share=0.5):
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
         size = int(smallest)
     return size
+
+
+GRAPHS = 32                 # that torch.compile may keep of a block: by role, gradient, shape; torch's 8 are too few
+
+
+def compile_blocks(blocks, choice, device, dynamic=None):
+    """torch.compile each of the blocks: with --compile on, or auto on a GPU, where auto goes without if it cannot.
+
+    dynamic=False: a graph a shape, where shapes are few. Left to torch, the second shape that it meets (MAE's decoder,
+    after its encoder) gets a graph for any size, whose kernels know less.
+    """
+    if choice == "off" or (choice == "auto" and device.type != "cuda"):
+        return
+    try:
+        torch._dynamo.config.cache_size_limit = GRAPHS                      # recompile_limit, by the name of torch 2.6
+        torch.compile(torch.nn.functional.gelu)(torch.ones(2, device=device))
+    except Exception as error:                                              # whatever is missing: Triton, a compiler
+        reason = str(error).strip().splitlines()[0][:200]
+        if choice == "on":
+            raise RunError(f"--compile on: torch.compile does not work here ({reason}); go without: --compile off") from None
+        if peers.speaks():
+            print(f"warning: torch.compile does not work here ({reason}): the run goes on without it", flush=True)
+        return
+    for block in blocks:
+        block.compile(dynamic=dynamic)
+
+
+def uncompiled():
+    """A context in which compiled blocks run as they are written: for sizes that no training step has."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 # options that change how a run goes, not what it computes: they may differ when it is resumed

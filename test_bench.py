@@ -7,6 +7,7 @@ os.environ.pop("DATA", None)
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ import bench
 import bench_against
 import bench_cases
 import data
+import features
 import graft_train
 import mae_pretrain
 import model
+import run
 
 torch.set_num_threads(1)
 
@@ -326,3 +329,76 @@ def test_what_cannot_be_measured_is_said(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.run, "setup", lambda device: (torch.device("cpu"), 0, 2))
     with pytest.raises(data.UsageError, match="without torchrun"):
         bench.main(options("--only", "mae"))
+
+
+# ------------------------------------------------------------------------------------------- torch.compile
+COMPILED = dict(img_size=[16, 16], patch_size=4, in_chans=3, dim=24, depth=3, heads=3)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The input sizes of every graph that torch.compile makes; they then run as they are."""
+    found = []
+
+    def backend(module, inputs):
+        found.append([tuple(x.shape) if torch.is_tensor(x) else x for x in inputs])
+        return module.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    run.compile_blocks([], "on", torch.device("cpu"))                       # what it tries is no block's
+    found.clear()
+    yield found
+    torch._dynamo.reset()
+
+
+def any_size(graph):
+    return any(isinstance(n, torch.SymInt) for x in graph for n in (x if isinstance(x, tuple) else [x]))
+
+
+def test_mae_compiles_one_graph_an_encoder_and_one_a_decoder(graphs):
+    net = model.MaskedAutoencoder(16, 4, 2, **COMPILED)
+    run.compile_blocks([*net.blocks, *net.decoder_blocks], "on", torch.device("cpu"), dynamic=False)
+    run.micro_batch(0, lambda n: net(torch.randn(n, 3, 16, 16))[0].backward(), 6, torch.device("cpu"), 1, ())
+    assert not graphs                                                       # to measure memory is no training step
+    for _ in range(2):
+        net(torch.randn(6, 3, 16, 16))[0].backward()
+    assert len(graphs) == 2 and not any(any_size(graph) for graph in graphs)
+
+
+def test_a_grafting_run_keeps_all_its_graphs(graphs):
+    """Frozen and trained blocks, both encoders, the class token alone, a shorter last micro-batch: more than torch's 8."""
+    net = model.MoCoV3(model.VisionTransformer(**COMPILED), 16, 8)
+    model.freeze(net, 3, [0.0, 1.0, 1.0], patch_embed=True)
+    run.compile_blocks([m for m in net.modules() if isinstance(m, model.Block)], "on", torch.device("cpu"), dynamic=False)
+    x = torch.randn(8, 3, 16, 16)
+    net(x, x, 3).backward()
+    made = len(graphs)
+    assert made > 8 and not any(any_size(graph) for graph in graphs)
+    pictures = data.Pictures(images=data.draw(torch.arange(40), 16), labels=torch.arange(40) % 2, classes=["a", "b"])
+    with torch._dynamo.config.patch(error_on_recompile=True):               # nor does k-NN accuracy add one
+        net(x, x, 3).backward()
+        features.online_knn(net.base_encoder, pictures, torch.device("cpu"), None, 0)
+    assert len(graphs) == made
+
+
+def test_dropping_paths_needs_no_graph_a_rate(graphs):
+    net = model.VisionTransformer(**COMPILED | dict(depth=12), drop_path=0.1)
+    run.compile_blocks(list(net.blocks), "on", torch.device("cpu"))
+    for _ in range(2):
+        net(torch.randn(4, 3, 16, 16)).sum().backward()
+    assert len(graphs) == 3                                                 # rate 0, any other, the class token alone
+
+
+def test_without_a_compiler_auto_goes_on_and_on_says_why(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand much more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    block = model.Block(24, 3)
+    with pytest.raises(data.RunError, match=r"--compile on: .*No working C\+\+ compiler found\); go without"):
+        run.compile_blocks([block], "on", torch.device("cpu"))
+    monkeypatch.setattr(torch, "ones", lambda *args, device: None)          # as if there were a GPU to try it on
+    run.compile_blocks([block], "auto", torch.device("cuda"))
+    assert "warning: torch.compile does not work here" in capsys.readouterr().out
+    assert block._compiled_call_impl is None
