@@ -2,21 +2,27 @@
 
     python bench.py                                             # every case with ViT-B/16, on a GPU if there is one
     python bench.py --only mae,graft --against                  # turn by turn with timm's blocks, transformers' ViTMAE
+    python bench.py --only mae,graft --against --apart          # each code in a process of its own, as it would be run
     python bench.py --only reading --data PICTURES --against    # per worker core, with torchvision's transforms
     python bench.py --only loop                                 # the demonstration's training loops beside bare steps
     python bench.py --only graft --arch vit_large --batch-size 128 --against --out bench.jsonl
 
 Prints for each case its floor and a table, and appends one JSON line a row to --out. Codes take turns (A B A B ...) in
-one process and medians are given, so that what else the machine does falls on all alike. FLOPs are those of the matrix
-products that a case needs (a multiply-add counts twice), whoever runs it.
+one process, with --apart each in its own, and medians are given, so that what else the machine does falls on all alike.
+FLOPs are those of the matrix products that a case needs (a multiply-add counts twice), whoever runs it.
 """
 import contextlib
 import ctypes
 import gc
 import importlib.util
+import io
+import itertools
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections import namedtuple
 
@@ -45,12 +51,15 @@ def get_args(argv=None):
     add("--micro-batch", type=run.number(int, 1), help="of the graft step in micro-batches (default: a quarter)")
     add("--data", help="reading: a folder or a pack of pictures (default: JPEGs drawn for it)")
     add("--data-against", help="reading: what the references read (default: as --data)")
+    add("--apart", action="store_true", help="each code in a process of its own, as it would be run")
+    add("--part", help=run.argparse.SUPPRESS)
     add("--repeats", type=run.number(int, 1), default=5, help="turns; the median is given")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 if the hardware has it")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile our blocks; auto: on a GPU")
     add("--out", metavar="FILE.jsonl", help="append one JSON line a row")
     args = parser.parse_args(argv)
+    args.given = sys.argv[1:] if argv is None else argv
     args.only = args.only.split(",") if args.only else list(CASES)
     unknown = [name for name in args.only if name not in CASES]
     if unknown:
@@ -92,35 +101,100 @@ def memory_peak(device, before):
     return None if peak is None or before is None else max(peak - before, 0)
 
 
-def turns(codes, repeats, device):
-    """A Measured per code: medians over `repeats` turns, in each of which every code runs for LEAST seconds or once.
+def prepare(code, device):
+    """Build a code and warm it up: (call, calls that take LEAST seconds, Measured's peak).
 
     The peak memory is that of building and of the first calls, with what they keep.
     """
-    calls, counts, peaks, found = [], [], [], [[] for _ in codes]
-    for code in codes:
-        before = memory_now(device)
-        call = code.build()
-        timed = isinstance(call(), Timed)
-        wait(device)
-        started = time.perf_counter()
-        if not timed:
-            call()                                                          # again: now with what the first left behind
-        wait(device)
-        spent = time.perf_counter() - started
-        calls.append(call)
-        counts.append(1 if timed else max(1, int(LEAST / max(spent, 1e-9))))
-        peaks.append(memory_peak(device, before))
-    for _ in range(repeats):
-        for call, count, times in zip(calls, counts, found):
-            started, cpu = time.perf_counter(), time.process_time()
-            for _ in range(count):
-                result = call()
-            wait(device)
-            spent, cpu = (time.perf_counter() - started) / count, (time.process_time() - cpu) / count
-            times.append((result.seconds, None, result.waited) if isinstance(result, Timed) else (spent, cpu, None))
-    middle = [[None if None in column else statistics.median(column) for column in zip(*times)] for times in found]
+    before = memory_now(device)
+    call = code.build()
+    timed = isinstance(call(), Timed)
+    wait(device)
+    started = time.perf_counter()
+    if not timed:
+        call()                                                              # again: now with what the first left behind
+    wait(device)
+    spent = time.perf_counter() - started
+    return call, 1 if timed else max(1, int(LEAST / max(spent, 1e-9))), memory_peak(device, before)
+
+
+def one_turn(call, count, device):
+    """Seconds, seconds of CPU time and share waiting for data of a call, over `count` calls."""
+    started, cpu = time.perf_counter(), time.process_time()
+    for _ in range(count):
+        result = call()
+    wait(device)
+    if isinstance(result, Timed):
+        return result.seconds, None, result.waited
+    return (time.perf_counter() - started) / count, (time.process_time() - cpu) / count, None
+
+
+def turns(codes, repeats, device):
+    """A Measured per code: medians over `repeats` turns, in each of which every code runs for LEAST seconds or once."""
+    ready = [prepare(code, device) for code in codes]
+    found = [[one_turn(call, count, device) for call, count, _ in ready] for _ in range(repeats)]
+    return medians(found, [peak for _, _, peak in ready])
+
+
+def medians(found, peaks):
+    """Turns of codes of (seconds, cpu, waited), and the codes' peaks -> a Measured per code."""
+    middle = [[None if None in column else statistics.median(column) for column in zip(*times)] for times in zip(*found)]
     return [Measured(*values, peak) for values, peak in zip(middle, peaks)]
+
+
+def turns_apart(args, case, place):
+    """As `turns`, each code in a process of its own: codes that share one also share the memory that it keeps.
+
+    place: the case's name in CASES and its number there.
+    """
+    children = [subprocess.Popen([sys.executable, os.path.abspath(__file__), *args.given, "--part", f"{place},{i}"],
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+                for i in range(len(case.codes))]
+
+    def answer(child, code):
+        line = child.stdout.readline()
+        if not line:
+            raise RunError(f"{case.name}: {code.name} failed in its process")
+        return json.loads(line)
+
+    def ask(child, code):
+        child.stdin.write("\n")
+        return answer(child, code)
+
+    pairs = list(zip(children, case.codes))
+    try:
+        peaks = [ask(*pair) for pair in pairs]                              # one builds after the other
+        return medians([[ask(*pair) for pair in pairs] for _ in range(args.repeats)], peaks)
+    except BrokenPipeError:
+        raise RunError(f"{case.name}: a code failed in its process") from None
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def out_of_memory(b, case):
+    return RunError(f"{case.name}: not enough memory on {b.name}, give a smaller --batch-size")
+
+
+def part(args):
+    """What a process of `turns_apart` does: an answer on standard output for each line of standard input."""
+    name, number, code = args.part.split(",")
+    with contextlib.redirect_stdout(io.StringIO()):                         # the first process says it too
+        b = Bench(args)
+        cases = CASES[name](b)                                              # its files live as long as it does
+        case = next(itertools.islice(cases, int(number), None))
+    code = case.codes[int(code)]
+    if b.device.type == "cpu":
+        run.keep_memory(code.keeps)
+    sys.stdin.readline()
+    try:
+        call, count, peak = prepare(code, b.device)
+        print(json.dumps(peak), flush=True)
+        for _ in sys.stdin:
+            print(json.dumps(one_turn(call, count, b.device)), flush=True)
+    except torch.OutOfMemoryError:
+        raise out_of_memory(b, case) from None
 
 
 def best_of(call, device):
@@ -270,6 +344,8 @@ def write(path, rows):
 
 
 def main(args):
+    if args.part:
+        return part(args)
     b = Bench(args)
     if args.out:
         write(args.out, [])
@@ -277,12 +353,14 @@ def main(args):
     print(f"{b.name}; torch {torch.__version__}; {b.dtype or torch.float32}; {args.arch} at {side} pixels")
     found = []
     for name in args.only:
-        for case in CASES[name](b):
+        for number, case in enumerate(CASES[name](b)):
             print(f"\n{case.name}: {floor_line(b, case)}", flush=True)
             try:
-                rows = rows_of(b, case, turns(case.codes, args.repeats, b.device))
+                measured = (turns_apart(args, case, f"{name},{number}") if args.apart
+                            else turns(case.codes, args.repeats, b.device))
+                rows = rows_of(b, case, measured)
             except torch.OutOfMemoryError:
-                raise RunError(f"{case.name}: not enough memory on {b.name}, give a smaller --batch-size") from None
+                raise out_of_memory(b, case) from None
             print("\n".join(table(rows)), flush=True)
             if args.out:
                 write(args.out, rows)

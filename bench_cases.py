@@ -38,8 +38,9 @@ JPEG = dict(pictures=64, size=(500, 375), quality=90)                       # li
 
 # codes: the first is ours. batch: pictures a call; flops: per picture; moved: bytes a call moves besides; note: a word
 Case = namedtuple("Case", "name batch flops moved codes note", defaults=("",))
-# build() -> call; call() -> None, or a Timed if it timed itself. dtype: the autocast type, None for float32
-Code = namedtuple("Code", "name build dtype")
+# build() -> call; call() -> None, or a Timed if it timed itself. dtype: the autocast type, None for float32;
+# keeps: in a process of its own on a CPU, whether it keeps freed memory as our scripts do (run.keep_memory)
+Code = namedtuple("Code", "name build dtype keeps", defaults=(True,))
 Timed = namedtuple("Timed", "seconds waited")                               # seconds a call, share waiting for data
 
 
@@ -111,9 +112,12 @@ def our_step(b, net, loss_of, betas=(0.9, 0.95), before=None):
 
 
 def in_both(b, name, build):
-    """A reference under the run's precision, and in float32 if that is another. build(dtype) -> call."""
-    return [Code(name if dtype else f"{name}, fp32", partial(build, dtype), dtype)
-            for dtype in dict.fromkeys((b.dtype, None))]
+    """A reference as it comes under the run's precision, and in float32 if that is another. build(dtype) -> call."""
+    codes = [Code(name if dtype else f"{name}, fp32", partial(build, dtype), dtype, False)
+             for dtype in dict.fromkeys((b.dtype, None))]
+    if b.args.apart and b.device.type == "cpu":
+        codes.append(Code(f"{name}, memory kept", partial(build, b.dtype), b.dtype))
+    return codes
 
 
 def mae_case(b):
@@ -253,7 +257,7 @@ def features_case(b):
 
     codes = [b.ours(ours)]
     if b.against("timm"):
-        codes.append(Code("timm", theirs, b.dtype))
+        codes.append(Code("timm", theirs, b.dtype, False))
     yield Case("features", b.batch, vit_flops(b.config), 0, codes)
 
 

@@ -120,6 +120,25 @@ def test_each_code_has_its_turn_and_the_median_counts(monkeypatch):
     assert [m.seconds for m in measured] == [2, 6] and [m.waited for m in measured] == [0.25, 0.25]
 
 
+def test_codes_apart_take_turns_too(capfd):
+    """Each in a process of its own, which says what it measured; one that fails ends the benchmark."""
+    args = bench.get_args(["--only", "save", "--arch", "vit_mini", "--repeats", "2", "--device", "cpu", "--apart"])
+    rows = bench.main(args)
+    assert {row["code"] for row in rows} == OURS["save"] and all(row["ms"] > 0 and row["cpu_ms"] > 0 for row in rows)
+    args.given = [*args.given, "--batch-size", "0"]
+    with pytest.raises(data.RunError, match="save: ours failed in its process"):
+        bench.main(args)
+    assert "--batch-size: 0 is out of range" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("apart", [[], ["--apart"]])
+def test_memory_is_kept_for_references_only_where_it_is_said(apart):
+    """As they come: in a process of its own a reference has glibc's defaults, or ours under its own name."""
+    codes = bench_cases.in_both(bench.Bench(options(*apart)), "timm's blocks", print)
+    assert [(code.name, code.keeps) for code in codes] == (
+        [("timm's blocks, fp32", False)] + [("timm's blocks, memory kept", True)] * len(apart))
+
+
 def test_short_calls_are_repeated_and_timed_each(monkeypatch):
     monkeypatch.setattr(bench, "LEAST", 0.05)
     times = []
