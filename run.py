@@ -113,9 +113,12 @@ def program(main, get_args):
         code = complain(error, 1)
     except UsageError as error:
         code = complain(error, 2)
+    except BrokenPipeError:                                                 # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # else Python tries once more at its end
+        code = 128 + signal.SIGPIPE
     if peers.store is not None:
         sys.stdout.flush()
-        if code in (1, 2):
+        if code in (1, 2, 128 + signal.SIGPIPE):
             peers.leave()
             os._exit(code)                                                  # to leave the group would be to wait for all
         peers.part()

@@ -181,3 +181,13 @@ def is_worker_of(pid, parent):
             return int(f.read().rsplit(")", 1)[1].split()[1]) == parent
     except (OSError, IndexError):
         return False
+
+
+def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback(tmp_path):
+    """`... | head -1`: nobody reads any more when the program writes."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run([sys.executable, os.path.join(HERE, "reproduce.py"), "--preset", "demo", "--dry-run", "--out",
+                            str(tmp_path)], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert ended.returncode == 128 + signal.SIGPIPE and not ended.stderr, ended.stderr
