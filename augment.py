@@ -7,6 +7,7 @@ Shapes: N images, C channels, (H, W) source pixels, (h, w) output pixels.
 import math
 
 import torch
+import torch.nn.functional as F
 
 # One dict a view; the probabilities are per image. BYOL's recipe as MoCo v3 uses it, and MAE's.
 MAE_VIEW = dict(scale=(0.2, 1.0), mode="bicubic", flip=0.5)
@@ -15,6 +16,7 @@ MOCO_VIEWS = (dict(scale=(0.08, 1.0), mode="bilinear", jitter=0.8, grey=0.2, blu
 TRAIN_VIEW = dict(scale=(0.08, 1.0), mode="bilinear", flip=0.5)             # linear evaluation
 TEST_VIEW = dict(scale=None, mode="bicubic")                                # Resize 256, CenterCrop 224
 JITTER = (0.4, 0.4, 0.2, 0.1)                                               # brightness, contrast, saturation, hue
+BLUR = (0.1, 2.0)                                                           # sigma in pixels
 
 
 # -------------------------------------------------------------------------------------------- randomness
@@ -164,51 +166,57 @@ def adjust_hue(x, factor):
     """Rotate the hue of (N, 3, h, w) by factor, in turns (-0.5 to 0.5), in HSV space."""
     if x.shape[1] != 3:
         return x
-    value, which = x.max(1)
-    chroma = value - x.min(1).values
     r, g, b = x.unbind(1)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
     safe = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(which == 0, (g - b) / safe, torch.where(which == 1, (b - r) / safe + 2, (r - g) / safe + 4))
+    hue = torch.where(r == value, (g - b) / safe, torch.where(g == value, (b - r) / safe + 2, (r - g) / safe + 4))
     hue = (hue[:, None] / 6 + _per_image(factor, x)) % 1.0
     # channel c = value - chroma * clip(min(k, 4 - k), 0, 1) with k = (n_c + 6 hue) mod 6, n = 5, 3, 1
     k = (torch.arange(5, 0, -2, device=x.device)[:, None, None] + 6 * hue) % 6
     return (value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)).clamp(0, 1)
 
 
-def color_jitter(x, factors, order):
-    """factors (N, 4) for brightness, contrast, saturation, hue, applied in order (N, 4), indices 0-3; -1: skipped.
+def apply_(function, x, chosen, *numbers):
+    """x, in place, with function(images, *numbers) in the place of the images that are chosen (N,); numbers (N,) each.
 
-    `order` lies on the CPU, so that choosing the images costs no synchronisation with the device.
+    `chosen` lies on the CPU, so that finding the images costs no synchronisation with the device.
     """
-    ops = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-    x = x.clone()
-    for position in range(4):
-        for k, op in enumerate(ops):
-            chosen = (order[:, position] == k).nonzero()[:, 0]
-            if len(chosen):
-                on_device = upload(chosen, x.device)
-                x[on_device] = op(x[on_device], factors[chosen, k])
+    ids = chosen.nonzero()[:, 0]
+    if len(ids):
+        on_device = upload(ids, x.device)
+        x[on_device] = function(x[on_device], *(values[ids] for values in numbers))
     return x
 
 
-def blur_matrix(n, sigma):
-    """(N, n, n) Gaussian blur of a line of n pixels with reflected borders, cut at 3 sigma; sigma (N,), 0 = none."""
-    position = torch.arange(n, device=sigma.device, dtype=sigma.dtype)
-    i, j = position[:, None], position[None]
-    s = sigma[:, None, None]
-
-    def weight(distance):
-        return torch.exp(-0.5 * (distance / s.clamp_min(1e-3)) ** 2) * (distance.abs() <= (3 * s).ceil())
-
-    weights = weight(i - j) + weight(i + j) * (j > 0) + weight(2 * (n - 1) - i - j) * (j < n - 1)
-    return weights / weights.sum(-1, keepdim=True)
+def color_jitter_(x, factors, order):
+    """x, in place. factors (N, 4) for brightness, contrast, saturation, hue, applied in order (N, 4), indices 0-3; -1:
+    skipped."""
+    for position in range(4):
+        for k, op in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
+            apply_(op, x, order[:, position] == k, factors[:, k])
+    return x
 
 
 def gaussian_blur(x, sigma):
-    sigma = upload(sigma, x.device).to(x.dtype)
-    rows = blur_matrix(x.shape[2], sigma)[:, None]                          # (N, 1, h, h)
-    columns = rows if x.shape[2] == x.shape[3] else blur_matrix(x.shape[3], sigma)[:, None]
-    return rows @ x @ columns.transpose(-2, -1)
+    """Gaussian blur of (N, C, h, w) with reflected borders, cut at 3 sigma; sigma (N,), at most BLUR's, 0 = none.
+
+    Two convolutions, down and across, in which each channel of each image has its own filter.
+    """
+    n, c, h, w = x.shape
+    sigma = upload(sigma, x.device).to(x.dtype)[:, None]
+    reach = math.ceil(3 * BLUR[1])
+
+    def filters(size):
+        """(N C, 1, taps) for a side of `size` pixels, which a reflection cannot leave."""
+        distance = torch.arange(-min(reach, size - 1), min(reach, size - 1) + 1, device=x.device, dtype=x.dtype)
+        weights = torch.exp(-0.5 * (distance / sigma.clamp_min(1e-3)) ** 2) * (distance.abs() <= (3 * sigma).ceil())
+        return (weights / weights.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]
+
+    down, across = filters(h), filters(w)
+    x = F.pad(x, [across.shape[2] // 2] * 2 + [down.shape[2] // 2] * 2, mode="reflect").flatten(0, 1)[None]
+    x = F.conv2d(x, down[..., None], groups=n * c)
+    return F.conv2d(x, across[:, :, None], groups=n * c).reshape(n, c, h, w)
 
 
 def solarise(x, threshold=128 / 255):
@@ -218,20 +226,18 @@ def solarise(x, threshold=128 / 255):
 def augment(x, ids, view, *key):
     """All but the crop of a view: jitter, greyscale, blur, solarise, flip. x (N, C, h, w) in [0, 1], ids (N,) on CPU."""
     u = uniform(ids, 14, *key)
+    x = x.clone()
     if view.get("jitter"):
         spread = torch.tensor(JITTER)
         factors = (2 * u[:, :4] - 1) * spread + torch.tensor([1.0, 1.0, 1.0, 0.0])
         order = u[:, 4:8].argsort(dim=1, stable=True)
-        x = color_jitter(x, factors, torch.where(u[:, 8:9] < view["jitter"], order, -1))
+        color_jitter_(x, factors, torch.where(u[:, 8:9] < view["jitter"], order, -1))
     if view.get("grey") and x.shape[1] == 3:
-        x = torch.where(_per_image(u[:, 9] < view["grey"], x).bool(), grey(x), x)
+        apply_(grey, x, u[:, 9] < view["grey"])
     if view.get("blur"):
-        chosen = (u[:, 10] < view["blur"]).nonzero()[:, 0]
-        if len(chosen):
-            on_device = upload(chosen, x.device)
-            x[on_device] = gaussian_blur(x[on_device], 0.1 + 1.9 * u[chosen, 11])
+        apply_(gaussian_blur, x, u[:, 10] < view["blur"], BLUR[0] + (BLUR[1] - BLUR[0]) * u[:, 11])
     if view.get("solarise"):
-        x = torch.where(_per_image(u[:, 12] < view["solarise"], x).bool(), solarise(x), x)
+        apply_(solarise, x, u[:, 12] < view["solarise"])
     if view.get("flip"):
-        x = torch.where(_per_image(u[:, 13] < view["flip"], x).bool(), x.flip(3), x)
+        apply_(lambda images: images.flip(3), x, u[:, 13] < view["flip"])
     return x

@@ -168,15 +168,24 @@ def test_color_jitter_honours_each_pictures_order():
     orders = torch.tensor(list(itertools.permutations(range(4))) + [[-1] * 4, [2, -1, 0, -1]])
     x = pictures_like(1, 12, 10).float().expand(len(orders), -1, -1, -1) / 255
     factors = torch.tensor([1.4, 0.6, 1.3, 0.1]).expand(len(orders), 4)
-    before = x.clone()
-    ours = augment.color_jitter(x, factors, orders)
+    ours = augment.color_jitter_(x.clone(), factors, orders)
     for i, order in enumerate(orders.tolist()):
         expected = x[i]
         for k in order:
             expected = operations[k](expected, factors[i, k].item()) if k >= 0 else expected
         torch.testing.assert_close(ours[i], expected, rtol=0, atol=5e-5)
-    assert torch.equal(x, before)
     assert (ours[0] - ours[1]).abs().max() > 0.01                           # the order matters
+
+
+def test_operations_change_the_chosen_pictures_alone_and_the_given_ones_never():
+    x = float_pictures(40, 8, 6)
+    ids, before = torch.arange(40), x.clone()
+    for name, operation in (("grey", augment.grey), ("solarise", augment.solarise), ("flip", lambda x: x.flip(3))):
+        ours = augment.augment(x, ids, {name: 0.5}, 1)
+        changed = (ours != x).flatten(1).any(1)
+        assert 8 < changed.sum() < 32 and torch.equal(ours[changed], operation(x).expand_as(x)[changed])
+    augment.augment(x, ids, augment.MOCO_VIEWS[0], 1)
+    assert torch.equal(x, before)
 
 
 def test_views_are_the_recipe():
@@ -209,7 +218,7 @@ def test_jitter_draws_its_factors_and_orders_as_colorjitter_does(monkeypatch):
         drawn.update(factors=factors, order=order)
         return x
 
-    monkeypatch.setattr(augment, "color_jitter", note)
+    monkeypatch.setattr(augment, "color_jitter_", note)
     augment.augment(torch.zeros(n, 3, 2, 2), torch.arange(n), {"jitter": 1.0}, 1)
     for k, (centre, spread) in enumerate(((1, 0.4), (1, 0.4), (1, 0.2), (0, 0.1))):
         values = drawn["factors"][:, k]
