@@ -4,6 +4,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("DATA", None)
 
+import contextlib
 import hashlib
 import io
 import json
@@ -205,8 +206,12 @@ def test_packing_goes_on_after_a_kill(tmp_path, capsys, number):
     with pytest.raises(data.UsageError, match="being written by another process"):
         pack.write_pack(root, str(pack_path))
     job.send_signal(number)
-    if number == signal.SIGTERM:                                            # which waits for the pipe's reader
-        pipe.write_bytes(expected["40.png"])
+    while number == signal.SIGTERM and job.poll() is None:                  # which waits for the pipe's reader, if one is
+        assert time.monotonic() < deadline
+        with contextlib.suppress(OSError):                                  # nobody reads: not yet, or not any more
+            with open(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK), "wb") as f:
+                f.write(expected["40.png"])
+        time.sleep(0.02)
     said, _ = job.communicate(timeout=60)
     assert job.returncode == (-9 if number == signal.SIGKILL else 128 + number), said
     assert "Traceback" not in said and not pack_path.exists()
