@@ -180,21 +180,26 @@ def out_of_memory(b, case):
 def part(args):
     """What a process of `turns_apart` does: an answer on standard output for each line of standard input."""
     name, number, code = args.part.split(",")
-    with contextlib.redirect_stdout(io.StringIO()):                         # the first process says it too
+    answers = sys.stdout
+
+    def answer(what):
+        print(json.dumps(what), file=answers, flush=True)
+
+    with contextlib.redirect_stdout(io.StringIO()):                         # what else is said, the first process says too
         b = Bench(args)
         cases = CASES[name](b)                                              # its files live as long as it does
         case = next(itertools.islice(cases, int(number), None))
-    code = case.codes[int(code)]
-    if b.device.type == "cpu":
-        run.keep_memory(code.keeps)
-    sys.stdin.readline()
-    try:
-        call, count, peak = prepare(code, b.device)
-        print(json.dumps(peak), flush=True)
-        for _ in sys.stdin:
-            print(json.dumps(one_turn(call, count, b.device)), flush=True)
-    except torch.OutOfMemoryError:
-        raise out_of_memory(b, case) from None
+        code = case.codes[int(code)]
+        if b.device.type == "cpu":
+            run.keep_memory(code.keeps)
+        sys.stdin.readline()
+        try:
+            call, count, peak = prepare(code, b.device)
+            answer(peak)
+            for _ in sys.stdin:
+                answer(one_turn(call, count, b.device))
+        except torch.OutOfMemoryError:
+            raise out_of_memory(b, case) from None
 
 
 def best_of(call, device):

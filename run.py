@@ -269,7 +269,7 @@ def compile_blocks(blocks, choice, device, dynamic=None):
         torch._dynamo.config.cache_size_limit = GRAPHS                      # recompile_limit, by the name of torch 2.6
         torch.compile(torch.nn.functional.gelu)(torch.ones(2, device=device))
     except Exception as error:                                              # whatever is missing: Triton, a compiler
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if choice == "on":
             raise RunError(f"--compile on: torch.compile does not work here ({reason}); go without: --compile off") from None
         if peers.speaks():
