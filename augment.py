@@ -186,7 +186,6 @@ def apply_(function, x, chosen, *numbers):
     if len(ids):
         on_device = upload(ids, x.device)
         x[on_device] = function(x[on_device], *(values[ids] for values in numbers))
-    return x
 
 
 def color_jitter_(x, factors, order):

@@ -305,7 +305,8 @@ def main(args):
                               args.workers, device, rank, processes, shuffle=False, max_bad=args.max_bad,
                               mean=pictures.mean, std=pictures.std)
     net.to(device).train()
-    run.compile_blocks([m for m in net.modules() if isinstance(m, Block)], args.compile, device)    # a graph for any rate
+    # not dynamic=False: the rate of dropped paths differs by block, and one graph serves any rate
+    run.compile_blocks([m for m in net.modules() if isinstance(m, Block)], args.compile, device)
     model = DistributedDataParallel(net) if processes > 1 else net
 
     # ---------------------------------------------------------------- 2. rates
