@@ -40,7 +40,7 @@ from test_model import assert_identical
 torch.set_num_threads(1)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-KILLS = int(os.environ.get("KILLS", "6"))
+KILLS = int(os.environ.get("KILLS", "4"))
 PROGRAMS = {"mae_pretrain": mae_pretrain, "graft_train": graft_train, "finetune": finetune, "evaluate": evaluate,
             "analyze": analyze, "reproduce": reproduce}
 SMALL_SET = 96                                                              # embedded pictures in all runs here
