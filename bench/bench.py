@@ -1,0 +1,456 @@
+"""How fast each part is, beside the least that its products can take and beside what others use.
+
+    python bench/bench.py                                  # every case with ViT-B/16, on a GPU if any
+    python bench/bench.py --only mae,graft --against       # beside timm's blocks, transformers
+    python bench/bench.py --only reading --data IMAGES --against       # beside torchvision
+    python bench/bench.py --only graft --arch vit_large --batch-size 128 --out bench.jsonl
+
+Codes take turns (A B A B ...), each in a process of its own that ends before the next one starts:
+all meet the same machine, and memory is needed for one at a time. Given are medians.
+"""
+import contextlib
+import importlib.util
+import io
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import namedtuple
+from functools import partial
+from types import SimpleNamespace
+
+if __name__ == "__main__":
+    sys.path[0] = os.path.dirname(sys.path[0])              # the root, where the library lies
+
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import augment
+import data
+import evaluate
+import graft_train
+import mae_pretrain
+import run
+from bench import references
+from model import ARCHS, MaskedAutoencoder, MoCoV3, VisionTransformer, freeze
+
+MATRIX = {"cuda": 8192, "cpu": 2048}            # side of the square matrices of the peak
+LEAST = 0.2                                     # seconds measured at least
+HIDDEN, OUT = 4096, 256                         # MoCo v3's heads
+LINEAR_EPOCHS = 90                              # of the linear protocol
+LINEAR_BATCH = {"cuda": 1024, "cpu": 64}        # the protocol's; what a CPU does in seconds
+LOOP_EPOCHS = 3                                 # of the demonstration's
+FEWSHOT = {"cuda": (12811, 1000), "cpu": (1280, 100)}       # images, classes: 1 % of ImageNet; less
+JPEG = dict(images=64, size=(500, 375), quality=90)         # like ImageNet's: about 100 kB each
+FILES, LABELS = 20_000, 1_281_167               # listed; drawn from
+
+# batch: images a call; flops: of an image; codes: {name: Code}, ours first
+Case = namedtuple("Case", "name batch flops codes note", defaults=("",))
+Code = namedtuple("Code", "build dtype", defaults=(None,))  # build() -> call() -> None or Measured
+Measured = namedtuple("Measured", "seconds cpu waited peak", defaults=(None,) * 3)
+
+
+def get_args(argv=None):
+    parser = run.Parser(description=__doc__.split("\n")[0])
+    add = parser.group("bench")
+    add("--only", help=f"a comma list of {', '.join(CASES)} (default: all)")
+    add("--against", action="store_true", help="beside the references that can be imported")
+    add("--arch", choices=ARCHS, default="vit_base", help="at 224 pixels, vit_mini at 32")
+    add("--batch-size", type=run.number(int, 1), help="default 256 on a GPU, else 16")
+    add("--data", help="reading: a folder or a pack of images (default: drawn JPEGs)")
+    add("--repeats", type=run.number(int, 1), default=5, help="turns; the median is given")
+    add("--part", nargs=3, help=run.argparse.SUPPRESS)      # one turn: case, its number, code
+    add("--out", metavar="FILE.jsonl", help="append one JSON line a row")
+    run.add_options(add, "device amp compile")
+    args = run.parse(parser, argv)
+    args.given = sys.argv[1:] if argv is None else argv
+    args.only = args.only.split(",") if args.only else list(CASES)
+    unknown = [name for name in args.only if name not in CASES]
+    if unknown:
+        parser.error(f"--only {unknown[0]}: it must be one of {', '.join(CASES)}")
+    return args
+
+
+class Bench:
+    """The device and the settings of a run, and what the cases share."""
+
+    def __init__(self, args):
+        self.args, self.env, self.rates = args, run.setup(args), {}
+        if self.env.processes > 1:
+            raise run.UsageError("bench.py measures one process: start it without torchrun")
+        self.device, self.dtype = self.env.device, self.env.dtype
+        self.batch = args.batch_size or (256 if self.device.type == "cuda" else 16)
+        (patch, dim, depth, heads), self.decoder = ARCHS[args.arch]
+        self.side = 32 if args.arch == "vit_mini" else 224
+        self.config = dict(img_size=[self.side] * 2, patch_size=patch, in_chans=3, dim=dim,
+                           depth=depth, heads=heads, mlp_ratio=4.0)
+
+    def rate(self, dtype):
+        """FLOP/s of a large square matrix product: the best yet."""
+        n, end = MATRIX[self.device.type], time.perf_counter() + 5 * LEAST
+        a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+        while time.perf_counter() < end or dtype not in self.rates:
+            rate = 2 * n ** 3 / timed(lambda: a @ b, 2, self.device)
+            self.rates[dtype] = max(rate, self.rates.get(dtype, 0))
+        return self.rates[dtype]
+
+    def views(self, n, batch=None):
+        """n tensors (B, 3, h, w) of random numbers."""
+        return torch.randn(n, batch or self.batch, 3, self.side, self.side, device=self.device)
+
+    def loader(self, views, n, side):
+        """Of n drawn images of that side in memory, at most 32 different ones, as one batch."""
+        images = data.draw(torch.arange(min(n, 32)), side)[torch.arange(n) % 32]
+        dataset = data.Dataset(images=images, name="drawn").hold(self.device)
+        return data.Loader(dataset, views, self.config["img_size"], n, device=self.device)
+
+    def against(self, package, build, dtype=None):
+        """{package: Code} of a reference: with --against, where its package can be imported."""
+        found = self.args.against and importlib.util.find_spec(package) is not None
+        if self.args.against and not found:
+            print(f"  {package} is not installed: left out")
+        return {package: Code(build, dtype)} if found else {}
+
+    def step(self, net, loss_of, betas=(0.9, 0.95), momentum=None, fused=True):
+        """A training step as the loops take it, its blocks compiled as they compile them."""
+        net.to(self.device).train()
+        run.compile_blocks(net, self.args.compile, self.device, dynamic=False)
+        weights = [p for p in net.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=1e-4, betas=betas, fused=fused)
+        scaler, loss_of = run.grad_scaler(self.env), self.env.autocast(loss_of)
+
+        def call():
+            if momentum is not None:
+                net.update_momentum(momentum)
+            scaler.scale(loss_of()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+        return call
+
+    def their_step(self, package, make, n):
+        """The same of a reference of n views, with torch's AdamW as it comes."""
+        def build():
+            net, x = make(), self.views(n)
+            return self.step(net, lambda: net(*x), fused=None)
+        return self.against(package, build, self.dtype)
+
+
+# --------------------------------------------------------------------------- the cases: Bench -> Case
+def flops_of(make, loss_of, n=2):
+    """FLOPs for an image as torch counts those of products (a multiply-add counts twice); there
+    and back if it is a loss. Nothing is computed."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counted:
+        net = make()
+        result = loss_of(net, torch.empty(2, n, 3, *net.config["img_size"]))
+        if result.ndim == 0:
+            result.backward()
+    return counted.get_total_flops() / n
+
+
+def forward_flops(config):
+    return flops_of(lambda: VisionTransformer(**config), lambda net, x: net(x[0]))
+
+
+def mae_case(b):
+    def make():
+        return MaskedAutoencoder(*b.decoder, **b.config)
+
+    def ours():
+        net, (images,) = make(), b.views(1)
+        return b.step(net, lambda: net(images, 0.75)[0])
+
+    codes = {"ours": Code(ours, b.dtype)}
+    for package, kind in references.MAE.items():
+        codes |= b.their_step(package, partial(kind, b.config, b.decoder), 1)
+    yield Case("mae", b.batch, flops_of(make, lambda net, x: net(x[0], 0.75)[0]), codes)
+
+
+def graft_case(b):
+    micro = max(b.batch // 4, 1)
+
+    def make():
+        net = MoCoV3(VisionTransformer(**b.config), HIDDEN, OUT)
+        freeze(net, b.config["depth"], patch_embed=True)
+        return net
+
+    def ours(micro_batch):
+        net, (x1, x2) = make(), b.views(2)
+        return b.step(net, lambda: net(x1, x2, micro_batch)[0], (0.9, 0.999), 0.99)
+
+    flops, whole = flops_of(make, lambda net, x: net(*x)[0]), Code(partial(ours, 0), b.dtype)
+    theirs = b.their_step("timm", partial(references.TimmMoCo, b.config, HIDDEN, OUT), 2)
+    yield Case("graft", b.batch, flops, {"ours": whole, **theirs})
+    again = 2 * forward_flops(b.config) * (1 - micro / b.batch)             # all but the last part
+    codes = {"ours": Code(partial(ours, micro), b.dtype), "ours, undivided": whole}
+    yield Case(f"graft, micro-batches of {micro}", b.batch, flops + again, codes)
+
+
+CROP = dict(scale=(0.08, 1.0), mode="bilinear")
+VIEWS = {"crop": [CROP], "MAE view": [augment.MAE_VIEW], "pair of views": list(augment.MOCO_VIEWS)}
+
+
+def augment_case(b):
+    """Views of images in memory, a seventh larger than they are."""
+    def ours(views):
+        batch = next(b.loader(views, b.batch, b.side * 8 // 7).epoch(0))
+        return lambda: [batch.view(k) for k in range(len(views))]
+
+    def pillow(name):
+        images = b.loader([CROP], b.batch, b.side * 8 // 7).dataset.images.cpu()
+        images = [Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()) for x in images]
+        function = references.pillow_views(b.side)[name]
+        return lambda: [function(image) for image in images]
+
+    for name, views in VIEWS.items():
+        codes = {"ours": Code(partial(ours, views)), **b.against("torchvision", partial(pillow, name))}
+        yield Case(f"augment: {name}", b.batch, 0, codes, "from memory")
+
+
+def reading_case(b):
+    """What one worker does for each image on one core: read, decode, crop, hand over uint8."""
+    with tempfile.TemporaryDirectory() as folder:
+        w, h = JPEG["size"]
+        for i in range(0 if b.args.data else JPEG["images"]):               # drawn, with noise
+            pixels = data.draw(torch.tensor([i]), max(w, h))[0, :, :h, :w].permute(1, 2, 0)
+            image = Image.fromarray(pixels.contiguous().numpy())
+            image.save(f"{folder}/{i}.jpg", quality=JPEG["quality"])
+        dataset = data.load(b.args.data or folder)
+        if dataset.images is not None:
+            raise run.UsageError(f"{dataset.name}: no worker reads images that fit into memory")
+        n = min(len(dataset), JPEG["images"])
+
+        def loading(views, drawn):
+            part = dataset.select(range(n))
+            loader = data.Loader(part, views, b.config["img_size"], n, device=b.device)
+            return lambda: [batch.view(k) for batch in loader.epoch(0) for k in range(drawn)]
+
+        def reading(name):
+            function = references.pillow_views(b.side)[name] if name else lambda image: image
+            return lambda: [function(dataset.read(i)) for i in range(n)]
+
+        for name in ("MAE view", "pair of views"):
+            views = VIEWS[name]
+            codes = {"ours, worker": Code(partial(loading, views, 0)),
+                     "ours, worker and device work": Code(partial(loading, views, len(views))),
+                     "decoding alone, pillow": Code(partial(reading, None)),
+                     **b.against("torchvision", partial(reading, name))}
+            yield Case(f"reading: {name}", n, 0, codes, "one core; floor: decoding alone")
+
+
+def listing_case(b):
+    """The names of a folder of many files, and the draw of 1 % of many labels."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(FILES):
+            os.makedirs(f"{folder}/{i % 1000:04}", exist_ok=True)
+            open(f"{folder}/{i % 1000:04}/{i}.jpg", "w").close()
+        codes = {"ours": Code(lambda: lambda: data.list_files(folder)),
+                 "os.walk": Code(lambda: lambda: list(os.walk(folder)))}
+        yield Case("listing", FILES, 0, codes, "floor: os.walk")
+    labels = torch.arange(LABELS) % 1000
+    dataset = SimpleNamespace(labels=labels, classes=[str(i) for i in range(1000)], name="drawn")
+    codes = {"ours": Code(lambda: lambda: data.labelled(dataset, "1%")),
+             "one stable sort": Code(lambda: lambda: labels.sort(stable=True))}
+    yield Case("labelled 1%", LABELS, 0, codes, "floor: the sort")
+
+
+def linear_case(b):
+    """The linear protocol of evaluate.py, its 35 rates against one, cached and on fresh crops."""
+    classes, dim = 16 if b.args.arch == "vit_mini" else 1000, b.config["dim"]
+    n = b.args.batch_size or LINEAR_BATCH[b.device.type]
+
+    def protocol(rates, epochs):
+        net = VisionTransformer(**b.config).to(b.device).eval().requires_grad_(False)
+        features = b.env.autocast(net.forward_features)
+        loader, labels = b.loader([augment.TRAIN_VIEW], n, b.side), torch.arange(n) % classes
+        sweep = evaluate.LinearSweep(rates, dim, classes, b.device, False, 0)
+
+        def call():
+            x = features(next(loader.epoch(0)).view(0)).float()
+            for _ in range(epochs):
+                sweep.step(x, labels.to(b.device), 0.5)
+        return call
+
+    many = len(evaluate.SWEEP)
+    for name, epochs in (("fresh crops", 1), (f"cached, {LINEAR_EPOCHS} epochs", LINEAR_EPOCHS)):
+        flops = forward_flops(b.config) + epochs * 4 * dim * classes * many
+        codes = {f"{many} rates": Code(partial(protocol, evaluate.SWEEP, epochs), b.dtype),
+                 "1 rate": Code(partial(protocol, [0.1], epochs), b.dtype)}
+        yield Case(f"linear, {name}", n, flops, codes, f"{classes} classes, {many} rates")
+
+
+def fewshot_case(b):
+    """Logistic regression on features with a decaying spectrum and a common direction."""
+    (n, classes), dim = FEWSHOT[b.device.type], b.config["dim"]
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % classes
+    x = 0.7 * torch.randn(classes, dim, generator=generator)[labels]
+    x = (x + torch.randn(n, dim, generator=generator)) * torch.arange(1, dim + 1) ** -0.5 + 0.1
+    x, labels = evaluate.centre_and_normalise(x).to(b.device), labels.to(b.device)
+
+    def ours():
+        return lambda: evaluate.logistic_regression(x, labels, classes, 2.5e-4 / n)
+
+    codes = b.against("sklearn", lambda: references.scikit_learn(x, labels, 2.5e-4))
+    yield Case("fewshot", n, 0, {"ours": Code(ours), **codes}, f"{dim} wide, {classes} classes")
+
+
+def loop_case(b):
+    """The demonstration's loops, with data, views, log and checkpoints, against bare steps."""
+    for stage, more in ((mae_pretrain, []), (graft_train, ["--init", "none"])):
+        args = stage.get_args([
+            "--resume", "never", "--epochs", str(LOOP_EPOCHS), "--device", b.device.type,
+            "--amp", b.args.amp, "--compile", b.args.compile, *more])
+        args.data = None                                    # the embedded set, whatever $DATA says
+
+        def loop(stage=stage, args=args):
+            with tempfile.TemporaryDirectory() as args.out:
+                stage.main(args)
+                return loop_times(os.path.join(args.out, "log.jsonl"), args.batch_size)
+
+        def bare(stage=stage, args=args):
+            net, (x1, x2) = stage.build(args)[0], b.views(2, args.batch_size)
+            if stage is mae_pretrain:
+                return b.step(net, lambda: net(x1, args.mask_ratio)[0])
+            return b.step(net, lambda: net(x1, x2)[0], (0.9, 0.999), 0.99)
+
+        codes = {"ours, training loop": Code(lambda loop=loop: loop, b.dtype),
+                 "bare steps": Code(bare, b.dtype)}
+        name = f"loop: {stage.__name__}"
+        yield Case(name, args.batch_size, 0, codes, "vit_mini; floor: the bare steps")
+
+
+def loop_times(path, batch_size):
+    """The Measured of a run by its log, without the first line."""
+    with open(path) as f:
+        log = [json.loads(line) for line in f][1:]
+    if not log:
+        raise run.RunError(f"{path}: too short to time the loop by")
+    seconds = sum(line["seconds"] for line in log)
+    waited = sum(line["seconds"] * line["data_wait"] for line in log) / seconds
+    steps = sum(line["seconds"] * line["images_per_second"] for line in log) / batch_size
+    return Measured(seconds / steps, None, waited)
+
+
+CASES = dict(mae=mae_case, graft=graft_case, augment=augment_case, reading=reading_case,
+             listing=listing_case, linear=linear_case, fewshot=fewshot_case, loop=loop_case)
+
+
+# ----------------------------------------------------------------------------------- a turn of a code
+def timed(call, n, device):
+    """Seconds of a call, of n in a row."""
+    started = time.perf_counter()
+    for _ in range(n):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / n
+
+
+def peak_memory(device):
+    """Peak bytes of the CUDA allocator or of this process; None where no one tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError), open("/proc/self/status") as f:
+        # not ru_maxrss, which a process inherits from its parent
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM:"))
+
+
+def measure(code, device):
+    """A code's Measured: built, called twice to warm up, then for LEAST seconds."""
+    call = code.build()
+    first = call()
+    if isinstance(first, Measured):
+        return first._replace(peak=peak_memory(device))
+    n = max(1, int(LEAST / timed(call, 1, device)))
+    cpu = time.process_time()
+    seconds = timed(call, n, device)
+    return Measured(seconds, (time.process_time() - cpu) / n, None, peak_memory(device))
+
+
+def part(args):
+    """A turn of a code: what its process does and answers."""
+    name, number, code = args.part
+    with contextlib.redirect_stdout(io.StringIO()):         # what is said, the first process says
+        b = Bench(args)
+        case = next(itertools.islice(CASES[name](b), int(number), None))
+        return measure(case.codes[code], b.device)
+
+
+def alone(args, *place):
+    """A turn of a code in a process of its own. place: the case, its number, the code."""
+    command = [sys.executable, os.path.abspath(__file__), *args.given, "--part", *map(str, place)]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if child.returncode:
+        reason = "killed, for want of memory?" if child.returncode == -9 else "see above."
+        raise run.RunError(f"{place[0]}: {place[2]} failed, {reason} A smaller --batch-size may do")
+    return Measured(*json.loads(child.stdout))
+
+
+# ----------------------------------------------------------------------------------------- the report
+COLUMNS = {"images_per_second": "{:,.2f}", "ms": "{:,.2f}", "cpu_ms": "{:,.2f}",
+           "peak_mib": "{:,.0f}", "of_peak": "{:.0%}", "data_wait": "{:.0%}",
+           "ours_faster": "{:.2f}x"}
+
+
+def rows_of(b, case, turns, peak):
+    """One dict a code: what is printed and written. turns: {code: [Measured]}; peak: FLOP/s."""
+    cuda, rows = b.device.type == "cuda", []
+    name = torch.cuda.get_device_name(b.device) if cuda else torch.backends.cpu.get_cpu_capability()
+    for code, found in turns.items():
+        m = Measured(*(None if None in all else statistics.median(all) for all in zip(*found)))
+        dtype, rate = case.codes[code].dtype or torch.float32, case.batch / m.seconds
+        rows.append(dict(
+            case=case.name, code=code, device=name, threads=torch.get_num_threads(),
+            torch=torch.__version__, arch=b.args.arch, precision=str(dtype).removeprefix("torch."),
+            batch=case.batch, flops_per_image=case.flops, images_per_second=rate,
+            ms=m.seconds * 1e3, cpu_ms=m.cpu and m.cpu * 1e3, peak_mib=m.peak and m.peak / 2 ** 20,
+            of_peak=case.flops * rate / peak if peak else None, data_wait=m.waited))
+        rows[-1]["ours_faster"] = rows[-1]["ms"] / rows[0]["ms"]
+    return rows
+
+
+def write(path, rows):
+    """Append the rows to a file of JSON lines."""
+    try:
+        with open(path, "a") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise run.RunError(f"--out {path}: cannot write there ({error.strerror})") from None
+
+
+def main(args):
+    if args.part:
+        return print(json.dumps(part(args)))
+    b, found = Bench(args), []
+    if args.out:
+        write(args.out, [])
+    for name in args.only:
+        for number, case in enumerate(CASES[name](b)):
+            first = next(iter(case.codes.values()))
+            peak = b.rate(first.dtype or torch.float32) if case.flops else None
+            floor = f"floor {case.flops * case.batch / peak * 1e3:,.2f} ms; " if peak else ""
+            print(f"\n{case.name}: {floor}{case.note}", flush=True)
+            turns = {code: [] for code in case.codes}
+            for _ in range(args.repeats):
+                for code, measured in turns.items():
+                    measured.append(alone(args, name, number, code))
+            rows = rows_of(b, case, turns, peak)
+            print(f"  {'':<30}" + "".join(f"{title:>18}" for title in COLUMNS))
+            for row in rows:
+                cells = ["" if row[key] is None else form.format(row[key])
+                         for key, form in COLUMNS.items()]
+                print(f"  {row['code']:<30}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
+            if args.out:
+                write(args.out, rows)
+            found += rows
+    return found
+
+
+if __name__ == "__main__":
+    run.program(main, get_args)
