@@ -1,6 +1,6 @@
 """How fast each part is, beside the least that its products can take and beside what others use.
 
-    python bench/bench.py                                  # every case with ViT-B/16, on a GPU if any
+    python bench/bench.py                                  # every case with ViT-B/16, on a GPU or CPU
     python bench/bench.py --only mae,graft --against       # beside timm's blocks, transformers
     python bench/bench.py --only reading --data IMAGES --against       # beside torchvision
     python bench/bench.py --only graft --arch vit_large --batch-size 128 --out bench.jsonl
@@ -13,15 +13,16 @@ import importlib.util
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import namedtuple
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from types import SimpleNamespace
 
 if __name__ == "__main__":
     sys.path[0] = os.path.dirname(sys.path[0])              # the root, where the library lies
@@ -39,15 +40,13 @@ import run
 from bench import references
 from model import ARCHS, MaskedAutoencoder, MoCoV3, VisionTransformer, freeze
 
-MATRIX = {"cuda": 8192, "cpu": 2048}            # side of the square matrices of the peak
 LEAST = 0.2                                     # seconds measured at least
-HIDDEN, OUT = 4096, 256                         # MoCo v3's heads
-LINEAR_EPOCHS = 90                              # of the linear protocol
+MATRIX = {"cuda": 8192, "cpu": 2048}            # side of the square matrices of the peak
+HEADS = (4096, 256)                             # MoCo v3's
+EPOCHS = dict(linear=90, loop=3)                # the protocol's; of the demonstration's
 LINEAR_BATCH = {"cuda": 1024, "cpu": 64}        # the protocol's; what a CPU does in seconds
-LOOP_EPOCHS = 3                                 # of the demonstration's
 FEWSHOT = {"cuda": (12811, 1000), "cpu": (1280, 100)}       # images, classes: 1 % of ImageNet; less
-JPEG = dict(images=64, size=(500, 375), quality=90)         # like ImageNet's: about 100 kB each
-FILES, LABELS = 20_000, 1_281_167               # listed; drawn from
+MOST_READ = 64                                  # images of --data
 
 # batch: images a call; flops: of an image; codes: {name: Code}, ours first
 Case = namedtuple("Case", "name batch flops codes note", defaults=("",))
@@ -56,23 +55,23 @@ Measured = namedtuple("Measured", "seconds cpu waited peak", defaults=(None,) * 
 
 
 def get_args(argv=None):
-    parser = run.Parser(description=__doc__.split("\n")[0])
+    parser = run.Parser(__doc__)
     add = parser.group("bench")
-    add("--only", help=f"a comma list of {', '.join(CASES)} (default: all)")
+    add("--only", help=f"a comma list of {', '.join(CASES)} (default: all, reading with --data)")
     add("--against", action="store_true", help="beside the references that can be imported")
     add("--arch", choices=ARCHS, default="vit_base", help="at 224 pixels, vit_mini at 32")
     add("--batch-size", type=run.number(int, 1), help="default 256 on a GPU, else 16")
-    add("--data", help="reading: a folder or a pack of images (default: drawn JPEGs)")
-    add("--repeats", type=run.number(int, 1), default=5, help="turns; the median is given")
-    add("--part", nargs=3, help=run.argparse.SUPPRESS)      # one turn: case, its number, code
+    add("--data", help="for reading: a folder, a tar or a list file of images")
+    add("--repeats", type=run.number(int, 1), default=5, help="turns, of which the median counts")
     add("--out", metavar="FILE.jsonl", help="append one JSON line a row")
     run.add_options(add, "device amp compile")
-    args = run.parse(parser, argv)
-    args.given = sys.argv[1:] if argv is None else argv
-    args.only = args.only.split(",") if args.only else list(CASES)
-    unknown = [name for name in args.only if name not in CASES]
-    if unknown:
-        parser.error(f"--only {unknown[0]}: it must be one of {', '.join(CASES)}")
+    args = parser.parse_args(argv)
+    run.check(parser, args)
+    every = [name for name in CASES if args.data or name != "reading"]
+    args.only = args.only.split(",") if args.only else every
+    for name in args.only:
+        if name not in every:
+            parser.error(f"--only {name}: it must be one of {', '.join(CASES)}, reading with --data")
     return args
 
 
@@ -81,8 +80,6 @@ class Bench:
 
     def __init__(self, args):
         self.args, self.env, self.rates = args, run.setup(args), {}
-        if self.env.processes > 1:
-            raise run.UsageError("bench.py measures one process: start it without torchrun")
         self.device, self.dtype = self.env.device, self.env.dtype
         self.batch = args.batch_size or (256 if self.device.type == "cuda" else 16)
         (patch, dim, depth, heads), self.decoder = ARCHS[args.arch]
@@ -136,7 +133,7 @@ class Bench:
     def their_step(self, package, make, n):
         """The same of a reference of n views, with torch's AdamW as it comes."""
         def build():
-            net, x = make(), self.views(n)
+            net, x = make().to(self.device), self.views(n)
             return self.step(net, lambda: net(*x), fused=None)
         return self.against(package, build, self.dtype)
 
@@ -175,7 +172,7 @@ def graft_case(b):
     micro = max(b.batch // 4, 1)
 
     def make():
-        net = MoCoV3(VisionTransformer(**b.config), HIDDEN, OUT)
+        net = MoCoV3(VisionTransformer(**b.config), *HEADS)
         freeze(net, b.config["depth"], patch_embed=True)
         return net
 
@@ -184,7 +181,7 @@ def graft_case(b):
         return b.step(net, lambda: net(x1, x2, micro_batch)[0], (0.9, 0.999), 0.99)
 
     flops, whole = flops_of(make, lambda net, x: net(*x)[0]), Code(partial(ours, 0), b.dtype)
-    theirs = b.their_step("timm", partial(references.TimmMoCo, b.config, HIDDEN, OUT), 2)
+    theirs = b.their_step("timm", partial(references.TimmMoCo, b.config, *HEADS), 2)
     yield Case("graft", b.batch, flops, {"ours": whole, **theirs})
     again = 2 * forward_flops(b.config) * (1 - micro / b.batch)             # all but the last part
     codes = {"ours": Code(partial(ours, micro), b.dtype), "ours, undivided": whole}
@@ -208,61 +205,39 @@ def augment_case(b):
         return lambda: [function(image) for image in images]
 
     for name, views in VIEWS.items():
-        codes = {"ours": Code(partial(ours, views)), **b.against("torchvision", partial(pillow, name))}
-        yield Case(f"augment: {name}", b.batch, 0, codes, "from memory")
+        theirs = b.against("torchvision", partial(pillow, name))
+        yield Case(f"augment: {name}", b.batch, 0, {"ours": Code(partial(ours, views)), **theirs})
 
 
 def reading_case(b):
     """What one worker does for each image on one core: read, decode, crop, hand over uint8."""
-    with tempfile.TemporaryDirectory() as folder:
-        w, h = JPEG["size"]
-        for i in range(0 if b.args.data else JPEG["images"]):               # drawn, with noise
-            pixels = data.draw(torch.tensor([i]), max(w, h))[0, :, :h, :w].permute(1, 2, 0)
-            image = Image.fromarray(pixels.contiguous().numpy())
-            image.save(f"{folder}/{i}.jpg", quality=JPEG["quality"])
-        dataset = data.load(b.args.data or folder)
-        if dataset.images is not None:
-            raise run.UsageError(f"{dataset.name}: no worker reads images that fit into memory")
-        n = min(len(dataset), JPEG["images"])
+    dataset = data.load(b.args.data)
+    if dataset.images is not None:
+        raise run.UsageError(f"--data {b.args.data} fits into memory, no worker reads it")
+    dataset = dataset.select(range(min(len(dataset), MOST_READ)))
+    n = len(dataset)
 
-        def loading(views, drawn):
-            part = dataset.select(range(n))
-            loader = data.Loader(part, views, b.config["img_size"], n, device=b.device)
-            return lambda: [batch.view(k) for batch in loader.epoch(0) for k in range(drawn)]
+    def loading(views, drawn):
+        loader = data.Loader(dataset, views, b.config["img_size"], n, device=b.device)
+        return lambda: [batch.view(k) for batch in loader.epoch(0) for k in range(drawn)]
 
-        def reading(name):
-            function = references.pillow_views(b.side)[name] if name else lambda image: image
-            return lambda: [function(dataset.read(i)) for i in range(n)]
+    def reading(name):
+        function = references.pillow_views(b.side)[name] if name else lambda image: image
+        return lambda: [function(dataset.read(i)) for i in range(n)]
 
-        for name in ("MAE view", "pair of views"):
-            views = VIEWS[name]
-            codes = {"ours, worker": Code(partial(loading, views, 0)),
-                     "ours, worker and device work": Code(partial(loading, views, len(views))),
-                     "decoding alone, pillow": Code(partial(reading, None)),
-                     **b.against("torchvision", partial(reading, name))}
-            yield Case(f"reading: {name}", n, 0, codes, "one core; floor: decoding alone")
-
-
-def listing_case(b):
-    """The names of a folder of many files, and the draw of 1 % of many labels."""
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(FILES):
-            os.makedirs(f"{folder}/{i % 1000:04}", exist_ok=True)
-            open(f"{folder}/{i % 1000:04}/{i}.jpg", "w").close()
-        codes = {"ours": Code(lambda: lambda: data.list_files(folder)),
-                 "os.walk": Code(lambda: lambda: list(os.walk(folder)))}
-        yield Case("listing", FILES, 0, codes, "floor: os.walk")
-    labels = torch.arange(LABELS) % 1000
-    dataset = SimpleNamespace(labels=labels, classes=[str(i) for i in range(1000)], name="drawn")
-    codes = {"ours": Code(lambda: lambda: data.labelled(dataset, "1%")),
-             "one stable sort": Code(lambda: lambda: labels.sort(stable=True))}
-    yield Case("labelled 1%", LABELS, 0, codes, "floor: the sort")
+    for name in ("MAE view", "pair of views"):
+        views = VIEWS[name]
+        codes = {"ours, worker": Code(partial(loading, views, 0)),
+                 "ours, worker and device": Code(partial(loading, views, len(views))),
+                 "decoding alone, pillow": Code(partial(reading, None))}
+        codes |= b.against("torchvision", partial(reading, name))
+        yield Case(f"reading: {name}", n, 0, codes, "one core; floor: decoding alone")
 
 
 def linear_case(b):
     """The linear protocol of evaluate.py, its 35 rates against one, cached and on fresh crops."""
     classes, dim = 16 if b.args.arch == "vit_mini" else 1000, b.config["dim"]
-    n = b.args.batch_size or LINEAR_BATCH[b.device.type]
+    n, many = b.args.batch_size or LINEAR_BATCH[b.device.type], len(evaluate.SWEEP)
 
     def protocol(rates, epochs):
         net = VisionTransformer(**b.config).to(b.device).eval().requires_grad_(False)
@@ -276,8 +251,7 @@ def linear_case(b):
                 sweep.step(x, labels.to(b.device), 0.5)
         return call
 
-    many = len(evaluate.SWEEP)
-    for name, epochs in (("fresh crops", 1), (f"cached, {LINEAR_EPOCHS} epochs", LINEAR_EPOCHS)):
+    for name, epochs in (("fresh crops", 1), ("cached, every epoch", EPOCHS["linear"])):
         flops = forward_flops(b.config) + epochs * 4 * dim * classes * many
         codes = {f"{many} rates": Code(partial(protocol, evaluate.SWEEP, epochs), b.dtype),
                  "1 rate": Code(partial(protocol, [0.1], epochs), b.dtype)}
@@ -285,16 +259,16 @@ def linear_case(b):
 
 
 def fewshot_case(b):
-    """Logistic regression on features with a decaying spectrum and a common direction."""
+    """Logistic regression on features with a decaying spectrum, as an encoder's."""
     (n, classes), dim = FEWSHOT[b.device.type], b.config["dim"]
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)                                    # the same ones in every process
     labels = torch.arange(n) % classes
-    x = 0.7 * torch.randn(classes, dim, generator=generator)[labels]
-    x = (x + torch.randn(n, dim, generator=generator)) * torch.arange(1, dim + 1) ** -0.5 + 0.1
-    x, labels = evaluate.centre_and_normalise(x).to(b.device), labels.to(b.device)
+    x = 0.7 * torch.randn(classes, dim)[labels] + torch.randn(n, dim)
+    x = evaluate.centre_and_normalise(x * torch.arange(1, dim + 1) ** -0.5)
 
     def ours():
-        return lambda: evaluate.logistic_regression(x, labels, classes, 2.5e-4 / n)
+        ready = x.to(b.device), labels.to(b.device), classes, 2.5e-4 / n
+        return lambda: evaluate.logistic_regression(*ready)
 
     codes = b.against("sklearn", lambda: references.scikit_learn(x, labels, 2.5e-4))
     yield Case("fewshot", n, 0, {"ours": Code(ours), **codes}, f"{dim} wide, {classes} classes")
@@ -302,10 +276,10 @@ def fewshot_case(b):
 
 def loop_case(b):
     """The demonstration's loops, with data, views, log and checkpoints, against bare steps."""
-    for stage, more in ((mae_pretrain, []), (graft_train, ["--init", "none"])):
+    for stage in (mae_pretrain, graft_train):
         args = stage.get_args([
-            "--resume", "never", "--epochs", str(LOOP_EPOCHS), "--device", b.device.type,
-            "--amp", b.args.amp, "--compile", b.args.compile, *more])
+            "--resume", "never", "--epochs", str(EPOCHS["loop"]), "--device", b.device.type,
+            "--amp", b.args.amp, "--compile", b.args.compile, "--init", "none"])
         args.data = None                                    # the embedded set, whatever $DATA says
 
         def loop(stage=stage, args=args):
@@ -321,24 +295,22 @@ def loop_case(b):
 
         codes = {"ours, training loop": Code(lambda loop=loop: loop, b.dtype),
                  "bare steps": Code(bare, b.dtype)}
-        name = f"loop: {stage.__name__}"
-        yield Case(name, args.batch_size, 0, codes, "vit_mini; floor: the bare steps")
+        note = "vit_mini; floor: the bare steps"
+        yield Case(f"loop: {stage.__name__}", args.batch_size, 0, codes, note)
 
 
 def loop_times(path, batch_size):
     """The Measured of a run by its log, without the first line."""
     with open(path) as f:
         log = [json.loads(line) for line in f][1:]
-    if not log:
-        raise run.RunError(f"{path}: too short to time the loop by")
     seconds = sum(line["seconds"] for line in log)
+    images = sum(line["seconds"] * line["images_per_second"] for line in log)
     waited = sum(line["seconds"] * line["data_wait"] for line in log) / seconds
-    steps = sum(line["seconds"] * line["images_per_second"] for line in log) / batch_size
-    return Measured(seconds / steps, None, waited)
+    return Measured(seconds / images * batch_size, None, waited)
 
 
 CASES = dict(mae=mae_case, graft=graft_case, augment=augment_case, reading=reading_case,
-             listing=listing_case, linear=linear_case, fewshot=fewshot_case, loop=loop_case)
+             linear=linear_case, fewshot=fewshot_case, loop=loop_case)
 
 
 # ----------------------------------------------------------------------------------- a turn of a code
@@ -373,42 +345,41 @@ def measure(code, device):
     return Measured(seconds, (time.process_time() - cpu) / n, None, peak_memory(device))
 
 
-def part(args):
-    """A turn of a code: what its process does and answers."""
-    name, number, code = args.part
+def turn(args, name, number, code):
+    """A turn of a code of the case of that number of CASES[name]: what its process does."""
     with contextlib.redirect_stdout(io.StringIO()):         # what is said, the first process says
         b = Bench(args)
-        case = next(itertools.islice(CASES[name](b), int(number), None))
+        case = next(itertools.islice(CASES[name](b), number, None))
         return measure(case.codes[code], b.device)
 
 
-def alone(args, *place):
-    """A turn of a code in a process of its own. place: the case, its number, the code."""
-    command = [sys.executable, os.path.abspath(__file__), *args.given, "--part", *map(str, place)]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if child.returncode:
-        reason = "killed, for want of memory?" if child.returncode == -9 else "see above."
-        raise run.RunError(f"{place[0]}: {place[2]} failed, {reason} A smaller --batch-size may do")
-    return Measured(*json.loads(child.stdout))
+def alone(args, name, number, code):
+    """The same in a process of its own."""
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(turn, args, name, number, code).result()
+    except BrokenProcessPool:
+        raise run.RunError(f"{name}: the process of {code} was killed: for want of memory? "
+                           "Try a smaller --batch-size") from None
 
 
 # ----------------------------------------------------------------------------------------- the report
-COLUMNS = {"images_per_second": "{:,.2f}", "ms": "{:,.2f}", "cpu_ms": "{:,.2f}",
-           "peak_mib": "{:,.0f}", "of_peak": "{:.0%}", "data_wait": "{:.0%}",
-           "ours_faster": "{:.2f}x"}
+COLUMNS = dict(images_per_second="{:,.2f}", ms="{:,.2f}", cpu_ms="{:,.2f}", peak_mib="{:,.0f}",
+               of_peak="{:.0%}", data_wait="{:.0%}", ours_faster="{:.2f}x")
 
 
 def rows_of(b, case, turns, peak):
     """One dict a code: what is printed and written. turns: {code: [Measured]}; peak: FLOP/s."""
-    cuda, rows = b.device.type == "cuda", []
-    name = torch.cuda.get_device_name(b.device) if cuda else torch.backends.cpu.get_cpu_capability()
+    rows, device = [], torch.backends.cpu.get_cpu_capability()
+    if b.device.type == "cuda":
+        device = torch.cuda.get_device_name(b.device)
     for code, found in turns.items():
-        m = Measured(*(None if None in all else statistics.median(all) for all in zip(*found)))
+        m = Measured(*(None if None in x else statistics.median(x) for x in zip(*found)))
         dtype, rate = case.codes[code].dtype or torch.float32, case.batch / m.seconds
         rows.append(dict(
-            case=case.name, code=code, device=name, threads=torch.get_num_threads(),
+            case=case.name, code=code, device=device, threads=torch.get_num_threads(),
             torch=torch.__version__, arch=b.args.arch, precision=str(dtype).removeprefix("torch."),
-            batch=case.batch, flops_per_image=case.flops, images_per_second=rate,
+            batch=case.batch, flops_per_image=case.flops or None, images_per_second=rate,
             ms=m.seconds * 1e3, cpu_ms=m.cpu and m.cpu * 1e3, peak_mib=m.peak and m.peak / 2 ** 20,
             of_peak=case.flops * rate / peak if peak else None, data_wait=m.waited))
         rows[-1]["ours_faster"] = rows[-1]["ms"] / rows[0]["ms"]
@@ -416,7 +387,6 @@ def rows_of(b, case, turns, peak):
 
 
 def write(path, rows):
-    """Append the rows to a file of JSON lines."""
     try:
         with open(path, "a") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
@@ -425,26 +395,22 @@ def write(path, rows):
 
 
 def main(args):
-    if args.part:
-        return print(json.dumps(part(args)))
     b, found = Bench(args), []
-    if args.out:
-        write(args.out, [])
+    if b.env.processes > 1:
+        raise run.UsageError("bench.py measures one process: start it without torchrun")
     for name in args.only:
         for number, case in enumerate(CASES[name](b)):
-            first = next(iter(case.codes.values()))
-            peak = b.rate(first.dtype or torch.float32) if case.flops else None
+            dtype = next(iter(case.codes.values())).dtype or torch.float32
+            peak = b.rate(dtype) if case.flops else None
             floor = f"floor {case.flops * case.batch / peak * 1e3:,.2f} ms; " if peak else ""
             print(f"\n{case.name}: {floor}{case.note}", flush=True)
             turns = {code: [] for code in case.codes}
-            for _ in range(args.repeats):
-                for code, measured in turns.items():
-                    measured.append(alone(args, name, number, code))
+            for _, code in itertools.product(range(args.repeats), turns):
+                turns[code].append(alone(args, name, number, code))
             rows = rows_of(b, case, turns, peak)
             print(f"  {'':<30}" + "".join(f"{title:>18}" for title in COLUMNS))
             for row in rows:
-                cells = ["" if row[key] is None else form.format(row[key])
-                         for key, form in COLUMNS.items()]
+                cells = ["" if row[k] is None else form.format(row[k]) for k, form in COLUMNS.items()]
                 print(f"  {row['code']:<30}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
             if args.out:
                 write(args.out, rows)
