@@ -1,9 +1,9 @@
 """How fast each part is, beside the least that its products can take and beside what others use.
 
-    python bench/bench.py                                  # every case with ViT-B/16, on a GPU or CPU
-    python bench/bench.py --only mae,graft --against       # beside timm's blocks, transformers
-    python bench/bench.py --only reading --data IMAGES --against       # beside torchvision
-    python bench/bench.py --only graft --arch vit_large --batch-size 128 --out bench.jsonl
+    python bench/bench.py                                # every case with ViT-B/16, on a GPU or CPU
+    python bench/bench.py --only mae,graft --against        # beside timm's blocks, transformers
+    python bench/bench.py --only reading --data IMAGES --against        # beside torchvision
+    python bench/bench.py --only graft --arch vit_large --batch-size 128 --json >> bench.jsonl
 
 Codes take turns (A B A B ...), each in a process of its own that ends before the next one starts:
 all meet the same machine, and memory is needed for one at a time. Given are medians.
@@ -29,6 +29,7 @@ if __name__ == "__main__":
 
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import augment
@@ -48,7 +49,7 @@ LINEAR_BATCH = {"cuda": 1024, "cpu": 64}        # the protocol's; what a CPU doe
 FEWSHOT = {"cuda": (12811, 1000), "cpu": (1280, 100)}       # images, classes: 1 % of ImageNet; less
 MOST_READ = 64                                  # images of --data
 
-# batch: images a call; flops: of an image; codes: {name: Code}, ours first
+# batch: images a call; flops(): of an image, or None; codes: {name: Code}, ours first
 Case = namedtuple("Case", "name batch flops codes note", defaults=("",))
 Code = namedtuple("Code", "build dtype", defaults=(None,))  # build() -> call() -> None or Measured
 Measured = namedtuple("Measured", "seconds cpu waited peak", defaults=(None,) * 3)
@@ -57,21 +58,20 @@ Measured = namedtuple("Measured", "seconds cpu waited peak", defaults=(None,) * 
 def get_args(argv=None):
     parser = run.Parser(__doc__)
     add = parser.group("bench")
-    add("--only", help=f"a comma list of {', '.join(CASES)} (default: all, reading with --data)")
+    add("--only", help=f"a comma list of {', '.join(CASES)} (default: all)")
     add("--against", action="store_true", help="beside the references that can be imported")
     add("--arch", choices=ARCHS, default="vit_base", help="at 224 pixels, vit_mini at 32")
     add("--batch-size", type=run.number(int, 1), help="default 256 on a GPU, else 16")
     add("--data", help="for reading: a folder, a tar or a list file of images")
     add("--repeats", type=run.number(int, 1), default=5, help="turns, of which the median counts")
-    add("--out", metavar="FILE.jsonl", help="append one JSON line a row")
+    add("--json", action="store_true", help="print a line of JSON for each row, not a table")
     run.add_options(add, "device amp compile")
     args = parser.parse_args(argv)
     run.check(parser, args)
-    every = [name for name in CASES if args.data or name != "reading"]
-    args.only = args.only.split(",") if args.only else every
-    for name in args.only:
-        if name not in every:
-            parser.error(f"--only {name}: it must be one of {', '.join(CASES)}, reading with --data")
+    args.only = args.only.split(",") if args.only else list(CASES)
+    unknown = [name for name in args.only if name not in CASES]
+    if unknown:
+        parser.error(f"--only {unknown[0]}: it must be one of {', '.join(CASES)}")
     return args
 
 
@@ -130,42 +130,43 @@ class Bench:
             optimizer.zero_grad(set_to_none=True)
         return call
 
-    def their_step(self, package, make, n):
-        """The same of a reference of n views, with torch's AdamW as it comes."""
-        def build():
-            net, x = make().to(self.device), self.views(n)
-            return self.step(net, lambda: net(*x), fused=None)
-        return self.against(package, build, self.dtype)
+    def codes(self, build):
+        """Our code and timm's blocks with AdamW as it comes. build(net -> net, fused) -> call"""
+        theirs = [references.with_timm_blocks, None]
+        return {"ours": Code(partial(build, lambda net: net, True), self.dtype),
+                **self.against("timm", partial(build, *theirs), self.dtype)}
 
 
-# --------------------------------------------------------------------------- the cases: Bench -> Case
-def flops_of(make, loss_of, n=2):
+# ------------------------------------------------------------------------- the cases: Bench -> Case
+def flops_of(config, make, loss_of, n=2):
     """FLOPs for an image as torch counts those of products (a multiply-add counts twice); there
     and back if it is a loss. Nothing is computed."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counted:
-        net = make()
-        result = loss_of(net, torch.empty(2, n, 3, *net.config["img_size"]))
+    autocast = torch.autocast("cpu", torch.bfloat16)        # attention is two products then
+    with FakeTensorMode(), autocast, FlopCounterMode(display=False) as counted:
+        result = loss_of(make(), torch.empty(2, n, 3, *config["img_size"]))
         if result.ndim == 0:
             result.backward()
     return counted.get_total_flops() / n
 
 
 def forward_flops(config):
-    return flops_of(lambda: VisionTransformer(**config), lambda net, x: net(x[0]))
+    return flops_of(config, lambda: VisionTransformer(**config), lambda net, x: net(x[0]))
 
 
 def mae_case(b):
-    def make():
-        return MaskedAutoencoder(*b.decoder, **b.config)
+    make = partial(MaskedAutoencoder, *b.decoder, **b.config)
 
-    def ours():
-        net, (images,) = make(), b.views(1)
-        return b.step(net, lambda: net(images, 0.75)[0])
+    def build(change, fused):
+        net, (images,) = change(make()), b.views(1)
+        return b.step(net, lambda: net(images, 0.75)[0], fused=fused)
 
-    codes = {"ours": Code(ours, b.dtype)}
-    for package, kind in references.MAE.items():
-        codes |= b.their_step(package, partial(kind, b.config, b.decoder), 1)
-    yield Case("mae", b.batch, flops_of(make, lambda net, x: net(x[0], 0.75)[0]), codes)
+    def transformers():
+        net, (images,) = references.transformers_mae(b.config, b.decoder), b.views(1)
+        return b.step(net, lambda: net(pixel_values=images).loss, fused=None)
+
+    codes = b.codes(build) | b.against("transformers", transformers, b.dtype)
+    flops = partial(flops_of, b.config, make, lambda net, x: net(x[0], 0.75)[0])
+    yield Case("mae", b.batch, flops, codes)
 
 
 def graft_case(b):
@@ -176,16 +177,19 @@ def graft_case(b):
         freeze(net, b.config["depth"], patch_embed=True)
         return net
 
-    def ours(micro_batch):
-        net, (x1, x2) = make(), b.views(2)
-        return b.step(net, lambda: net(x1, x2, micro_batch)[0], (0.9, 0.999), 0.99)
+    def build(change, fused, micro_batch=0):
+        net, (x1, x2) = change(make()), b.views(2)
+        return b.step(net, lambda: net(x1, x2, micro_batch)[0], (0.9, 0.999), 0.99, fused)
 
-    flops, whole = flops_of(make, lambda net, x: net(*x)[0]), Code(partial(ours, 0), b.dtype)
-    theirs = b.their_step("timm", partial(references.TimmMoCo, b.config, *HEADS), 2)
-    yield Case("graft", b.batch, flops, {"ours": whole, **theirs})
-    again = 2 * forward_flops(b.config) * (1 - micro / b.batch)             # all but the last part
-    codes = {"ours": Code(partial(ours, micro), b.dtype), "ours, undivided": whole}
-    yield Case(f"graft, micro-batches of {micro}", b.batch, flops + again, codes)
+    def flops(again=0.0):                                   # of both views' forward passes
+        whole = flops_of(b.config, make, lambda net, x: net(*x)[0])
+        return whole + (2 * again * forward_flops(b.config) if again else 0)
+
+    codes = b.codes(build)
+    yield Case("graft", b.batch, flops, codes)
+    again = partial(flops, 1 - micro / b.batch)             # the last part is still there
+    codes = {"ours": Code(partial(codes["ours"].build, micro), b.dtype), "undivided": codes["ours"]}
+    yield Case(f"graft, micro-batches of {micro}", b.batch, again, codes)
 
 
 CROP = dict(scale=(0.08, 1.0), mode="bilinear")
@@ -206,11 +210,13 @@ def augment_case(b):
 
     for name, views in VIEWS.items():
         theirs = b.against("torchvision", partial(pillow, name))
-        yield Case(f"augment: {name}", b.batch, 0, {"ours": Code(partial(ours, views)), **theirs})
+        yield Case(f"augment: {name}", b.batch, None, {"ours": Code(partial(ours, views)), **theirs})
 
 
 def reading_case(b):
     """What one worker does for each image on one core: read, decode, crop, hand over uint8."""
+    if not b.args.data:
+        return print("\nreading: needs --data")
     dataset = data.load(b.args.data)
     if dataset.images is not None:
         raise run.UsageError(f"--data {b.args.data} fits into memory, no worker reads it")
@@ -231,7 +237,7 @@ def reading_case(b):
                  "ours, worker and device": Code(partial(loading, views, len(views))),
                  "decoding alone, pillow": Code(partial(reading, None))}
         codes |= b.against("torchvision", partial(reading, name))
-        yield Case(f"reading: {name}", n, 0, codes, "one core; floor: decoding alone")
+        yield Case(f"reading: {name}", n, None, codes, "one core; floor: decoding alone")
 
 
 def linear_case(b):
@@ -251,8 +257,11 @@ def linear_case(b):
                 sweep.step(x, labels.to(b.device), 0.5)
         return call
 
+    def linear_flops(epochs):
+        return forward_flops(b.config) + epochs * 4 * dim * classes * many
+
     for name, epochs in (("fresh crops", 1), ("cached, every epoch", EPOCHS["linear"])):
-        flops = forward_flops(b.config) + epochs * 4 * dim * classes * many
+        flops = partial(linear_flops, epochs)
         codes = {f"{many} rates": Code(partial(protocol, evaluate.SWEEP, epochs), b.dtype),
                  "1 rate": Code(partial(protocol, [0.1], epochs), b.dtype)}
         yield Case(f"linear, {name}", n, flops, codes, f"{classes} classes, {many} rates")
@@ -271,7 +280,7 @@ def fewshot_case(b):
         return lambda: evaluate.logistic_regression(*ready)
 
     codes = b.against("sklearn", lambda: references.scikit_learn(x, labels, 2.5e-4))
-    yield Case("fewshot", n, 0, {"ours": Code(ours), **codes}, f"{dim} wide, {classes} classes")
+    yield Case("fewshot", n, None, {"ours": Code(ours), **codes}, f"{dim} wide, {classes} classes")
 
 
 def loop_case(b):
@@ -296,7 +305,7 @@ def loop_case(b):
         codes = {"ours, training loop": Code(lambda loop=loop: loop, b.dtype),
                  "bare steps": Code(bare, b.dtype)}
         note = "vit_mini; floor: the bare steps"
-        yield Case(f"loop: {stage.__name__}", args.batch_size, 0, codes, note)
+        yield Case(f"loop: {stage.__name__}", args.batch_size, None, codes, note)
 
 
 def loop_times(path, batch_size):
@@ -313,7 +322,7 @@ CASES = dict(mae=mae_case, graft=graft_case, augment=augment_case, reading=readi
              linear=linear_case, fewshot=fewshot_case, loop=loop_case)
 
 
-# ----------------------------------------------------------------------------------- a turn of a code
+# --------------------------------------------------------------------------------- a turn of a code
 def timed(call, n, device):
     """Seconds of a call, of n in a row."""
     started = time.perf_counter()
@@ -324,25 +333,16 @@ def timed(call, n, device):
     return (time.perf_counter() - started) / n
 
 
-def peak_memory(device):
-    """Peak bytes of the CUDA allocator or of this process; None where no one tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError), open("/proc/self/status") as f:
-        # not ru_maxrss, which a process inherits from its parent
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM:"))
-
-
 def measure(code, device):
     """A code's Measured: built, called twice to warm up, then for LEAST seconds."""
     call = code.build()
     first = call()
     if isinstance(first, Measured):
-        return first._replace(peak=peak_memory(device))
+        return first._replace(peak=run.peak_memory(device))
     n = max(1, int(LEAST / timed(call, 1, device)))
     cpu = time.process_time()
     seconds = timed(call, n, device)
-    return Measured(seconds, (time.process_time() - cpu) / n, None, peak_memory(device))
+    return Measured(seconds, (time.process_time() - cpu) / n, None, run.peak_memory(device))
 
 
 def turn(args, name, number, code):
@@ -363,35 +363,30 @@ def alone(args, name, number, code):
                            "Try a smaller --batch-size") from None
 
 
-# ----------------------------------------------------------------------------------------- the report
-COLUMNS = dict(images_per_second="{:,.2f}", ms="{:,.2f}", cpu_ms="{:,.2f}", peak_mib="{:,.0f}",
-               of_peak="{:.0%}", data_wait="{:.0%}", ours_faster="{:.2f}x")
+# --------------------------------------------------------------------------------------- the report
+COLUMNS = dict(images_per_second="{:,.2f}", floor_ms="{:,.2f}", ms="{:,.2f}", cpu_ms="{:,.2f}",
+               peak_mib="{:,.0f}", data_wait="{:.0%}", ours_faster="{:.2f}x")
 
 
-def rows_of(b, case, turns, peak):
-    """One dict a code: what is printed and written. turns: {code: [Measured]}; peak: FLOP/s."""
+def rows_of(b, case, turns):
+    """One dict a code: what is printed. turns: {code: [Measured]}."""
     rows, device = [], torch.backends.cpu.get_cpu_capability()
     if b.device.type == "cuda":
         device = torch.cuda.get_device_name(b.device)
+    dtype = next(iter(case.codes.values())).dtype or torch.float32
+    flops = case.flops and case.flops()
+    floor = flops and 1e3 * flops * case.batch / b.rate(dtype)
     for code, found in turns.items():
         m = Measured(*(None if None in x else statistics.median(x) for x in zip(*found)))
-        dtype, rate = case.codes[code].dtype or torch.float32, case.batch / m.seconds
         rows.append(dict(
             case=case.name, code=code, device=device, threads=torch.get_num_threads(),
             torch=torch.__version__, arch=b.args.arch, precision=str(dtype).removeprefix("torch."),
-            batch=case.batch, flops_per_image=case.flops or None, images_per_second=rate,
-            ms=m.seconds * 1e3, cpu_ms=m.cpu and m.cpu * 1e3, peak_mib=m.peak and m.peak / 2 ** 20,
-            of_peak=case.flops * rate / peak if peak else None, data_wait=m.waited))
+            batch=case.batch, images_per_second=case.batch / m.seconds,
+            flops_per_image=flops, floor_ms=floor,
+            ms=m.seconds * 1e3, cpu_ms=m.cpu and m.cpu * 1e3, peak_mib=m.peak / 2 ** 20,
+            data_wait=m.waited))
         rows[-1]["ours_faster"] = rows[-1]["ms"] / rows[0]["ms"]
     return rows
-
-
-def write(path, rows):
-    try:
-        with open(path, "a") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
-    except OSError as error:
-        raise run.RunError(f"--out {path}: cannot write there ({error.strerror})") from None
 
 
 def main(args):
@@ -400,21 +395,19 @@ def main(args):
         raise run.UsageError("bench.py measures one process: start it without torchrun")
     for name in args.only:
         for number, case in enumerate(CASES[name](b)):
-            dtype = next(iter(case.codes.values())).dtype or torch.float32
-            peak = b.rate(dtype) if case.flops else None
-            floor = f"floor {case.flops * case.batch / peak * 1e3:,.2f} ms; " if peak else ""
-            print(f"\n{case.name}: {floor}{case.note}", flush=True)
             turns = {code: [] for code in case.codes}
             for _, code in itertools.product(range(args.repeats), turns):
                 turns[code].append(alone(args, name, number, code))
-            rows = rows_of(b, case, turns, peak)
-            print(f"  {'':<30}" + "".join(f"{title:>18}" for title in COLUMNS))
-            for row in rows:
-                cells = ["" if row[k] is None else form.format(row[k]) for k, form in COLUMNS.items()]
-                print(f"  {row['code']:<30}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
-            if args.out:
-                write(args.out, rows)
+            rows = rows_of(b, case, turns)
             found += rows
+            if args.json:
+                print(*map(json.dumps, rows), sep="\n", flush=True)
+                continue
+            titles = "".join(f"{title:>18}" for title in COLUMNS)
+            print(f"\n{case.name}  {case.note}\n  {rows[0]['precision']:<30}{titles}")
+            for row in rows:
+                cells = [form.format(row[k]) if row[k] else "" for k, form in COLUMNS.items()]
+                print(f"  {row['code']:<30}" + "".join(f"{x:>18}" for x in cells), flush=True)
     return found
 
 
