@@ -670,8 +670,9 @@ def start(args):
     --img-size and --in-chans, or with --init none the architecture alone, with source None."""
     if args.init == "none":
         (patch, dim, depth, heads), _ = ARCHS[args.arch]
-        return None, None, dict(img_size=args.img_size, patch_size=args.patch_size or patch, dim=dim,
-                                in_chans=args.in_chans or 3, depth=depth, heads=args.heads or heads)
+        return None, None, dict(img_size=args.img_size, patch_size=args.patch_size or patch,
+                                in_chans=args.in_chans or 3, dim=dim, depth=depth,
+                                heads=args.heads or heads)
     source = read_encoder(args.init, heads=args.heads, size=args.init_size)
     return source, *fit(source, args.img_size, args.in_chans)
 
