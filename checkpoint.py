@@ -239,6 +239,8 @@ def digest(encoder, only=lambda name: True):
 # what ends in one of these is the patch projection of a ViT; what stands before it is a prefix
 ANCHORS = {"patch_embed.proj.weight": "timm", "conv_proj.weight": "torchvision",
            "embeddings.patch_embeddings.projection.weight": "transformers"}
+# facebook/vit-mae-base, not out/mae or a file
+HUB_NAME = re.compile(r"(?!out/)[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)")
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # name there -> official name; each row is applied to every name in turn
 RENAMES = {
@@ -284,7 +286,7 @@ def locate(path):
 
     A name such as facebook/vit-mae-base is looked up in the local cache, never in the network.
     """
-    if not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if not os.path.exists(path) and HUB_NAME.fullmatch(path):
         home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
         cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
         kept = os.path.join(glob.escape(cache), "models--" + path.replace("/", "--"), "snapshots")
@@ -551,19 +553,6 @@ def check_linear(content, path, width=None):
     check_meta(content, dict(in_chans=len(content["mean"])), path)
 
 
-def check_run(content, needed, path):
-    """Refuse a last.pt from which no run can go on: it has every name of `needed`, of its kind."""
-    kinds = dict(model=dict, settings=dict, optimizer=dict, meta=dict, step=int, skipped=int)
-    content = content if isinstance(content, dict) else {}
-    wrong = [k for k in sorted(needed) if not isinstance(content.get(k), kinds.get(k, object))
-             or (kinds.get(k) is int and content[k] < 0) or k not in content]
-    if wrong:
-        raise CheckpointError(f"{path}: not a checkpoint to resume from ({wrong[0]})")
-    with naming(path):
-        check_weights({k: v for k, v in content["model"].items()
-                       if torch.is_tensor(v) and v.is_floating_point()})
-
-
 def read_encoder(path, weights="base", heads=None, size=None):
     """The ViT in a checkpoint file (or in the folder of a run, or of transformers).
 
@@ -670,7 +659,7 @@ def fit(source, img_size=None, in_chans=None):
 
 def there(path):
     """Whether there may be a checkpoint: a file, a folder, or a model's name on the hub."""
-    return os.path.exists(path) or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
+    return os.path.exists(path) or bool(HUB_NAME.fullmatch(path))
 
 
 def start(args):
