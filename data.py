@@ -10,13 +10,17 @@ Shapes: N images, C channels, (H, W) source, (h, w) output pixels; boxes (top, l
 import argparse
 import contextlib
 import copy
+import csv
 import functools
+import hashlib
 import io
-import math
 import os
+import re
 import stat
 import sys
+import tempfile
 import time
+import unicodedata
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -32,10 +36,11 @@ from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DOWNLOADS = ("cifar10", "cifar100")     # fetched by name: all that uses the network
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
-              ".jp2")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff",
+              ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")  # no helper programs
 MOST_PIXELS = 1 << 27       # of one image: what claims more is refused before it is allocated
+LARGE_FILE = 64 << 20       # bytes: beyond, a file's header is read before the rest is allocated
 MEMORY_LIMIT = 4 << 30      # bytes of pixels up to which images of one size are held in memory
 MEMORY_SIDE = 128           # and up to which side: larger ones are cropped by workers
 CHUNK = 512                 # images of a view that are augmented at once, which bounds the memory
@@ -46,11 +51,22 @@ class DataError(ValueError):
     """Data that cannot be used as asked (exit_code 2), or fails in a run (1): one line."""
 
     def __init__(self, message, exit_code=2):
-        super().__init__(message)
+        super().__init__(printable(message))
         self.exit_code = exit_code
 
     def __reduce__(self):                   # with its code, from a worker process
         return DataError, (str(self), self.exit_code)
+
+
+def printable(text):
+    """A text of which a console can show every name of a file, also one that is not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def say(text):
+    """Print a line, in the first process of a run alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(text), flush=True)
 
 
 class BadFile(ValueError):
@@ -132,8 +148,8 @@ class Encoded:
                 self.image.draft(None, (width // factor, height // factor))
             return ImageOps.exif_transpose(self.image)
 
-    def pixels(self, in_chans, factor=1):
-        """The same as a uint8 tensor (H, W, C) with in_chans channels."""
+    def pixels(self, in_chans, factor=1, value_range=None):
+        """The same as a uint8 tensor (H, W, C) with in_chans channels; see `to_channels`."""
         decode = jpeg_decoder() if self.channels and factor == 1 else None
         if decode and in_chans in (3, self.channels):
             try:
@@ -141,16 +157,33 @@ class Encoded:
             except RuntimeError:            # pillow decodes more, or says what is wrong
                 pass
         with or_bad_file():
-            image = to_channels(self.decode(factor), in_chans)
+            if self.bits == 32 and value_range is None:
+                raise BadFile("values of 32 bits in a set of 8 or 16 bits: give --range")
+            image = to_channels(self.decode(factor), in_chans, value_range)
         return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
 
 
-def to_channels(image, in_chans):
-    """Any PIL image with in_chans channels of 8 bits: palette, CMYK, alpha, 16 bits, floats."""
+    def extremes(self):
+        """(least, largest) of the values of an image, a BadFile where some are none."""
+        with or_bad_file():
+            values = np.asarray(self.decode())
+        if not np.isfinite(values).all():
+            raise BadFile("NaN or infinite values")
+        return float(values.min()), float(values.max())
+
+
+def to_channels(image, in_chans, value_range=None):
+    """Any PIL image with in_chans channels of 8 bits: palette, CMYK, alpha, 16 bits, floats.
+
+    value_range (low, high): of values of more than 8 bits, what becomes black and white; None: the
+    range of 16 bits.
+    """
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image).astype(np.float32)
-        scale = 1 if values.max(initial=0) <= 255 else 255 / 65535
-        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
+        low, high = value_range or (0, 65535)
+        values = (np.asarray(image).astype(np.float64) - low) * (255 / (high - low))
+        if not np.isfinite(values).all():
+            raise BadFile("NaN or infinite values")
+        image = Image.fromarray((values + 0.5).clip(0, 255).astype(np.uint8))
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[in_chans]
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -181,28 +214,47 @@ def exact_crop(pixels, box, size, mode):
 
 # --------------------------------------------------------------------------------- sources of bytes
 class Names:
-    """Strings as one run of bytes, a sequence: a million in a worker neither cost nor grow."""
+    """Strings as one run of bytes, a sequence: in a worker a million neither cost nor grow.
 
-    def __init__(self, names):
-        encoded = [os.fsencode(name) for name in names]
-        self.ends = np.cumsum([0] + [len(name) for name in encoded])
-        self.bytes = b"".join(encoded)
+    Name i lies in `text` from first[i] to last[i].
+    """
+
+    def __init__(self, names=(), text=None, first=None, last=None):
+        if text is None:
+            encoded = [name if isinstance(name, bytes) else os.fsencode(name) for name in names]
+            ends = np.zeros(len(encoded) + 1, np.int64)
+            np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), out=ends[1:])
+            text, first, last = b"".join(encoded), ends[:-1], ends[1:]
+        self.text, self.first, self.last = text, first, last
 
     def __len__(self):
-        return len(self.ends) - 1
+        return len(self.first)
+
+    def __iter__(self):
+        for first, last in zip(self.first.tolist(), self.last.tolist()):
+            yield os.fsdecode(self.text[first:last])
 
     def __getitem__(self, i):
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        i = i % len(self)
-        return os.fsdecode(self.bytes[self.ends[i]:self.ends[i + 1]])
+        return os.fsdecode(self.text[self.first[i]:self.last[i]])
 
-    def select(self, ids):
-        return Names([self[i] for i in ids])
+    def select(self, ids, cut=0):
+        """The names at ids, without their first `cut` bytes."""
+        ids = np.asarray(ids, np.int64)
+        return Names(text=self.text, first=self.first[ids] + cut, last=self.last[ids])
+
+    def below(self, folder):
+        """Indices of the names that begin with folder/."""
+        start = os.fsencode(folder) + b"/"
+        places = zip(self.first.tolist(), self.last.tolist())
+        return [i for i, (a, b) in enumerate(places)
+                if b - a > len(start) and self.text.startswith(start, a)]
 
 
 class FileSource:
-    """Image files: `names` below the folder `root`. Any source of bytes has these four methods."""
+    """Image files: `names` below the folder `root`. Any source of bytes has `names`, these methods,
+    and, where it knows labels, labels (N,) with -1 for none, and classes."""
+
+    labels = classes = None
 
     def __init__(self, root, names):
         self.root = root
@@ -216,14 +268,23 @@ class FileSource:
         return self.names[i]
 
     def content(self, i):
-        """The bytes of file i, a bytearray; OSError when it cannot be read."""
-        with open(os.path.join(self.root, self.names[i]), "rb") as f:
-            content = bytearray(os.fstat(f.fileno()).st_size)
+        """The bytes of file i, a bytearray; OSError or BadFile when it cannot be read."""
+        path = os.path.join(self.root, self.names[i])
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):        # a pipe or device may wait or never end
+            raise BadFile("not a regular file")
+        if status.st_size > LARGE_FILE:             # perhaps sparse: allocated if it is an image
+            with open_image(path) as image:
+                if status.st_size > LARGE_FILE + 32 * image.width * image.height:
+                    raise BadFile(f"{status.st_size / 2 ** 30:.1f} GiB are more than an image of "
+                                  f"{image.width} x {image.height} pixels has")
+        with open(path, "rb") as f:
+            content = bytearray(status.st_size)
             del content[f.readinto(content):]
         return content
 
     def select(self, ids):
-        """The files at ids, a list of indices."""
+        """The files at ids, indices."""
         return FileSource(self.root, self.names.select(ids))
 
 
@@ -231,14 +292,15 @@ class Dataset:
     """A set of images: a `source` of their files' bytes, or uint8 `images` (N, C, H, W) in memory,
     or both.
 
-    labels: (N,) int64 or None; classes: their names. mean, std: of the channels, after scaling to
-    [0, 1]. bad: {index: what is wrong with the file}, as far as is known.
+    labels: (N,) int64 or None, and `unlabelled` says why; classes: their names. mean, std: of the
+    channels, after scaling to [0, 1]. range: (low, high) of values of more than 8 bits, what
+    becomes black and white; None: all have 8. bad: {index: what is wrong}, as far as is known.
     """
 
     def __init__(self, source=None, images=None, labels=None, classes=None, in_chans=3, name=""):
         self.source, self.images = source, images
         self.labels, self.classes, self.in_chans, self.name = labels, classes, in_chans, name
-        self.bad = {}
+        self.range, self.unlabelled, self.bad = None, "it has no class folders", {}
         self.mean, self.std = channel_stats(in_chans)
 
     def __len__(self):
@@ -259,13 +321,39 @@ class Dataset:
 
     def read(self, i):
         """Image i, upright, as uint8 (H, W, C), of several frames the first, or a BadFile."""
-        return self.open(i).pixels(self.in_chans)
+        return self.open(i).pixels(self.in_chans, value_range=self.range)
+
+    @property
+    def digest(self):
+        """Changes when an image is added, renamed or removed."""
+        text = f"{self.name} {len(self)}".encode()
+        if self.source:
+            text = b"\0".join(map(os.fsencode, self.source.names))
+        return hashlib.sha256(text).hexdigest()[:16]
+
+    def label(self, names, classes):
+        """Label each image by the name of its class."""
+        number = {name: i for i, name in enumerate(classes)}
+        self.labels, self.classes = torch.tensor([number[name] for name in names]), classes
+
+    def label_by_folders(self, train):
+        """Labels from the first folder of each name, if all have one; a training set several."""
+        folders = [file[:max(file.find("/"), 0)] for file in self.files]
+        known = {name: unicodedata.normalize("NFC", name) for name in set(folders)}
+        classes = sorted(set(known.values()) - {""})
+        if "" in known and classes:
+            stray = self.file(folders.index(""))
+            self.unlabelled = f"{stray} lies beside the class folders"
+        elif len(classes) == 1 and train:
+            self.unlabelled = f"it has one class folder only, {classes[0]}"
+        elif classes:
+            self.label([known[folder] for folder in folders], classes)
 
     def select(self, ids):
         """The images at ids (a list or tensor of indices), as a set of its own."""
         ids = torch.as_tensor(ids, dtype=torch.long)
         part = copy.copy(self)
-        part.source = self.source and self.source.select(ids.tolist())
+        part.source = self.source and self.source.select(ids.numpy())
         part.images = None if self.images is None else self.images[ids.to(self.images.device)]
         part.labels = None if self.labels is None else self.labels[ids]
         rows = enumerate(ids.tolist()) if self.bad else ()
@@ -287,62 +375,214 @@ def channel_stats(in_chans):
 
 
 # ---------------------------------------------------------------------------------- finding images
-def list_files(root):
-    """Image files below root, relative and sorted; hidden ones left out."""
-    found = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders
-                            if not f.startswith(".") and not leads_back(folder, f))
-        inside = os.path.relpath(folder, root)
-        found += [os.path.normpath(os.path.join(inside, name)) for name in sorted(names)
-                  if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+PARTS = {"train": re.compile(r"(train|training|trn)[-_ ]?(set|split|images|imgs|data)?"),
+         "val": re.compile(r"(val|valid|validation|dev)[-_ ]?(set|split|images|imgs|data)?"),
+         "test": re.compile(r"(test|testing|tst|eval)[-_ ]?(set|split|images|imgs|data)?")}
+COLUMNS = {"file": ("file", "filename", "file_name", "path", "filepath", "image", "image_path",
+                    "img", "name"),
+           "label": ("label", "labels", "class", "class_name", "target", "category"),
+           "split": ("split", "part", "subset", "set")}
+
+
+def list_files(root, note=False):
+    """Names of the image files below root: each folder's own, sorted, before those of its folders.
+
+    Hidden ones are left out, and every real folder is visited once, however many links lead there.
+    Files of other endings are taken if it is images that they hold; note: say what is passed over.
+    """
+    blocks, seen, todo, links = {}, set(), [((), root)], []
+    while todo or links:
+        parts, folder = todo.pop() if todo else links.pop()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            files, found = [], []
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        todo.append(((*parts, entry.name), entry.path))
+                    elif entry.is_symlink() and entry.is_dir():
+                        found.append(((*parts, entry.name), entry.path))
+                    else:
+                        files.append(entry.name)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
+        links += sorted(found, reverse=True)        # after the real folders, the first at the end
+        if files:
+            blocks[parts] = sorted(files)
+    other = {}                                      # ending: names
+    for parts, files in blocks.items():
+        for name in files:
+            if not name.lower().endswith(EXTENSIONS):
+                other.setdefault(ending_of(name), []).append("/".join((*parts, name)))
+    taken = tuple(ending for ending, names in other.items() if are_images(root, names))
+    passed = Counter({ending: len(names) for ending, names in other.items() if ending not in taken})
+    if note and passed:
+        say(f"note: {root}: passed over {sum(passed.values())} files that are no images: "
+            + ", ".join(f"{n} {ending or 'without an ending'}"
+                        for ending, n in passed.most_common(8)))
+    names = []
+    for parts in sorted(blocks):
+        prefix = "".join(f"{part}/" for part in parts)
+        names += [os.fsencode(prefix + name) for name in blocks[parts]
+                  if name.lower().endswith(EXTENSIONS) or taken and ending_of(name) in taken]
+    return Names(names)
+
+
+def ending_of(name):
+    """.txt of notes.txt; "" where there is none that is short and begins with a letter."""
+    ending = os.path.splitext(name)[1].lower()
+    return ending if len(ending) < 7 and ending[1:2].isalpha() else ""
+
+
+def are_images(root, names):
+    """Whether most of three of these files, the first, the middle and the last, are images."""
+    some = {names[0], names[len(names) // 2], names[-1]}
+    source, good = FileSource(root, sorted(some)), 0
+    for i in range(len(source)):
+        with contextlib.suppress(BadFile), or_bad_file():
+            good += bool(Encoded(source.content(i)))
+    return 2 * good > len(some)
+
+
+def part_kind(name):
+    """train, val or test if that is what a folder's or split's name means, else None."""
+    return next((kind for kind, words in PARTS.items() if words.fullmatch(name.lower())), None)
+
+
+def parts_of(path, names):
+    """{train, val, test: the folder's own name} of the folders' names of a set."""
+    found = {}
+    for name in sorted(names):
+        kind = part_kind(name)
+        if kind in found:
+            raise DataError(f"{path}: is {found[kind]}/ or {name}/ the {kind} part? Rename one")
+        if kind:
+            found[kind] = name
+    words = {match[1] for name in names if not part_kind(name)
+             if (match := re.match(r"(train|val|test)[^a-z]", name.lower()))}
+    if not found and len(words) > 1:                # pre-training would mix them up as classes
+        raise DataError(f"{path}: the folders {', '.join(sorted(names)[:4])} look like parts of a "
+                        "set: name them train/, val/ and test/")
     return found
 
 
-def leads_back(folder, name):
-    """Whether a folder is a link to one that it lies in: following it would never end."""
-    path = os.path.join(folder, name)
-    target = os.path.realpath(path) + os.sep
-    return os.path.islink(path) and (os.path.realpath(folder) + os.sep).startswith(target)
+def choose_part(path, found, train):
+    """The name of the folder to read of those found by `parts_of`, or "" for all of a training set
+    that has no parts."""
+    kinds = ["train"] if train else ["val", "test"]
+    wanted = [found[kind] for kind in kinds if kind in found]
+    if wanted or (train and not found):
+        return wanted[0] if wanted else ""
+    missing = "train/" if train else "val/ or test/"
+    if found:
+        raise DataError(f"{path}: no {missing} in this folder")
+    raise DataError(f"{path}: no train/ and no val/ or test/ in this folder, so nothing to "
+                    "evaluate on; --val-share splits a set that has neither")
 
 
-def read_list(path):
-    """Names of a list file: one a line, alone or followed by a label; bare or with folders.
+def folder_names(path):
+    with os.scandir(path) as entries:
+        return [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+
+
+def open_source(path, train=None):
+    """The source of the images that `path` names, a folder: of its part to train or to test on, if
+    it has parts; of all with train=None."""
+    if not os.path.isdir(path):
+        raise DataError(f"{path}: no such folder or list file (--data)")
+    part = "" if train is None else choose_part(path, parts_of(path, folder_names(path)), train)
+    root = os.path.join(path, part)
+    return FileSource(root, list_files(root, note=True))
+
+
+NOT_LISTS = {b"PK\3\4": "a zip archive: unpack it",
+             b"PAR1": "a parquet table: write its images to files",
+             b"\x93NUMPY": "a numpy array: write its images to files",
+             b"\x89HDF": "an HDF5 file: write its images to files",
+             b"\x1f\x8b": "compressed by gzip: unpack it", b"BZh": "compressed by bzip2: unpack it",
+             b"\xfd7zXZ": "compressed by xz: unpack it",
+             b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+             b"\xff\xd8\xff": "an image", b"\x89PNG": "an image", b"SQLite": "a database"}
+
+
+def check_list(path):
+    """DataError for a file that is no text, with what it is."""
+    with open(path, "rb") as f:
+        head = f.read(4096)
+    kind = next((kind for start, kind in NOT_LISTS.items() if head.startswith(start)), None)
+    if kind or b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"--data {path} is {kind or 'neither text nor a folder'}; what can be read "
+                        "is a folder of image files, or a list of them")
+
+
+def read_table(path):
+    """[(name, label or None, split or None)] of a list: one name a line, alone or followed by a
+    blank and a label; or a CSV of file, label and split (by , ; or tab), with or without a header.
 
     A name may have blanks in it: a label is what follows the last one, if it is a number or comes
     after an image.
     """
-    with open(path, encoding="utf-8", errors="replace") as f:
-        lines = [line.strip() for line in f.read().splitlines() if line.strip()]
-    names = []
-    for line in lines:
-        name, *label = line.rsplit(maxsplit=1)
-        labelled = label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS))
-        names.append(name if labelled else line)
-    for name in names:
-        if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
-            raise DataError(f"{path}: the name {name!r} leads out of the data folder")
-    if not names:
+    try:
+        with open(path, "rb") as f:
+            content = f.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    text = content.decode("utf-16" if wide else "utf-8-sig", "surrogateescape")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
         raise DataError(f"{path}: the list is empty")
-    return names
+    for delimiter in ",;\t":
+        rows = [[cell.strip() for cell in row]
+                for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True)]
+        heads = [head.lower() for head in rows[0]]
+        if heads[0] in COLUMNS["file"] or any(h in COLUMNS["file"] for h in heads[1:]):
+            places = [next((heads.index(word) for word in words if word in heads), None)
+                      for words in COLUMNS.values()]
+            return [tuple(None if at is None or at >= len(row) else row[at] for at in places)
+                    for row in rows[1:]]
+        if all(len(row) > 1 and row[0].lower().endswith(EXTENSIONS) for row in rows):
+            return [tuple((*row, None)[:3]) for row in rows]
+    rows = []
+    for line in lines:
+        if line[0] == line[-1] == '"':
+            line = line[1:-1]
+        name, *label = line.rsplit(maxsplit=1)
+        has = label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS))
+        rows.append((name, label[0], None) if has else (line, None, None))
+    return rows
 
 
-def find_listed(files, names, where):
-    """Indices into files of the listed names, by their last two or one parts; all must be found."""
+def find_listed(files, names, where, root=None):
+    """Indices into files of the listed names; all must be found. By the whole name, else by its
+    last two parts or one; absolute where they lie below the folder `root`."""
     position = {}
     for i, file in enumerate(files):
-        position.setdefault(file.split("/")[-1], []).append(i)
+        position.setdefault(unicodedata.normalize("NFC", file[file.rfind("/") + 1:]), []).append(i)
     chosen, missing, doubtful = [], [], []
-    for name in names:
+    for listed in names:
+        name = unicodedata.normalize("NFC", listed if "/" in listed else listed.replace("\\", "/"))
+        if name.startswith("/") and root:
+            name = os.path.relpath(os.path.realpath(name), os.path.realpath(root))
+        name = os.path.normpath(name)
         parts = name.split("/")
+        if parts[0] in ("", ".."):
+            raise DataError(f"{where}: the name {listed!r} leads out of the data folder")
         hits = position.get(parts[-1], [])
-        if len(parts) > 1:                  # a file in no folder goes by its name alone
-            folders = [files[i].split("/")[-2:-1] for i in hits]
+        whole = [i for i in hits if unicodedata.normalize("NFC", files[i]) == name]
+        if len(parts) > 1 and not whole:            # a file in no folder goes by its name alone
+            folders = [unicodedata.normalize("NFC", files[i]).split("/")[-2:-1] for i in hits]
             hits = [i for i, folder in zip(hits, folders) if folder in ([], parts[-2:-1])]
+        hits = whole or hits
         if len(hits) == 1:
             chosen.append(hits[0])
         else:
-            (doubtful if hits else missing).append(name)
+            (doubtful if hits else missing).append(listed)
     if missing:
         raise DataError(f"{where}: {len(missing)} of {len(names)} listed images do not exist, "
                         f"first {missing[0]}")
@@ -352,72 +592,162 @@ def find_listed(files, names, where):
     return chosen
 
 
-def open_source(path, train):
-    """The source of the images that `path` names: a folder with train/ and val/ or test/, any
-    folder of images, or a list file beside its images."""
-    if os.path.isfile(path):
-        root = os.path.dirname(os.path.abspath(path))
-        files = list_files(root)
-        return FileSource(root, [files[i] for i in find_listed(files, read_list(path), path)])
-    if os.path.isdir(path):
-        part = part_of(path, train, lambda name: os.path.isdir(os.path.join(path, name)))
-        root = os.path.join(path, part)
-        return FileSource(root, list_files(root))
-    raise DataError(f"{path}: no such folder or list file (--data)")
-
-
-def open_folder(path, train, in_chans):
-    """The images of `open_source` with their class folders as labels."""
+def open_folder(path, train, in_chans, labels_file=None, val_share=0):
+    """The images of a folder, or of a list beside its images: those to train or to test on, with
+    the labels of the list, or else of their class folders."""
     if in_chans not in (1, 3, 4):
         raise DataError(f"--in-chans {in_chans}: images are read with 1 (grey), 3 (RGB) or 4 "
                         "(RGBA) channels")
-    source = open_source(path, train)
-    if not len(source):
-        raise DataError(f"{path}: no images found (looked for {', '.join(EXTENSIONS)})")
-    folders = [file.split("/")[0] if "/" in file else None for file in source.names]
-    classes = sorted(set(folders) - {None})
+    name, train_part = path, train or val_share > 0
+    if os.path.isfile(path):
+        check_list(path)
+        if labels_file:
+            raise DataError(f"--labels-file {labels_file}: {path} is a list already")
+        path, labels_file = os.path.dirname(os.path.abspath(path)), path
+    parts = parts_of(name, folder_names(path)) if path == name and os.path.isdir(path) else {}
     labels = None
-    if None not in folders and len(classes) > 1:
-        number = {name: i for i, name in enumerate(classes)}
-        labels = torch.tensor([number[folder] for folder in folders])
-    return Dataset(source, labels=labels, classes=None if labels is None else classes,
-                   in_chans=in_chans, name=path)
+    if labels_file:
+        source = open_source(path)
+        source, labels, parts = listed_images(source, labels_file, path, parts, train_part)
+    else:
+        source = open_source(path, train_part)
+    if val_share and ("val" in parts or "test" in parts):
+        raise DataError(f"--val-share: {name} has test images of its own")
+    if not len(source):
+        raise DataError(f"{name}: no images found (looked for {', '.join(EXTENSIONS)})")
+    dataset = Dataset(source, in_chans=in_chans, name=name)
+    if labels:
+        dataset.label(labels, sorted_classes(labels))
+        say(f"note: labels of {labels_file}: {len(dataset.classes)} classes, "
+            f"{', '.join(dataset.classes[:4])}{', ...' if len(dataset.classes) > 4 else ''}")
+    elif source.labels is not None and (source.labels >= 0).all():
+        dataset.labels, dataset.classes = torch.as_tensor(source.labels), source.classes
+    else:
+        dataset.label_by_folders(train)
+    return split_off(dataset, val_share, train) if val_share else dataset
 
 
-def every_image(path, in_chans=3):
+def listed_images(source, table, root, parts, train):
+    """(source, labels or None, parts) of the rows of a list; of the part to train or to test on, by
+    its column split, or by the folders `parts`, where there are such."""
+    rows = read_table(table)
+    ids = find_listed(source.names, [name for name, *_ in rows], table, root)
+    files = [source.name(i) for i in ids]
+    labels = [label and unicodedata.normalize("NFC", label) for _, label, _ in rows]
+    known = {}
+    for i, file, label in zip(ids, files, labels) if any(labels) else ():
+        if not label or known.setdefault(i, label) != label:
+            raise DataError(f"{table}: {file} has {'two labels' if label else 'no label'}")
+    kinds = [part_kind(split or "") for *_, split in rows]
+    if any(split for *_, split in rows):
+        if None in kinds:
+            raise DataError(f"{table}: {rows[kinds.index(None)][2]!r} in the column split is none "
+                            "of train, val, test")
+        parts = {kind: kind for kind in kinds}
+    elif parts:
+        folders = {part: kind for kind, part in parts.items()}
+        kinds = [folders.get(file.split("/")[0]) for file in files]
+    chosen = choose_part(table, parts, train)
+    mine = [row for row, kind in enumerate(kinds) if not chosen or parts.get(kind) == chosen]
+    source = source.select([ids[row] for row in mine])
+    if not any(labels):
+        return source, None, parts
+    # numbers for folders, as in ImageNet's lists, are known by the folders' names
+    folders = [file.split("/")[-2] if "/" in file else None for file in files]
+    pairs = len(set(zip(folders, labels)))
+    if None not in folders and pairs == len(set(folders)) == len(set(labels)):
+        labels = folders
+    return source, [labels[row] for row in mine], parts
+
+
+def sorted_classes(labels):
+    """Class names in order: of their numbers where all are numbers."""
+    classes = sorted(set(labels))
+    return sorted(classes, key=int) if all(c.isdecimal() for c in classes) else classes
+
+
+def split_off(dataset, share, train, seed=0):
+    """A random share of each class, of the whole set where there are none, or to train on what
+    remains; the same images in every run."""
+    order = shuffled(len(dataset), SUBSET, 5, seed)
+    labels = torch.zeros(len(dataset), dtype=torch.long)
+    if dataset.labels is not None:
+        labels = dataset.labels
+    counts = labels.bincount()
+    order, rank = ranked(labels, counts, order)
+    held = (counts * share).round().clamp_min(1).minimum(counts - 1)
+    mine = (rank < held[labels[order]]) != train
+    return dataset.select(order[mine].sort().values)
+
+
+def every_image(path, in_chans=3, value_range=None):
     """All images below a folder, in whatever part of it, without labels; none if it is none."""
-    files = list_files(path) if os.path.isdir(path) else []
-    return Dataset(FileSource(path, files), in_chans=in_chans, name=path)
-
-
-def part_of(path, train, is_there):
-    """Which of train/, val/ and test/ to read: its name, or "" for all of a training set that has
-    no such parts."""
-    parts = [name for name in ("train", "val", "test") if is_there(name)]
-    wanted = [name for name in parts if (name == "train") == train]
-    if wanted or (train and not parts):
-        return wanted[0] if wanted else ""
-    if parts:
-        missing = "train/" if train else "val/ or test/"
-        raise DataError(f"{path}: no {missing} in this folder")
-    raise DataError(f"{path}: no train/ and no val/ or test/ in this folder, so nothing to "
-                    "evaluate on")
+    source = open_source(path)[0] if os.path.exists(path) else FileSource(path, [])
+    dataset = Dataset(source, in_chans=in_chans, name=path)
+    dataset.range = find_range(dataset, value_range)
+    return dataset
 
 
 # ------------------------------------------------------------------------------------ loading a set
 def load(source, train=True, in_chans=3, stats="imagenet", max_bad=0.01, value_range=None,
          labels_file=None, val_share=0):
-    """The images that --data names; None: the embedded set."""
+    """The images that --data names; None: the embedded set.
+
+    value_range: (low, high), "auto" or None, see `find_range`. labels_file: a CSV of file, label
+    and perhaps split. val_share: the share of each class that is the test set.
+    """
     source = source or os.environ.get("DATA")
-    if not source:
-        dataset = embedded(train, in_chans)
-    elif source in DOWNLOADS:
-        dataset = download(source, train, in_chans)
+    if source and source not in DOWNLOADS:
+        dataset = open_folder(source, train, in_chans, labels_file, val_share)
+        found, measured = sample(dataset), dataset
+        if not train and (value_range == "auto" or any(bits == 32 for _, _, bits in found)):
+            with contextlib.suppress(DataError):            # one range for both parts
+                measured = open_folder(source, True, in_chans, labels_file, val_share)
+        dataset.range = find_range(measured, value_range, found)
+        dataset = into_memory(dataset, {size for _, size, _ in found}, max_bad)
+    elif labels_file or val_share:
+        raise DataError(f"{source or 'the embedded set'} has labels and test images of its own")
     else:
-        dataset = into_memory(open_folder(source, train, in_chans), max_bad)
+        dataset = download(source, train, in_chans) if source else embedded(train, in_chans)
     if stats == "data":
         dataset.mean, dataset.std = measure_stats(dataset)
     return dataset
+
+
+def sample(dataset, most=64):
+    """[(index, size, bits)] of images chosen by hash, by their headers."""
+    found = []
+    for i in shuffled(len(dataset), 0, SUBSET)[:most].tolist():
+        with contextlib.suppress(BadFile):
+            image = dataset.open(i)
+            found.append((i, image.size, image.bits))
+    return found
+
+
+def find_range(dataset, asked=None, found=None):
+    """(low, high) of values of more than 8 bits that become black and white, or None for 8 bits.
+
+    What is asked for; else that of 16 bits; "auto", or else of 32 bits and floats, which have no
+    range of their own: the least and largest value of a sample.
+    """
+    if asked not in (None, "auto"):
+        return tuple(map(float, asked))
+    deepest = max((bits for _, _, bits in found or sample(dataset)), default=8)
+    if deepest == 8:
+        return None
+    if deepest == 16 and asked is None:
+        return 0.0, 65535.0
+    values = []
+    for i, _, bits in sample(dataset):
+        with contextlib.suppress(BadFile):
+            values += dataset.open(i).extremes() if bits > 8 else ()
+    if not values:
+        raise DataError(f"{dataset.name}: no image to measure the range of values on", 1)
+    low, high = min(values), max(values)
+    high = high if high > low else low + 1
+    say(f"note: {dataset.name}: values from {low:g} to {high:g}, measured on a sample, become "
+        "black to white; --range sets others")
+    return low, high
 
 
 def download(name, train, in_chans):
@@ -434,12 +764,9 @@ def download(name, train, in_chans):
     return Dataset(images=images, labels=torch.tensor(raw.targets), classes=raw.classes, name=name)
 
 
-def into_memory(dataset, max_bad=0.01):
-    """Decode images that all have one small size into memory; others are left as they are."""
-    sizes = set()
-    for i in shuffled(len(dataset), 0, SUBSET)[:64].tolist():
-        with contextlib.suppress(BadFile):
-            sizes.add(dataset.open(i).size)
+def into_memory(dataset, sizes, max_bad=0.01):
+    """Decode images that all have one small size into memory; others are left as they are. sizes:
+    {(H, W)} of a sample."""
     if len(sizes) != 1:
         return dataset
     size = sizes.pop()
@@ -473,8 +800,8 @@ def report_bad(dataset, max_bad, seen=0):
     """Name the bad files after the first `seen`; DataError when their share is above max_bad."""
     bad, n = dataset.bad, len(dataset)
     for i in list(bad)[seen:]:
-        print(f"warning: skipped {os.path.join(dataset.name, dataset.file(i))}: {bad[i]}",
-              flush=True)
+        path = os.path.join(getattr(dataset.source, "root", dataset.name), dataset.file(i))
+        print(printable(f"warning: skipped {path}: {bad[i]}"), flush=True)
     if len(bad) > max(max_bad * n, 1):
         raise DataError(f"{len(bad)} of {n} images cannot be read, more than --max-bad {max_bad:g} "
                         f"allows; first {dataset.file(next(iter(bad)))}", 1)
@@ -487,14 +814,19 @@ def labelled(dataset, spec=None, seed=0):
     (SimCLR's lists).
     """
     if dataset.labels is None:
-        raise DataError(f"{dataset.name}: no labels (a labelled set has one folder a class in "
-                        "train/ and val/ or test/)")
+        raise DataError(f"{dataset.name}: no labels, {dataset.unlabelled} (a labelled set has one "
+                        "folder a class in train/ and val/ or test/, or a --labels-file)")
     if spec is None:
         ids, how = torch.arange(len(dataset)), "all"
     elif os.path.isfile(spec):
         if dataset.files is None:
             raise DataError(f"--labels {spec}: a list names files, and {dataset.name} has none")
-        ids = find_listed(dataset.files, read_list(spec), f"--labels {spec}")
+        rows = read_table(spec)
+        root = getattr(dataset.source, "root", None)
+        ids = find_listed(dataset.files, [name for name, *_ in rows], f"--labels {spec}", root)
+        if any(label for _, label, _ in rows):
+            say(f"note: --labels {spec} chooses images; the labels in it are not used, but those "
+                f"of {dataset.name}")
         ids, how = torch.tensor(sorted(ids)), f"list {os.path.basename(spec)}"
     else:
         ids, how = balanced(dataset, spec, seed), f"{spec}, balanced draw, seed {seed}"
@@ -528,16 +860,22 @@ def balanced(dataset, spec, seed):
     if short:
         raise DataError(f"--labels {spec!r}: class {classes[short[0]]} has only "
                         f"{counts[short[0]]} images")
-    order = shuffled(len(labels), SUBSET, 3, seed)
-    order = order[labels[order].argsort(stable=True)]       # by class, within it in hashed order
-    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
+    order, rank = ranked(labels, counts, shuffled(len(labels), SUBSET, 3, seed))
     return order[rank < wanted[labels[order]]].sort().values
+
+
+def ranked(labels, counts, order):
+    """(order by class, within it as given; the place of each within its class)."""
+    order = order[labels[order].argsort(stable=True)]
+    return order, torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
 
 
 def same_classes(train, test):
     """Give the test set the class numbers of the training set; all must be known there."""
-    if test.labels is None:
-        raise DataError(f"{test.name}: the test images have no class folders")
+    for dataset, part in ((train, "training"), (test, "test")):
+        if dataset.labels is None:
+            raise DataError(f"{dataset.name}: the {part} images have no labels, "
+                            f"{dataset.unlabelled}")
     unknown = [c for c in test.classes if c not in train.classes]
     if unknown:
         raise DataError(f"{test.name}: the test class {unknown[0]} is not among the training "
@@ -596,7 +934,7 @@ class Reader(torch.utils.data.Dataset):
     def __getitems__(self, key):
         """key (epoch, [i, ...]) -> (shown, bad, crops): the images shown, a list, with others in
         place of those that cannot be read (-1: none is found); {i: what is wrong with it}; for each
-        view its crops, uint8 (N, C, h, w) with channels last in memory."""
+        view its crops, uint8 (N, C, h, w) with channels last in memory. Or a DataError to raise."""
         epoch, wanted = key
         shown, bad = list(wanted), {}
         shape = len(wanted), *self.size, self.dataset.in_chans
@@ -611,6 +949,12 @@ class Reader(torch.utils.data.Dataset):
                 failed = failed and self.fill(failed, shown, crops, epoch)
             for row in failed:
                 shown[row] = -1 if self.loader.shuffle else wanted[row]
+        if torch.utils.data.get_worker_info():      # here, not in the thread that hands it over,
+            try:                                    # where an error is lost
+                crops = [view.share_memory_() for view in crops]
+            except RuntimeError as error:
+                return DataError(f"a data worker has no shared memory ({error}): make /dev/shm "
+                                 "larger, or give --workers 0", 1)
         return shown, bad, crops
 
     def fill(self, rows, shown, crops, epoch):
@@ -637,7 +981,8 @@ class Reader(torch.utils.data.Dataset):
         for at, (row, factor, size) in enumerate(
                 zip(list(opened), factors.tolist(), small.tolist())):
             try:
-                pixels = opened.pop(row).pixels(self.dataset.in_chans, factor)
+                pixels = opened.pop(row).pixels(
+                    self.dataset.in_chans, factor, self.dataset.range)
             except BadFile as error:
                 failed[row] = str(error)
                 continue
@@ -727,6 +1072,9 @@ class Loader:
         self.part = min(Reader.TOGETHER, -(-batch_size // max(workers, 1)))
         self.reader = self.items = self.place = None
         if dataset.images is None:
+            if workers and len(os.fsencode(tempfile.gettempdir())) > 75:
+                raise DataError(f"the temporary folder {tempfile.gettempdir()} has too long a name "
+                                "for the sockets of data workers: set TMPDIR to a shorter one", 1)
             self.plan, self.keys = copy.copy(self), Keys()
             ahead = -(-2 * -(-batch_size // self.part) // max(workers, 1))
             self.reader = torch.utils.data.DataLoader(
@@ -781,7 +1129,12 @@ class Loader:
                 yield self.held(ids, epoch)
                 continue
             self.place, before = None, time.perf_counter()
-            parts = [next(self.items) for _ in range(-(-len(ids) // self.part))]
+            try:
+                parts = [next(self.items) for _ in range(-(-len(ids) // self.part))]
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                raise DataError(f"{error} (fewer --workers need less memory)", 1) from None
             self.waited += time.perf_counter() - before
             batch = self.collect(ids, epoch, parts)
             if self.shuffle:
@@ -803,6 +1156,9 @@ class Loader:
 
     def collect(self, ids, epoch, parts):
         """A batch of what the workers have read."""
+        for part in parts:
+            if isinstance(part, DataError):
+                raise part
         shown, bads, crops = zip(*parts)
         shown, known = sum(shown, []), len(self.dataset.bad)
         bad = {i: trouble for found in bads for i, trouble in found.items()}
@@ -913,38 +1269,46 @@ def draw(ids, side=32):
     return (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
 
-# --------------------------------------------------------------------------- python data.py check
+# ---------------------------------------------------------------------------- python data.py check
 NAMED = 20                  # bad files named on the screen; --out names them all
 # what a BadFile says: the kind it is counted under; the first that fits
 KINDS = (("DecompressionBomb", "decompression bomb"), ("PermissionError", "no permission"),
          ("FileNotFoundError", "vanished"), ("UnidentifiedImageError", "no image"),
+         ("not a regular file", "not a regular file"), ("NaN", "NaN"),
          ("truncated", "truncated"), ("Truncated", "truncated"), ("EOF", "truncated"))
-ENDINGS = {"JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "TIFF": (".tif", ".tiff"),
-           "PPM": (".ppm", ".pgm"), "JPEG2000": (".jp2",)}
+ENDINGS = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".jpg", ".jpeg"),
+           "TIFF": (".tif", ".tiff"), "BMP": (".bmp", ".dib"), "JPEG2000": (".jp2", ".j2k"),
+           "PPM": (".ppm", ".pgm", ".pbm", ".pnm")}
 
 
 def look(dataset, i):
-    """(what is special about image i, None), or (kind of trouble, what is wrong)."""
-    try:
-        dataset.read(i)
-    except BadFile as error:
-        said = str(error)
-        with contextlib.suppress(OSError):
-            if not dataset.source.content(i):
-                return "empty", said
-        return next((kind for words, kind in KINDS if words in said), "damaged"), said
+    """What is special about image i, a list, and the (least, largest) value of more than 8 bits or
+    None. A BadFile if it cannot be read."""
+    dataset.read(i)
+    encoded = dataset.open(i)
+    image, ending = encoded.image, os.path.splitext(dataset.file(i))[1].lower()
+    extremes = encoded.extremes() if encoded.bits > 8 else None
     special = []
     # what the rarer parts of a good image are like is no reason to refuse it
     with contextlib.suppress(Exception):
-        image = dataset.open(i).image
-        ending = os.path.splitext(dataset.file(i))[1].lower()
         special = [word for word, true in (
             ("animated", getattr(image, "n_frames", 1) > 1), ("CMYK", image.mode == "CMYK"),
-            ("16-bit", image.mode.startswith("I")),
+            ("16-bit", encoded.bits == 16), ("32-bit or float", encoded.bits == 32),
             ("turned by EXIF", image.getexif().get(0x0112, 1) != 1),
             ("another format than its name says",
              ending not in ENDINGS.get(image.format, (f".{image.format.lower()}",)))) if true]
-    return special, None
+    return special, extremes
+
+
+def look_or_trouble(dataset, i):
+    """As `look`, or the text of its BadFile; "empty" for an empty file."""
+    try:
+        return look(dataset, i)
+    except BadFile as error:
+        said = str(error)
+        with contextlib.suppress(OSError, BadFile):
+            said = said if dataset.source.content(i) else f"empty: {said}"
+        return said
 
 
 def counted(kinds):
@@ -956,34 +1320,51 @@ def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
+def say_range(dataset, least, largest):
+    """Print the range of the values, and what of it the chosen one loses."""
+    low, high = dataset.range or (0, 65535)
+    say(f"values of more than 8 bits: {least:g} to {largest:g}; {low:g} to {high:g} become black "
+        "to white")
+    if least < low or largest > high:
+        say(f"warning: values outside become black or white; --range {least:g},{largest:g} keeps "
+            "them")
+    levels = int((min(largest, high) - max(least, low)) / (high - low) * 255) + 1
+    if levels < 128:
+        say(f"warning: of 256 levels {max(levels, 1)} are left; --range {least:g},{largest:g} "
+            "keeps all")
+
+
 def check(args):
     """Read every image below args.folder; [(file, kind, what is wrong)] of the bad ones."""
-    dataset = every_image(args.folder)
-    n, root = len(dataset), args.folder
+    dataset = every_image(args.folder, value_range=args.range)
+    n = len(dataset)
     if not n:
-        raise DataError(f"{root}: no images found (looked for {', '.join(EXTENSIONS)})")
-    bad, kinds, special = [], Counter(), Counter()
+        raise DataError(f"{args.folder}: no images found (looked for {', '.join(EXTENSIONS)})")
+    bad, special, ranges = [], Counter(), []
     started = told = time.perf_counter()
     with ThreadPool(args.workers) as pool:  # pillow decodes outside Python's lock
-        found = pool.imap(functools.partial(look, dataset), range(n), chunksize=16)
-        for i, (what, trouble) in enumerate(found):
-            if trouble is None:
-                special.update(what)
-            else:
-                bad.append((dataset.file(i), what, trouble))
-                kinds[what] += 1
+        found = pool.imap(functools.partial(look_or_trouble, dataset), range(n), chunksize=16)
+        for i, what in enumerate(found):
+            if isinstance(what, str):
+                kind = "empty" if what.startswith("empty: ") else "damaged"
+                kind = next((name for words, name in KINDS if words in what), kind)
+                bad.append((dataset.file(i), kind, what))
                 if len(bad) <= NAMED:
-                    print(f"{os.path.join(root, dataset.file(i))}: {what} ({trouble})", flush=True)
+                    say(f"{os.path.join(args.folder, dataset.file(i))}: {kind} ({what})")
+            else:
+                special.update(what[0])
+                ranges += [what[1]] if what[1] else []
             now = time.perf_counter()
             if now - told > 5:
                 told, left = now, (now - started) / (i + 1) * (n - i - 1)
                 print(f"{i + 1}/{n} read, {len(bad)} bad, left {clock(left)}", file=sys.stderr,
                       flush=True)
     if len(bad) > NAMED:
-        print(f"... and {len(bad) - NAMED} more", flush=True)
+        say(f"... and {len(bad) - NAMED} more")
     among = f", among them {counted(special)}" if special else ""
-    print(f"{n - len(bad)} of {n} images are good{among}; {clock(time.perf_counter() - started)}",
-          flush=True)
+    say(f"{n - len(bad)} of {n} images are good{among}; {clock(time.perf_counter() - started)}")
+    if ranges:
+        say_range(dataset, min(low for low, _ in ranges), max(high for _, high in ranges))
     if args.out:
         try:
             with open(args.out, "w", errors="surrogateescape") as f:
@@ -992,6 +1373,7 @@ def check(args):
         except OSError as error:
             raise DataError(f"cannot write {args.out}: {error.strerror}", 1) from None
     if bad:
+        kinds = Counter(kind for _, kind, _ in bad)
         raise DataError(f"{len(bad)} of {n} images are bad: {counted(kinds)}", 1)
     return bad
 
@@ -1001,6 +1383,16 @@ class Parser(argparse.ArgumentParser):
         raise DataError(f"{message} (--help says what there is)")
 
 
+def value_range(text):
+    """An argparse type: auto, or LOW,HIGH -> (low, high)."""
+    if text == "auto":
+        return text
+    low, high = map(float, text.split(","))
+    if not -1e30 < low < high < 1e30:
+        raise ValueError
+    return low, high
+
+
 def get_args(argv=None):
     parser = Parser(prog="data.py", allow_abbrev=False, description="Commands for sets of images.")
     commands = parser.add_subparsers(dest="command", metavar="check", required=True)
@@ -1008,15 +1400,17 @@ def get_args(argv=None):
                               description="Read every image, and name the bad ones.").add_argument
     add("folder", help="folder of images, with all that is below it")
     add("--workers", type=int, default=os.cpu_count(), help="images read at once")
+    add("--range", type=value_range, metavar="LOW,HIGH|auto",
+        help="values of 16-bit and float images that become black and white")
     add("--out", help="file for the list of bad ones: name, tab, kind, tab, what is wrong")
     args = parser.parse_args(argv)
-    if not os.path.isdir(args.folder):
-        parser.error(f"{args.folder}: no such folder")
     if not 1 <= args.workers <= 256:
         parser.error(f"--workers {args.workers}: 1 to 256")
     if args.out and (os.path.isdir(args.out)
                      or not os.path.isdir(os.path.dirname(args.out) or ".")):
         parser.error(f"--out {args.out}: cannot write there")
+    if not os.path.isdir(args.folder):
+        parser.error(f"{args.folder}: no such folder")
     return args
 
 
@@ -1029,6 +1423,7 @@ def program(argv=None):
         print(f"data.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
+        print("data.py: error: interrupted", file=sys.stderr, flush=True)
         return 130
     except BrokenPipeError:                 # `... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
