@@ -4,20 +4,29 @@ Order and augmentation are functions of (seed, epoch, image) alone: see augment.
 numpy and pillow; torchvision, where it is there, decodes JPEGs faster and fetches CIFAR.
 
     python data.py check IMAGES                 # read every image beforehand, and name the bad ones
+    python data.py pack IMAGES IMAGES.tar       # one tar of many files, which is read as the folder
 
 Shapes: N images, C channels, (H, W) source, (h, w) output pixels; boxes (top, left, height, width).
 """
 import argparse
 import contextlib
 import copy
+import fcntl
 import functools
+import hashlib
 import io
+import json
 import math
 import os
+import re
 import stat
 import sys
+import tarfile
+import tempfile
 import time
 import warnings
+import zipfile
+from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
@@ -32,6 +41,7 @@ from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DOWNLOADS = ("cifar10", "cifar100")     # fetched by name: all that uses the network
+PARTS = ("train", "val", "test")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
               ".jp2")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")  # no helper programs
@@ -39,6 +49,9 @@ MOST_PIXELS = 1 << 27       # of one image: what claims more is refused before i
 MEMORY_LIMIT = 4 << 30      # bytes of pixels up to which images of one size are held in memory
 MEMORY_SIDE = 128           # and up to which side: larger ones are cropped by workers
 CHUNK = 512                 # images of a view that are augmented at once, which bounds the memory
+OLD_PACK = b"\x89picture pack 1\n"    # how the packs of older versions begin
+OPEN_TARS = 256             # tars a process keeps open; what is beyond is opened for each image
+SYNC = 64 << 20             # bytes between flushes to the disk while a tar is written
 FILTERS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
 
@@ -185,20 +198,36 @@ class Names:
 
     def __init__(self, names):
         encoded = [os.fsencode(name) for name in names]
-        self.ends = np.cumsum([0] + [len(name) for name in encoded])
+        ends = np.cumsum([0] + [len(name) for name in encoded])
+        self.first, self.last = ends[:-1], ends[1:]
         self.bytes = b"".join(encoded)
 
     def __len__(self):
-        return len(self.ends) - 1
+        return len(self.first)
 
     def __getitem__(self, i):
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        i = i % len(self)
-        return os.fsdecode(self.bytes[self.ends[i]:self.ends[i + 1]])
+        return os.fsdecode(self.bytes[self.first[i]:self.last[i]])
 
-    def select(self, ids):
-        return Names([self[i] for i in ids])
+    def __iter__(self):
+        ends = zip(self.first.tolist(), self.last.tolist())
+        return (os.fsdecode(self.bytes[a:b]) for a, b in ends)
+
+    def select(self, ids, cut=0):
+        """Those at ids, an array of indices, without their first `cut` bytes."""
+        part = copy.copy(self)
+        part.first, part.last = self.first[ids] + cut, self.last[ids]
+        return part
+
+    def tops(self):
+        """The folder that each name begins with, "" for none: numbers (N,) into a sorted list."""
+        slashes = np.flatnonzero(np.frombuffer(self.bytes, np.uint8) == ord("/"))
+        ends = np.append(slashes, 1 << 62)[np.searchsorted(slashes, self.first)]
+        ends = np.where(ends < self.last, ends, self.first).tolist()
+        found, text = {}, self.bytes
+        ids = [found.setdefault(text[a:b], len(found)) for a, b in zip(self.first.tolist(), ends)]
+        tops = list(map(os.fsdecode, found))
+        order = sorted(range(len(tops)), key=tops.__getitem__)
+        return np.argsort(order)[np.array(ids, np.int64)], [tops[i] for i in order]
 
 
 class FileSource:
@@ -224,7 +253,356 @@ class FileSource:
 
     def select(self, ids):
         """The files at ids, a list of indices."""
-        return FileSource(self.root, self.names.select(ids))
+        return FileSource(self.root, self.names.select(np.asarray(ids, np.int64)))
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+class Progress:
+    """After five seconds how many images are done, on the error stream: on a terminal in one line
+    that is rewritten, elsewhere in a line every 30 seconds."""
+
+    def __init__(self, what, total=None):
+        self.what, self.total, self.done = what, total, 0
+        self.started = time.perf_counter()
+        self.due = self.started + 5
+
+    def step(self):
+        self.done += 1
+        now = time.perf_counter()
+        if now < self.due:
+            return
+        terminal, rate = sys.stderr.isatty(), self.done / (now - self.started)
+        self.due = now + (0.5 if terminal else 30)
+        line = f"{self.what}: {self.done} images, {rate:.3g}/s"
+        if self.total:
+            left = clock((self.total - self.done) / rate)
+            line = f"{self.what}: {self.done} of {self.total} images, {rate:.3g}/s, left {left}"
+        print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n",
+              file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------- tar files
+class TarSource(FileSource):
+    """Images in tars, named and ordered as in the folder that the tars unpack to.
+
+    tars: their paths, with their sizes when indexed. places (N, 3): number of the tar, offset and
+    length of each image. labels (N,) int64 into classes, from WebDataset's .cls files; the first class, "",
+    is that of images without.
+    """
+
+    def __init__(self, root, names, tars, places, labels=None, classes=None):
+        self.root, self.names, self.tars, self.places = root, names, tars, places
+        self.labels, self.classes = labels, classes
+
+    def content(self, i):
+        """The bytes of image i, a bytearray. OSError when its tar is not what it was."""
+        which, at, length = self.places[i].tolist()
+        return self.tars.read(which, at, length)
+
+    def select(self, ids, cut=0):
+        """The images at ids, a list of indices, without the first `cut` bytes of their names."""
+        ids = np.asarray(ids, np.int64)
+        labels = None if self.labels is None else self.labels[ids]
+        return TarSource(self.root, self.names.select(ids, cut), self.tars, self.places[ids],
+                         labels, self.classes)
+
+
+class Tars:
+    """Tar files, opened by whoever reads first: each process by itself, and pickled unopened."""
+
+    def __init__(self, paths, sizes):
+        self.paths, self.sizes, self.fds = paths, sizes, {}
+
+    def __getstate__(self):
+        return self.__dict__ | dict(fds={})
+
+    def __del__(self):
+        for fd in self.fds.values():
+            os.close(fd)
+
+    def read(self, which, at, length):
+        content, kept = bytearray(length), self.fds.get(which)
+        fd = os.open(self.paths[which], os.O_RDONLY) if kept is None else kept
+        if len(self.fds) < OPEN_TARS:
+            kept = self.fds.setdefault(which, fd)           # another thread may have been faster
+        try:
+            size = os.fstat(fd).st_size
+            if os.preadv(fd, [content], at) < length or size != self.sizes[which]:
+                raise OSError(f"{self.paths[which]} has changed since it was opened")
+            return content
+        finally:
+            if fd != kept:
+                os.close(fd)
+
+
+def find_tars(path):
+    """Paths of the tars that a file, a pattern such as shard-{000..146}.tar or a folder stands for.
+
+    None where path is something else: a folder of images, or a list file. DataError: a compressed
+    tar, a pack of an older version, a tar of a pattern that is not there.
+    """
+    if os.path.isdir(path):
+        return tars_below(path)
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            head = f.read(512)
+        if head.startswith(OLD_PACK):
+            raise DataError(f"{path} is a pack of an older version; make a tar, which any tool can "
+                            "read, from the folder again: python data.py pack FOLDER FILE.tar")
+        if head.startswith((b"\x1f\x8b", b"\xfd7zXZ", b"(\xb5/\xfd")) or head[4:10] == b"1AY&SY":
+            raise DataError(f"{path} is compressed, which cannot be read at random; unpack it")
+        return [path] if head[257:262] == b"ustar" or path.lower().endswith(".tar") else None
+    braces = re.search(r"\{([^{}]*)\}", path)
+    if braces is None:
+        return None
+    ends = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+    parts = braces[1].split(",")
+    if ends:
+        numbers = range(int(ends[1]), int(ends[2]) + 1)
+        parts = [str(i).zfill(len(ends[1])) for i in numbers]
+    found = []
+    for one in (path[:braces.start()] + part + path[braces.end():] for part in parts):
+        tars = find_tars(one)
+        if tars is None:
+            raise DataError(f"{one}: no such tar")
+        found += tars
+    return found
+
+
+def tars_below(folder):
+    """Tars in a folder and in those below it, sorted; None if there are images or other folders."""
+    tars, folders = [], []
+    with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or leads_back(folder, entry.name):
+                continue
+            if entry.name.lower().endswith(EXTENSIONS):
+                return None
+            if entry.is_dir():
+                folders.append(entry.path)
+            elif entry.name.lower().endswith(".tar"):
+                tars.append(entry.path)
+    tars.sort()
+    for inner in map(tars_below, sorted(folders)):
+        if inner is None:
+            return None
+        tars += inner
+    return tars or None
+
+
+def tar_number(field):
+    """A number of a tar header: octal or, with its first bit set, the bytes themselves."""
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.rstrip(b"\0 ") or b"0", 8)
+
+
+def pax_records(content):
+    """{key: value} of a pax header, whose records are "length key=value\\n"."""
+    found = {}
+    while content:
+        length = int(content.split(b" ", 1)[0])
+        key, value = content[:length - 1].split(b" ", 1)[1].split(b"=", 1)
+        found[key] = value
+        content = content[length:]
+    return found
+
+
+def tar_members(fd, at, end, where):
+    """(type, name, offset, size) of each member of the tar between two places of a file.
+
+    Types and names are bytes; reads headers alone, in a quarter of tarfile's time. DataError: the
+    tar is damaged or cut short, or has sparse files, which do not lie in one place.
+    """
+    special = {}
+    while True:
+        head = os.pread(fd, 512, at) if at + 512 <= end else b""
+        if head == bytes(512):
+            if os.pread(fd, min(10240, end - at), at).strip(b"\0"):
+                raise DataError(f"{where}: another tar begins after byte {at}; tar -A joins tars")
+            return
+        kind, data, size = head[156:157], at + 512, 0
+        try:
+            if head and tar_number(head[148:156]) != sum(head[:148]) + sum(head[156:]) + 8 * 32:
+                raise ValueError
+            if head and kind not in (b"1", b"2", b"3", b"4", b"5", b"6"):   # all without content
+                size = int(special.get(b"size") or tar_number(head[124:136]))
+            if size < 0:
+                raise ValueError
+            if kind == b"x":
+                special |= pax_records(os.pread(fd, min(size, 1 << 20), data))
+        except ValueError:
+            raise DataError(f"{where}: damaged, there is no header at byte {at}") from None
+        at = data + -(-size // 512) * 512
+        if at > end:
+            raise DataError(f"{where}: cut short, this tar has no end; copy or pack it again")
+        if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in special):
+            raise DataError(f"{where}: has sparse files; make it again without --sparse")
+        if kind == b"L":
+            special[b"path"] = os.pread(fd, min(size, 1 << 20), data).rstrip(b"\0")
+        elif kind not in (b"x", b"g", b"K"):
+            name = head[:100].split(b"\0", 1)[0]
+            if head[257:263] == b"ustar\0" and head[345]:
+                name = head[345:500].split(b"\0", 1)[0] + b"/" + name
+            yield kind, special.get(b"path", name), data, size
+            special = {}
+
+
+def tar_images(path, labels):
+    """(name, offset, size) of each image in a tar, and of those of tars in it, in a folder of the
+    inner tar's name; {KEY: label} of .cls files goes into labels."""
+    with open(path, "rb") as f:
+        todo, links = [(0, os.fstat(f.fileno()).st_size, "")], 0
+        while todo:
+            start, end, folder = todo.pop()
+            for kind, name, offset, size in tar_members(f.fileno(), start, end, path):
+                name = os.fsdecode(name)
+                parts = [part for part in name.split("/") if part not in ("", ".")]
+                if name.startswith("/") or ".." in parts:
+                    raise DataError(f"{path}: refused, {name!r} in this tar leads out of it")
+                name = folder + "/".join(parts)
+                stem, ending = os.path.splitext(name)
+                ending = ending.lower()
+                links += kind in (b"1", b"2") and ending in EXTENSIONS
+                if kind not in (b"0", b"\0", b"7") or any(part[0] == "." for part in parts):
+                    continue
+                if ending == ".tar":
+                    todo.append((offset, offset + size, stem + "/"))
+                elif ending == ".cls":
+                    text = os.pread(f.fileno(), min(size, 4096), offset)
+                    labels[stem] = text.decode("utf-8", "replace").strip()
+                elif ending in EXTENSIONS:
+                    yield name, offset, size
+    if links:
+        print(f"warning: {path}: passed over {links} links; tar --dereference packs the files",
+              flush=True)
+
+
+def walk_order(name):
+    """The key that sorts names as list_files: in each folder its files, then its folders."""
+    folder, _, file = name.rpartition("/")
+    return ("\1" + folder.replace("/", "\0\1") + "\0\0" if folder else "\0") + file
+
+
+def index_tars(path, tars):
+    """{names, ends, places, labels, classes}: arrays with all that open_tars needs of tars."""
+    names, places, labels = [], array("q"), []
+    progress = Progress(f"indexing {path}")
+    for number, tar in enumerate(tars):
+        found, first = {}, len(names)
+        for name, offset, size in tar_images(tar, found):
+            names.append(name)
+            places.extend((number, offset, size))
+            progress.step()
+        for name in names[first:]:          # WebDataset's KEY ends at the first dot of the file
+            stem, (folder, file) = os.path.splitext(name)[0], os.path.split(name)
+            key = os.path.join(folder, file.split(".", 1)[0])
+            labels.append(found.get(stem) or found.get(key, "") if found else "")
+    places = np.frombuffer(places, np.int64).reshape(-1, 3)
+    if len(tars) > 1:
+        names = in_folders(path, tars, names, places[:, 0].tolist(), any(labels))
+    elif names:                             # made from outside of the folder: name/train/...
+        top = names[0].split("/")[0]
+        inner = {name.split("/")[1] for name in names if name.startswith(top + "/")}
+        if all(name.startswith(top + "/") for name in names) and top not in PARTS and (
+                top == os.path.basename(path)[:-4] or inner & set(PARTS)):
+            names = [name[len(top) + 1:] for name in names]
+    keys = [walk_order(name) for name in names]
+    order = sorted(range(len(names)), key=keys.__getitem__)
+    order = [i for i, j in zip(order, order[1:] + [-1])     # the last of one name, as when unpacked
+             if j < 0 or names[i] != names[j]]
+    classes = sorted(set(labels) - {""})
+    if all(text.isdecimal() for text in classes):
+        classes.sort(key=int)
+    classes = ["", *classes]
+    number = {text: i for i, text in enumerate(classes)}
+    ordered = Names([names[i] for i in order])
+    return dict(names=np.frombuffer(ordered.bytes, np.uint8), ends=ordered.last,
+                places=places[order], labels=np.array([number[labels[i]] for i in order], np.int64),
+                classes=np.frombuffer(json.dumps(classes).encode(), np.uint8))
+
+
+def in_folders(path, tars, names, tar, labelled):
+    """The names of images in several tars, with the folders that their tars stand for.
+
+    Tars below a folder keep the folders they lie in. Where each is named as train, val or test and
+    not all the same, these are the parts. Images without folders and .cls files have the tar's name
+    as their class, but for numbered shards, unless images are named after the tar as ImageNet's.
+    """
+    stems = [os.path.splitext(os.path.basename(one))[0] for one in tars]
+    folders = [""] * len(tars)
+    if os.path.isdir(path):
+        folders = [os.path.relpath(os.path.dirname(one), path) + "/" for one in tars]
+        folders = ["" if folder == "./" else folder for folder in folders]
+    pattern = r"(?:.*[^a-z])?(train|val|test)(?:ing|id|idation)?(?:[^a-z].*)?"
+    parts = [re.fullmatch(pattern, stem.lower()) for stem in stems]
+    if all(parts) and len({part[1] for part in parts}) > 1:
+        folders = [f"{folder}{part[1]}/" for folder, part in zip(folders, parts)]
+    elif not labelled and not any("/" in name for name in names):
+        shards = len({re.sub(r"\d+", "", stem) for stem in stems}) == 1
+        if not shards or all(name.startswith(stems[t]) for t, name in zip(tar, names)):
+            folders = [f"{folder}{stem}/" for folder, stem in zip(folders, stems)]
+    names = [folders[t] + name for t, name in zip(tar, names)]
+    if len(set(names)) < len(set(zip(tar, names))):         # keys that begin anew in each shard
+        split = map(os.path.split, names)
+        names = [os.path.join(folder, f"{stems[t]}_{file}")
+                 for t, (folder, file) in zip(tar, split)]
+    return names
+
+
+def open_tars(path, tars):
+    """TarSource of every image in the tars that `path` stands for.
+
+    Their index is read, or made and kept: beside them, or where that cannot be written in the
+    temporary folder. It holds as long as names, sizes and times of the tars do.
+    """
+    status = [os.stat(tar) for tar in tars]
+    made = [[tar, s.st_size, s.st_mtime_ns] for tar, s in zip(map(os.path.basename, tars), status)]
+    made = json.dumps([1, EXTENSIONS, made]).encode()
+    full = os.path.abspath(path)
+    cache = os.path.join(tempfile.gettempdir(), f"tar-index-{os.getuid()}")
+    places = (os.path.join(full, "tars.index.npz") if os.path.isdir(path) else f"{full}.index.npz",
+              os.path.join(cache, f"{hashlib.sha256(os.fsencode(full)).hexdigest()[:32]}.npz"))
+    kept = next(filter(None, (read_index(place, made) for place in places)), None)
+    if kept is None:
+        kept = index_tars(path, tars)
+        with contextlib.suppress(OSError):
+            os.makedirs(cache, mode=0o700, exist_ok=True)
+        index = kept | dict(made=np.frombuffer(made, np.uint8))
+        any(write_index(place, index) for place in places)
+    names = Names([])
+    names.bytes, names.last = kept["names"].tobytes(), kept["ends"]
+    names.first = np.append(0, names.last)[:-1]
+    classes = json.loads(kept["classes"].tobytes())
+    return TarSource(path, names, Tars(tars, [s.st_size for s in status]), kept["places"],
+                     *(kept["labels"], classes) if len(classes) > 1 else ())
+
+
+def read_index(place, made):
+    """The arrays of an index, or None where there is none, or a damaged one or that of others."""
+    try:
+        with np.load(place, allow_pickle=False) as kept:
+            if kept["made"].tobytes() == made:
+                return {key: kept[key] for key in ("names", "ends", "places", "labels", "classes")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def write_index(place, arrays):
+    """Whether the index could be written; a reader finds it whole or not at all."""
+    part = f"{place}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as f:
+            np.savez(f, **arrays)
+        os.replace(part, place)
+        return True
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        return False
 
 
 class Dataset:
@@ -354,7 +732,15 @@ def find_listed(files, names, where):
 
 def open_source(path, train):
     """The source of the images that `path` names: a folder with train/ and val/ or test/, any
-    folder of images, or a list file beside its images."""
+    folder of images, tars of such, or a list file beside its images."""
+    tars = find_tars(path)
+    if tars:
+        source = open_tars(path, tars)
+        top, tops = source.names.tops()
+        part = part_of(path, train, tops.__contains__)
+        if not part:
+            return source
+        return source.select(np.flatnonzero(top == tops.index(part)), len(part) + 1)
     if os.path.isfile(path):
         root = os.path.dirname(os.path.abspath(path))
         files = list_files(root)
@@ -363,7 +749,7 @@ def open_source(path, train):
         part = part_of(path, train, lambda name: os.path.isdir(os.path.join(path, name)))
         root = os.path.join(path, part)
         return FileSource(root, list_files(root))
-    raise DataError(f"{path}: no such folder or list file (--data)")
+    raise DataError(f"{path}: no such folder, list file or tar (--data)")
 
 
 def open_folder(path, train, in_chans):
@@ -374,18 +760,27 @@ def open_folder(path, train, in_chans):
     source = open_source(path, train)
     if not len(source):
         raise DataError(f"{path}: no images found (looked for {', '.join(EXTENSIONS)})")
-    folders = [file.split("/")[0] if "/" in file else None for file in source.names]
-    classes = sorted(set(folders) - {None})
+    number, folders = source.names.tops()
+    if getattr(source, "labels", None) is not None:
+        number, folders = source.labels, source.classes
+        missing = np.flatnonzero(number == 0)
+        if len(missing):
+            print(f"warning: {path}: labels are not used, {len(missing)} of {len(source)} images "
+                  f"have no .cls file, first {source.name(missing[0])}", flush=True)
+    used = np.unique(number)
+    classes = [folders[i] for i in used]
     labels = None
-    if None not in folders and len(classes) > 1:
-        number = {name: i for i, name in enumerate(classes)}
-        labels = torch.tensor([number[folder] for folder in folders])
+    if "" not in classes and len(classes) > 1:
+        labels = torch.from_numpy(np.searchsorted(used, number))
     return Dataset(source, labels=labels, classes=None if labels is None else classes,
                    in_chans=in_chans, name=path)
 
 
 def every_image(path, in_chans=3):
     """All images below a folder, in whatever part of it, without labels; none if it is none."""
+    tars = find_tars(path)
+    if tars:
+        return Dataset(open_tars(path, tars), in_chans=in_chans, name=path)
     files = list_files(path) if os.path.isdir(path) else []
     return Dataset(FileSource(path, files), in_chans=in_chans, name=path)
 
@@ -393,7 +788,7 @@ def every_image(path, in_chans=3):
 def part_of(path, train, is_there):
     """Which of train/, val/ and test/ to read: its name, or "" for all of a training set that has
     no such parts."""
-    parts = [name for name in ("train", "val", "test") if is_there(name)]
+    parts = [name for name in PARTS if is_there(name)]
     wanted = [name for name in parts if (name == "train") == train]
     if wanted or (train and not parts):
         return wanted[0] if wanted else ""
@@ -952,10 +1347,6 @@ def counted(kinds):
     return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
 
 
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
-
-
 def check(args):
     """Read every image below args.folder; [(file, kind, what is wrong)] of the bad ones."""
     dataset = every_image(args.folder)
@@ -996,6 +1387,136 @@ def check(args):
     return bad
 
 
+# ---------------------------------------------------------------------------- python data.py pack
+def shrunk(content, short_side=None, quality=90):
+    """The bytes to keep of an image file, or a BadFile: as they are, or with a short side given and
+    shorter than the image's as a JPEG; images with transparency or 16 bits stay as they are."""
+    image = Encoded(content)
+    with or_bad_file():
+        if short_side is None or min(image.size) <= short_side:
+            image.decode(8 if image.is_jpeg else 1).load()  # only to know that it can be decoded
+            return content
+        fits = [f for f in (8, 4, 2) if image.is_jpeg and min(image.size) >= 2 * f * short_side]
+        small = image.decode(max(fits, default=1))
+        mode = small.mode
+        if "a" in mode.lower() or mode[0] in "IF" or "transparency" in small.info:
+            return content                  # more than a JPEG can hold
+        small = small.convert("L" if mode in ("1", "L") else "RGB")
+        scale = short_side / min(small.size)
+        sides = [max(round(side * scale), 1) for side in small.size]
+        small = small.resize(sides, Image.LANCZOS)
+        small.info.clear()
+        packed = io.BytesIO()
+        small.save(packed, "JPEG", quality=quality)
+        return packed.getvalue()
+
+
+def tar_header(name, size):
+    member = tarfile.TarInfo(name)
+    member.size = size
+    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+def pack(args):
+    """Write every image of a source into a tar, in order; one that was begun is gone on with."""
+    if args.verify:
+        return check(argparse.Namespace(folder=args.folder, workers=args.workers, out=None))
+    dataset, path, part = every_image(args.folder), args.tar, f"{args.tar}.part"
+    if not len(dataset):
+        raise DataError(f"{args.folder}: no images found (looked for {', '.join(EXTENSIONS)})")
+    if os.path.exists(path):
+        raise DataError(f"{path} is there already; remove it to pack again")
+    if getattr(dataset.source, "labels", None) is not None:
+        raise DataError(f"{args.folder}: has its labels in .cls files, which pack does not write")
+    keep = functools.partial(shrunk, short_side=args.short_side, quality=args.quality)
+    asked = f"short side {args.short_side}, quality {args.quality}" if args.short_side else "bytes"
+    head = tarfile.TarInfo.create_pax_global_header({"comment": f"packed images: {asked}"})
+    try:
+        with open(part, "r+b" if os.path.exists(part) else "w+b") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"{part} is being written by another process") from None
+            done = go_on(f, part, head, dataset.source, keep)
+            todo = [i for i, name in enumerate(dataset.files) if name not in done]
+            if done:
+                print(f"going on: {len(dataset) - len(todo)} of {len(dataset)} images are packed "
+                      "already", flush=True)
+            fill(f, dataset, todo, keep, args.workers, args.max_bad)
+            if len(dataset.bad) == len(dataset):
+                raise DataError("none of the images can be read", 1)
+            f.write(bytes(1024 + -(f.tell() + 1024) % 10240))
+            f.flush()
+            os.fsync(f.fileno())
+            os.replace(part, path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}", 1) from None
+    print(f"wrote {path}: {len(dataset) - len(dataset.bad)} images, "
+          f"{os.path.getsize(path) / 2 ** 30:.2f} GiB, {len(dataset.bad)} skipped", flush=True)
+
+
+def go_on(f, part, head, source, keep):
+    """Names of the images in a tar that was begun; f is left at the end of the last whole one.
+
+    Of the last 2 SYNC bytes the disk may not have all when the power failed: compared with the
+    source again, in order, up to the first difference.
+    """
+    size, begun, done, end = os.fstat(f.fileno()).st_size, f.read(len(head)), set(), len(head)
+    if begun != head[:len(begun)]:
+        raise DataError(f"{part} was begun with other options, or is something else: remove it")
+    if len(begun) < len(head):
+        f.seek(0)
+        f.write(head)
+    places = {}
+    with contextlib.suppress(DataError, BadFile):           # at what was being written
+        for _, name, offset, length in tar_members(f.fileno(), 0, size, part):
+            name = os.fsdecode(name)
+            if offset + length > size - 2 * SYNC:
+                places = places or {name: i for i, name in enumerate(source.names)}
+                if name not in places:
+                    break
+                if keep(source.content(places[name])) != os.pread(f.fileno(), length, offset):
+                    break
+            done.add(name)
+            end = offset + -(-length // 512) * 512
+    f.seek(end)
+    f.truncate()
+    return done
+
+
+def fill(f, dataset, todo, keep, workers, max_bad):
+    """Append the images `todo` to a tar; those that cannot be read go into dataset.bad."""
+    seen, synced = 0, f.tell()
+
+    def prepare(i):
+        try:
+            with or_bad_file():
+                return keep(dataset.source.content(i))
+        except BadFile as error:
+            return str(error)
+
+    def prepared():
+        with ThreadPoolExecutor(workers) as pool:           # pillow decodes without Python's lock
+            for start in range(0, len(todo), 32 * workers):                 # bounds the memory
+                some = todo[start:start + 32 * workers]
+                yield from zip(some, pool.map(prepare, some))
+
+    progress = Progress(f"packing {dataset.name}", len(todo))
+    for i, content in prepared():
+        progress.step()
+        if isinstance(content, str):
+            dataset.bad[i] = content
+            seen = report_bad(dataset, max_bad, seen)
+            continue
+        f.write(tar_header(dataset.file(i), len(content)))
+        f.write(content)
+        f.write(bytes(-len(content) % 512))
+        if f.tell() - synced > SYNC:
+            f.flush()
+            os.fsync(f.fileno())
+            synced = f.tell()
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise DataError(f"{message} (--help says what there is)")
@@ -1003,27 +1524,48 @@ class Parser(argparse.ArgumentParser):
 
 def get_args(argv=None):
     parser = Parser(prog="data.py", allow_abbrev=False, description="Commands for sets of images.")
-    commands = parser.add_subparsers(dest="command", metavar="check", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="check|pack", required=True)
     add = commands.add_parser("check", allow_abbrev=False, help="find bad images",
                               description="Read every image, and name the bad ones.").add_argument
-    add("folder", help="folder of images, with all that is below it")
+    add("folder", help="folder of images, with all that is below it, or tars")
     add("--workers", type=int, default=os.cpu_count(), help="images read at once")
     add("--out", help="file for the list of bad ones: name, tab, kind, tab, what is wrong")
+    add = commands.add_parser("pack", allow_abbrev=False, help="many images into one tar",
+                              description="Many images into one tar, which --data reads as it does "
+                              "their folder; stopped, it is gone on with.").add_argument
+    add("folder", help="folder of images, with all that is below it, or tars")
+    add("tar", nargs="?", help="tar to write")
+    add("--short-side", type=int, help="pixels: shrink larger images to it, as JPEGs; those with "
+        "transparency or 16 bits stay as they are (default: keep every byte)")
+    add("--quality", type=int, default=90, help="of the JPEGs that are shrunk")
+    add("--workers", type=int, default=os.cpu_count(), help="images read at once")
+    add("--max-bad", type=float, default=0.01, help="fail when more than this share is bad")
+    add("--verify", action="store_true", help="write nothing, decode every image of a tar")
     args = parser.parse_args(argv)
-    if not os.path.isdir(args.folder):
-        parser.error(f"{args.folder}: no such folder")
+    if not os.path.isdir(args.folder) and not find_tars(args.folder):
+        parser.error(f"{args.folder}: no such folder or tar")
     if not 1 <= args.workers <= 256:
         parser.error(f"--workers {args.workers}: 1 to 256")
-    if args.out and (os.path.isdir(args.out)
-                     or not os.path.isdir(os.path.dirname(args.out) or ".")):
-        parser.error(f"--out {args.out}: cannot write there")
+    out = args.out if args.command == "check" else args.tar
+    if out and (os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or ".")):
+        parser.error(f"{out}: cannot write there")
+    if args.command == "pack":
+        if (args.tar is None) != args.verify:
+            parser.error("a tar alone with --verify, else images and the tar to write")
+        if args.short_side is not None and not 16 <= args.short_side <= 16384:
+            parser.error(f"--short-side {args.short_side}: 16 to 16384")
+        if not 1 <= args.quality <= 100:
+            parser.error(f"--quality {args.quality}: 1 to 100")
+        if not 0 <= args.max_bad <= 1:
+            parser.error(f"--max-bad {args.max_bad}: 0 to 1")
     return args
 
 
 def program(argv=None):
     """The exit code of the command line; what the user can mend is one line."""
     try:
-        check(get_args(argv))
+        args = get_args(argv)
+        (pack if args.command == "pack" else check)(args)
         return 0
     except DataError as error:
         print(f"data.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
