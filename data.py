@@ -69,6 +69,12 @@ def say(text):
         print(printable(text), flush=True)
 
 
+@functools.cache
+def note(text):
+    """Say once what was assumed or left out."""
+    say(f"note: {text}")
+
+
 class BadFile(ValueError):
     """An image file that cannot be read: what is wrong with it, in one line."""
 
@@ -384,11 +390,11 @@ COLUMNS = {"file": ("file", "filename", "file_name", "path", "filepath", "image"
            "split": ("split", "part", "subset", "set")}
 
 
-def list_files(root, note=False):
+def list_files(root, warn=False):
     """Names of the image files below root: each folder's own, sorted, before those of its folders.
 
     Hidden ones are left out, and every real folder is visited once, however many links lead there.
-    Files of other endings are taken if it is images that they hold; note: say what is passed over.
+    Files of other endings are taken if it is images that they hold; warn: say what is passed over.
     """
     blocks, seen, todo, links = {}, set(), [((), root)], []
     while todo or links:
@@ -421,8 +427,8 @@ def list_files(root, note=False):
                 other.setdefault(ending_of(name), []).append("/".join((*parts, name)))
     taken = tuple(ending for ending, names in other.items() if are_images(root, names))
     passed = Counter({ending: len(names) for ending, names in other.items() if ending not in taken})
-    if note and passed:
-        say(f"note: {root}: passed over {sum(passed.values())} files that are no images: "
+    if warn and passed:
+        note(f"{root}: passed over {sum(passed.values())} files that are no images: "
             + ", ".join(f"{n} {ending or 'without an ending'}"
                         for ending, n in passed.most_common(8)))
     names = []
@@ -496,8 +502,8 @@ def open_source(path, train=None):
     if not os.path.isdir(path):
         raise DataError(f"{path}: no such folder or list file (--data)")
     part = "" if train is None else choose_part(path, parts_of(path, folder_names(path)), train)
-    root = os.path.join(path, part)
-    return FileSource(root, list_files(root, note=True))
+    root = os.path.join(path, part) if part else path
+    return FileSource(root, list_files(root, warn=True))
 
 
 NOT_LISTS = {b"PK\3\4": "a zip archive: unpack it",
@@ -618,7 +624,7 @@ def open_folder(path, train, in_chans, labels_file=None, val_share=0):
     dataset = Dataset(source, in_chans=in_chans, name=name)
     if labels:
         dataset.label(labels, sorted_classes(labels))
-        say(f"note: labels of {labels_file}: {len(dataset.classes)} classes, "
+        note(f"labels of {labels_file}: {len(dataset.classes)} classes, "
             f"{', '.join(dataset.classes[:4])}{', ...' if len(dataset.classes) > 4 else ''}")
     elif source.labels is not None and (source.labels >= 0).all():
         dataset.labels, dataset.classes = torch.as_tensor(source.labels), source.classes
@@ -682,7 +688,7 @@ def split_off(dataset, share, train, seed=0):
 
 def every_image(path, in_chans=3, value_range=None):
     """All images below a folder, in whatever part of it, without labels; none if it is none."""
-    source = open_source(path)[0] if os.path.exists(path) else FileSource(path, [])
+    source = open_source(path) if os.path.exists(path) else FileSource(path, [])
     dataset = Dataset(source, in_chans=in_chans, name=path)
     dataset.range = find_range(dataset, value_range)
     return dataset
@@ -745,7 +751,7 @@ def find_range(dataset, asked=None, found=None):
         raise DataError(f"{dataset.name}: no image to measure the range of values on", 1)
     low, high = min(values), max(values)
     high = high if high > low else low + 1
-    say(f"note: {dataset.name}: values from {low:g} to {high:g}, measured on a sample, become "
+    note(f"{dataset.name}: values from {low:g} to {high:g}, measured on a sample, become "
         "black to white; --range sets others")
     return low, high
 
@@ -825,7 +831,7 @@ def labelled(dataset, spec=None, seed=0):
         root = getattr(dataset.source, "root", None)
         ids = find_listed(dataset.files, [name for name, *_ in rows], f"--labels {spec}", root)
         if any(label for _, label, _ in rows):
-            say(f"note: --labels {spec} chooses images; the labels in it are not used, but those "
+            note(f"--labels {spec} chooses images; the labels in it are not used, but those "
                 f"of {dataset.name}")
         ids, how = torch.tensor(sorted(ids)), f"list {os.path.basename(spec)}"
     else:
