@@ -11,12 +11,12 @@ Shapes: N images, C channels, (H, W) source, (h, w) output pixels; boxes (top, l
 import argparse
 import contextlib
 import copy
+import csv
 import fcntl
 import functools
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import stat
@@ -24,6 +24,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import unicodedata
 import warnings
 import zipfile
 from array import array
@@ -41,11 +42,11 @@ from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DOWNLOADS = ("cifar10", "cifar100")     # fetched by name: all that uses the network
-PARTS = ("train", "val", "test")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
-              ".jp2")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff",
+              ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")  # no helper programs
 MOST_PIXELS = 1 << 27       # of one image: what claims more is refused before it is allocated
+LARGE_FILE = 64 << 20       # bytes: beyond, a file's header is read before the rest is allocated
 MEMORY_LIMIT = 4 << 30      # bytes of pixels up to which images of one size are held in memory
 MEMORY_SIDE = 128           # and up to which side: larger ones are cropped by workers
 CHUNK = 512                 # images of a view that are augmented at once, which bounds the memory
@@ -59,11 +60,28 @@ class DataError(ValueError):
     """Data that cannot be used as asked (exit_code 2), or fails in a run (1): one line."""
 
     def __init__(self, message, exit_code=2):
-        super().__init__(message)
+        super().__init__(printable(message))
         self.exit_code = exit_code
 
     def __reduce__(self):                   # with its code, from a worker process
         return DataError, (str(self), self.exit_code)
+
+
+def printable(text):
+    """A text of which a console can show every name of a file, also one that is not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def say(text):
+    """Print a line, in the first process of a run alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(text), flush=True)
+
+
+@functools.cache
+def note(text):
+    """Say once what was assumed or left out."""
+    say(f"note: {text}")
 
 
 class BadFile(ValueError):
@@ -145,8 +163,8 @@ class Encoded:
                 self.image.draft(None, (width // factor, height // factor))
             return ImageOps.exif_transpose(self.image)
 
-    def pixels(self, in_chans, factor=1):
-        """The same as a uint8 tensor (H, W, C) with in_chans channels."""
+    def pixels(self, in_chans, factor=1, value_range=None):
+        """The same as a uint8 tensor (H, W, C) with in_chans channels; see `to_channels`."""
         decode = jpeg_decoder() if self.channels and factor == 1 else None
         if decode and in_chans in (3, self.channels):
             try:
@@ -154,16 +172,33 @@ class Encoded:
             except RuntimeError:            # pillow decodes more, or says what is wrong
                 pass
         with or_bad_file():
-            image = to_channels(self.decode(factor), in_chans)
+            if self.bits == 32 and value_range is None:
+                raise BadFile("values of 32 bits in a set of 8 or 16 bits: give --range")
+            image = to_channels(self.decode(factor), in_chans, value_range)
         return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
 
 
-def to_channels(image, in_chans):
-    """Any PIL image with in_chans channels of 8 bits: palette, CMYK, alpha, 16 bits, floats."""
+    def extremes(self):
+        """(least, largest) of the values of an image, a BadFile where some are none."""
+        with or_bad_file():
+            values = np.asarray(self.decode())
+        if not np.isfinite(values).all():
+            raise BadFile("NaN or infinite values")
+        return float(values.min()), float(values.max())
+
+
+def to_channels(image, in_chans, value_range=None):
+    """Any PIL image with in_chans channels of 8 bits: palette, CMYK, alpha, 16 bits, floats.
+
+    value_range (low, high): of values of more than 8 bits, what becomes black and white; None: the
+    range of 16 bits.
+    """
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image).astype(np.float32)
-        scale = 1 if values.max(initial=0) <= 255 else 255 / 65535
-        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
+        low, high = value_range or (0, 65535)
+        values = (np.asarray(image).astype(np.float64) - low) * (255 / (high - low))
+        if not np.isfinite(values).all():
+            raise BadFile("NaN or infinite values")
+        image = Image.fromarray((values + 0.5).clip(0, 255).astype(np.uint8))
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[in_chans]
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -194,44 +229,47 @@ def exact_crop(pixels, box, size, mode):
 
 # --------------------------------------------------------------------------------- sources of bytes
 class Names:
-    """Strings as one run of bytes, a sequence: a million in a worker neither cost nor grow."""
+    """Strings as one run of bytes, a sequence: in a worker a million neither cost nor grow.
 
-    def __init__(self, names):
-        encoded = [os.fsencode(name) for name in names]
-        ends = np.cumsum([0] + [len(name) for name in encoded])
-        self.first, self.last = ends[:-1], ends[1:]
-        self.bytes = b"".join(encoded)
+    Name i lies in `text` from first[i] to last[i].
+    """
+
+    def __init__(self, names=(), text=None, first=None, last=None):
+        if text is None:
+            encoded = [name if isinstance(name, bytes) else os.fsencode(name) for name in names]
+            ends = np.zeros(len(encoded) + 1, np.int64)
+            np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), out=ends[1:])
+            text, first, last = b"".join(encoded), ends[:-1], ends[1:]
+        self.text, self.first, self.last = text, first, last
 
     def __len__(self):
         return len(self.first)
 
-    def __getitem__(self, i):
-        return os.fsdecode(self.bytes[self.first[i]:self.last[i]])
-
     def __iter__(self):
-        ends = zip(self.first.tolist(), self.last.tolist())
-        return (os.fsdecode(self.bytes[a:b]) for a, b in ends)
+        for first, last in zip(self.first.tolist(), self.last.tolist()):
+            yield os.fsdecode(self.text[first:last])
+
+    def __getitem__(self, i):
+        return os.fsdecode(self.text[self.first[i]:self.last[i]])
 
     def select(self, ids, cut=0):
-        """Those at ids, an array of indices, without their first `cut` bytes."""
-        part = copy.copy(self)
-        part.first, part.last = self.first[ids] + cut, self.last[ids]
-        return part
+        """The names at ids, without their first `cut` bytes."""
+        ids = np.asarray(ids, np.int64)
+        return Names(text=self.text, first=self.first[ids] + cut, last=self.last[ids])
 
-    def tops(self):
-        """The folder that each name begins with, "" for none: numbers (N,) into a sorted list."""
-        slashes = np.flatnonzero(np.frombuffer(self.bytes, np.uint8) == ord("/"))
-        ends = np.append(slashes, 1 << 62)[np.searchsorted(slashes, self.first)]
-        ends = np.where(ends < self.last, ends, self.first).tolist()
-        found, text = {}, self.bytes
-        ids = [found.setdefault(text[a:b], len(found)) for a, b in zip(self.first.tolist(), ends)]
-        tops = list(map(os.fsdecode, found))
-        order = sorted(range(len(tops)), key=tops.__getitem__)
-        return np.argsort(order)[np.array(ids, np.int64)], [tops[i] for i in order]
+    def below(self, folder):
+        """Indices of the names that begin with folder/."""
+        start = os.fsencode(folder) + b"/"
+        places = zip(self.first.tolist(), self.last.tolist())
+        return [i for i, (a, b) in enumerate(places)
+                if b - a > len(start) and self.text.startswith(start, a)]
 
 
 class FileSource:
-    """Image files: `names` below the folder `root`. Any source of bytes has these four methods."""
+    """Image files: `names` below the folder `root`. Any source of bytes has `names`, these methods,
+    and, where it knows labels, labels (N,) with -1 for none, and classes."""
+
+    labels = classes = None
 
     def __init__(self, root, names):
         self.root = root
@@ -245,15 +283,24 @@ class FileSource:
         return self.names[i]
 
     def content(self, i):
-        """The bytes of file i, a bytearray; OSError when it cannot be read."""
-        with open(os.path.join(self.root, self.names[i]), "rb") as f:
-            content = bytearray(os.fstat(f.fileno()).st_size)
+        """The bytes of file i, a bytearray; OSError or BadFile when it cannot be read."""
+        path = os.path.join(self.root, self.names[i])
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):        # a pipe or device may wait or never end
+            raise BadFile("not a regular file")
+        if status.st_size > LARGE_FILE:             # perhaps sparse: allocated if it is an image
+            with open_image(path) as image:
+                if status.st_size > LARGE_FILE + 32 * image.width * image.height:
+                    raise BadFile(f"{status.st_size / 2 ** 30:.1f} GiB are more than an image of "
+                                  f"{image.width} x {image.height} pixels has")
+        with open(path, "rb") as f:
+            content = bytearray(status.st_size)
             del content[f.readinto(content):]
         return content
 
     def select(self, ids):
-        """The files at ids, a list of indices."""
-        return FileSource(self.root, self.names.select(np.asarray(ids, np.int64)))
+        """The files at ids, indices."""
+        return FileSource(self.root, self.names.select(ids))
 
 
 def clock(seconds):
@@ -289,13 +336,12 @@ class TarSource(FileSource):
     """Images in tars, named and ordered as in the folder that the tars unpack to.
 
     tars: their paths, with their sizes when indexed. places (N, 3): number of the tar, offset and
-    length of each image. labels (N,) int64 into classes, from WebDataset's .cls files; the first class, "",
-    is that of images without.
+    length of each image. labels, classes: from WebDataset's .cls files. tops: the first folders.
     """
 
-    def __init__(self, root, names, tars, places, labels=None, classes=None):
+    def __init__(self, root, names, tars, places, labels=None, classes=None, tops=()):
         self.root, self.names, self.tars, self.places = root, names, tars, places
-        self.labels, self.classes = labels, classes
+        self.labels, self.classes, self.tops = labels, classes, tops
 
     def content(self, i):
         """The bytes of image i, a bytearray. OSError when its tar is not what it was."""
@@ -303,11 +349,20 @@ class TarSource(FileSource):
         return self.tars.read(which, at, length)
 
     def select(self, ids, cut=0):
-        """The images at ids, a list of indices, without the first `cut` bytes of their names."""
+        """The images at ids, indices, without the first `cut` bytes of their names."""
         ids = np.asarray(ids, np.int64)
         labels = None if self.labels is None else self.labels[ids]
         return TarSource(self.root, self.names.select(ids, cut), self.tars, self.places[ids],
                          labels, self.classes)
+
+    def part(self, name):
+        """The images in a first folder, by their names in it, and the classes that they have."""
+        part = self.select(self.names.below(name), len(os.fsencode(name)) + 1)
+        if part.labels is not None:
+            used, part.labels = np.unique(part.labels, return_inverse=True)
+            part.classes = [self.classes[i] for i in used if i >= 0]
+            part.labels = part.labels - len(used) + len(part.classes)
+        return part
 
 
 class Tars:
@@ -352,8 +407,6 @@ def find_tars(path):
         if head.startswith(OLD_PACK):
             raise DataError(f"{path} is a pack of an older version; make a tar, which any tool can "
                             "read, from the folder again: python data.py pack FOLDER FILE.tar")
-        if head.startswith((b"\x1f\x8b", b"\xfd7zXZ", b"(\xb5/\xfd")) or head[4:10] == b"1AY&SY":
-            raise DataError(f"{path} is compressed, which cannot be read at random; unpack it")
         return [path] if head[257:262] == b"ustar" or path.lower().endswith(".tar") else None
     braces = re.search(r"\{([^{}]*)\}", path)
     if braces is None:
@@ -377,7 +430,7 @@ def tars_below(folder):
     tars, folders = [], []
     with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(".") or leads_back(folder, entry.name):
+            if entry.name.startswith(".") or entry.is_symlink():
                 continue
             if entry.name.lower().endswith(EXTENSIONS):
                 return None
@@ -452,8 +505,8 @@ def tar_members(fd, at, end, where):
 
 
 def tar_images(path, labels):
-    """(name, offset, size) of each image in a tar, and of those of tars in it, in a folder of the
-    inner tar's name; {KEY: label} of .cls files goes into labels."""
+    """(name, offset, size) of each file in a tar that is not hidden, and of those of tars in it, in
+    a folder of the inner tar's name; {KEY: label} of .cls files goes into labels."""
     with open(path, "rb") as f:
         todo, links = [(0, os.fstat(f.fileno()).st_size, "")], 0
         while todo:
@@ -463,66 +516,81 @@ def tar_images(path, labels):
                 parts = [part for part in name.split("/") if part not in ("", ".")]
                 if name.startswith("/") or ".." in parts:
                     raise DataError(f"{path}: refused, {name!r} in this tar leads out of it")
-                name = folder + "/".join(parts)
-                stem, ending = os.path.splitext(name)
-                ending = ending.lower()
-                links += kind in (b"1", b"2") and ending in EXTENSIONS
+                links += kind in (b"1", b"2")
                 if kind not in (b"0", b"\0", b"7") or any(part[0] == "." for part in parts):
                     continue
-                if ending == ".tar":
-                    todo.append((offset, offset + size, stem + "/"))
-                elif ending == ".cls":
+                name = folder + "/".join(parts)
+                if name.endswith(".tar"):
+                    todo.append((offset, offset + size, name[:-4] + "/"))
+                elif name.endswith(".cls"):
                     text = os.pread(f.fileno(), min(size, 4096), offset)
-                    labels[stem] = text.decode("utf-8", "replace").strip()
-                elif ending in EXTENSIONS:
+                    labels[name[:-4]] = text.decode("utf-8", "replace").strip()
+                else:
                     yield name, offset, size
     if links:
-        print(f"warning: {path}: passed over {links} links; tar --dereference packs the files",
-              flush=True)
+        say(f"warning: {path}: passed over {links} links; tar --dereference packs the files")
+
+
+def label_of(name, labels):
+    """The text of KEY.cls, where KEY is the name to its ending or to its file's first dot."""
+    folder, slash, file = name.rpartition("/")
+    return labels.get(os.path.splitext(name)[0]) or labels.get(
+        folder + slash + file.split(".", 1)[0], "")
+
+
+def index_tars(path, tars):
+    """{names, ends, places, labels, classes, tops}: arrays with all that open_tars needs."""
+    names, places, labels, other = [], array("q"), [], {}
+    progress = Progress(f"indexing {path}")
+    for number, tar in enumerate(tars):
+        texts, first = {}, len(names)
+        for name, *place in tar_images(tar, texts):
+            if not name.lower().endswith(EXTENSIONS):
+                other.setdefault(ending_of(name), []).append(len(names))
+            names.append(name)
+            places.extend((number, *place))
+            progress.step()
+        labels += [label_of(name, texts) if texts else "" for name in names[first:]]
+    places = np.frombuffer(places, np.int64).reshape(-1, 3)
+    files = TarSource(path, Names(names), Tars(tars, list(map(os.path.getsize, tars))), places)
+    passed = {ending: ids for ending, ids in other.items() if not are_images(files.select(
+        sorted({ids[0], ids[len(ids) // 2], ids[-1]})))}
+    say_passed(path, Counter({ending: len(ids) for ending, ids in passed.items()}))
+    left_out = set().union(*passed.values())
+    if len(tars) > 1:
+        names = in_folders(path, tars, names, places[:, 0].tolist(), any(labels))
+    else:
+        names = without_top(path, names)
+    keys = [walk_order(name) for name in names]
+    order = sorted(set(range(len(names))) - left_out, key=keys.__getitem__)
+    order = [i for i, j in zip(order, order[1:] + [-1])     # the last of one name, as when unpacked
+             if j < 0 or names[i] != names[j]]
+    texts = [labels[i] for i in order]
+    classes = sorted_classes(set(texts) - {""})
+    numbers = {text: i for i, text in enumerate(classes)} | {"": -1}
+    found = Names([names[i] for i in order])
+    tops = sorted({names[i].split("/", 1)[0] for i in order if "/" in names[i]})
+    return dict(names=np.frombuffer(found.text, np.uint8), ends=found.last, places=places[order],
+                labels=np.array([numbers[text] for text in texts], np.int64),
+                lists=np.frombuffer(json.dumps([classes, tops]).encode(), np.uint8))
 
 
 def walk_order(name):
     """The key that sorts names as list_files: in each folder its files, then its folders."""
     folder, _, file = name.rpartition("/")
-    return ("\1" + folder.replace("/", "\0\1") + "\0\0" if folder else "\0") + file
+    return folder.replace("/", "\0") + "\0\0" + file
 
 
-def index_tars(path, tars):
-    """{names, ends, places, labels, classes}: arrays with all that open_tars needs of tars."""
-    names, places, labels = [], array("q"), []
-    progress = Progress(f"indexing {path}")
-    for number, tar in enumerate(tars):
-        found, first = {}, len(names)
-        for name, offset, size in tar_images(tar, found):
-            names.append(name)
-            places.extend((number, offset, size))
-            progress.step()
-        for name in names[first:]:          # WebDataset's KEY ends at the first dot of the file
-            stem, (folder, file) = os.path.splitext(name)[0], os.path.split(name)
-            key = os.path.join(folder, file.split(".", 1)[0])
-            labels.append(found.get(stem) or found.get(key, "") if found else "")
-    places = np.frombuffer(places, np.int64).reshape(-1, 3)
-    if len(tars) > 1:
-        names = in_folders(path, tars, names, places[:, 0].tolist(), any(labels))
-    elif names:                             # made from outside of the folder: name/train/...
-        top = names[0].split("/")[0]
-        inner = {name.split("/")[1] for name in names if name.startswith(top + "/")}
-        if all(name.startswith(top + "/") for name in names) and top not in PARTS and (
-                top == os.path.basename(path)[:-4] or inner & set(PARTS)):
-            names = [name[len(top) + 1:] for name in names]
-    keys = [walk_order(name) for name in names]
-    order = sorted(range(len(names)), key=keys.__getitem__)
-    order = [i for i, j in zip(order, order[1:] + [-1])     # the last of one name, as when unpacked
-             if j < 0 or names[i] != names[j]]
-    classes = sorted(set(labels) - {""})
-    if all(text.isdecimal() for text in classes):
-        classes.sort(key=int)
-    classes = ["", *classes]
-    number = {text: i for i, text in enumerate(classes)}
-    ordered = Names([names[i] for i in order])
-    return dict(names=np.frombuffer(ordered.bytes, np.uint8), ends=ordered.last,
-                places=places[order], labels=np.array([number[labels[i]] for i in order], np.int64),
-                classes=np.frombuffer(json.dumps(classes).encode(), np.uint8))
+def without_top(path, names):
+    """The names in one tar without the folder that was packed, if all begin with its name: one that
+    the tar is named after, or one with train/ and the like in it."""
+    top = names[0].split("/")[0] + "/" if names else ""
+    if not all(name.startswith(top) for name in names) or part_kind(top[:-1]):
+        return names
+    inner = {name.split("/")[1] for name in names}
+    if top[:-1] == os.path.basename(path)[:-4] or any(map(part_kind, inner)):
+        return [name[len(top):] for name in names]
+    return names
 
 
 def in_folders(path, tars, names, tar, labelled):
@@ -537,10 +605,10 @@ def in_folders(path, tars, names, tar, labelled):
     if os.path.isdir(path):
         folders = [os.path.relpath(os.path.dirname(one), path) + "/" for one in tars]
         folders = ["" if folder == "./" else folder for folder in folders]
-    pattern = r"(?:.*[^a-z])?(train|val|test)(?:ing|id|idation)?(?:[^a-z].*)?"
-    parts = [re.fullmatch(pattern, stem.lower()) for stem in stems]
-    if all(parts) and len({part[1] for part in parts}) > 1:
-        folders = [f"{folder}{part[1]}/" for folder, part in zip(folders, parts)]
+    parts = [next(filter(None, map(part_kind, re.split(r"[^a-z]+", stem.lower()))), None)
+             for stem in stems]
+    if None not in parts and len(set(parts)) > 1:
+        folders = [f"{folder}{part}/" for folder, part in zip(folders, parts)]
     elif not labelled and not any("/" in name for name in names):
         shards = len({re.sub(r"\d+", "", stem) for stem in stems}) == 1
         if not shards or all(name.startswith(stems[t]) for t, name in zip(tar, names)):
@@ -573,12 +641,11 @@ def open_tars(path, tars):
             os.makedirs(cache, mode=0o700, exist_ok=True)
         index = kept | dict(made=np.frombuffer(made, np.uint8))
         any(write_index(place, index) for place in places)
-    names = Names([])
-    names.bytes, names.last = kept["names"].tobytes(), kept["ends"]
-    names.first = np.append(0, names.last)[:-1]
-    classes = json.loads(kept["classes"].tobytes())
+    names = Names(text=kept["names"].tobytes(), first=np.append(0, kept["ends"])[:-1],
+                  last=kept["ends"])
+    classes, tops = json.loads(kept["lists"].tobytes())
     return TarSource(path, names, Tars(tars, [s.st_size for s in status]), kept["places"],
-                     *(kept["labels"], classes) if len(classes) > 1 else ())
+                     *(kept["labels"], classes) if classes else (None, None), tops)
 
 
 def read_index(place, made):
@@ -586,7 +653,7 @@ def read_index(place, made):
     try:
         with np.load(place, allow_pickle=False) as kept:
             if kept["made"].tobytes() == made:
-                return {key: kept[key] for key in ("names", "ends", "places", "labels", "classes")}
+                return {key: kept[key] for key in ("names", "ends", "places", "labels", "lists")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
@@ -609,14 +676,15 @@ class Dataset:
     """A set of images: a `source` of their files' bytes, or uint8 `images` (N, C, H, W) in memory,
     or both.
 
-    labels: (N,) int64 or None; classes: their names. mean, std: of the channels, after scaling to
-    [0, 1]. bad: {index: what is wrong with the file}, as far as is known.
+    labels: (N,) int64 or None, and `unlabelled` says why; classes: their names. mean, std: of the
+    channels, after scaling to [0, 1]. range: (low, high) of values of more than 8 bits, what
+    becomes black and white; None: all have 8. bad: {index: what is wrong}, as far as is known.
     """
 
     def __init__(self, source=None, images=None, labels=None, classes=None, in_chans=3, name=""):
         self.source, self.images = source, images
         self.labels, self.classes, self.in_chans, self.name = labels, classes, in_chans, name
-        self.bad = {}
+        self.range, self.unlabelled, self.bad = None, "it has no class folders", {}
         self.mean, self.std = channel_stats(in_chans)
 
     def __len__(self):
@@ -637,13 +705,39 @@ class Dataset:
 
     def read(self, i):
         """Image i, upright, as uint8 (H, W, C), of several frames the first, or a BadFile."""
-        return self.open(i).pixels(self.in_chans)
+        return self.open(i).pixels(self.in_chans, value_range=self.range)
+
+    @property
+    def digest(self):
+        """Changes when an image is added, renamed or removed."""
+        text = f"{self.name} {len(self)}".encode()
+        if self.source:
+            text = b"\0".join(map(os.fsencode, self.source.names))
+        return hashlib.sha256(text).hexdigest()[:16]
+
+    def label(self, names, classes):
+        """Label each image by the name of its class."""
+        number = {name: i for i, name in enumerate(classes)}
+        self.labels, self.classes = torch.tensor([number[name] for name in names]), classes
+
+    def label_by_folders(self, train):
+        """Labels from the first folder of each name, if all have one; a training set several."""
+        folders = [file[:max(file.find("/"), 0)] for file in self.files]
+        known = {name: unicodedata.normalize("NFC", name) for name in set(folders)}
+        classes = sorted(set(known.values()) - {""})
+        if "" in known and classes:
+            stray = self.file(folders.index(""))
+            self.unlabelled = f"{stray} lies beside the class folders"
+        elif len(classes) == 1 and train:
+            self.unlabelled = f"it has one class folder only, {classes[0]}"
+        elif classes:
+            self.label([known[folder] for folder in folders], classes)
 
     def select(self, ids):
         """The images at ids (a list or tensor of indices), as a set of its own."""
         ids = torch.as_tensor(ids, dtype=torch.long)
         part = copy.copy(self)
-        part.source = self.source and self.source.select(ids.tolist())
+        part.source = self.source and self.source.select(ids.numpy())
         part.images = None if self.images is None else self.images[ids.to(self.images.device)]
         part.labels = None if self.labels is None else self.labels[ids]
         rows = enumerate(ids.tolist()) if self.bad else ()
@@ -665,62 +759,231 @@ def channel_stats(in_chans):
 
 
 # ---------------------------------------------------------------------------------- finding images
-def list_files(root):
-    """Image files below root, relative and sorted; hidden ones left out."""
-    found = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders
-                            if not f.startswith(".") and not leads_back(folder, f))
-        inside = os.path.relpath(folder, root)
-        found += [os.path.normpath(os.path.join(inside, name)) for name in sorted(names)
-                  if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+PARTS = {"train": re.compile(r"(train|training|trn)[-_ ]?(set|split|images|imgs|data)?"),
+         "val": re.compile(r"(val|valid|validation|dev)[-_ ]?(set|split|images|imgs|data)?"),
+         "test": re.compile(r"(test|testing|tst|eval)[-_ ]?(set|split|images|imgs|data)?")}
+COLUMNS = {"file": ("file", "filename", "file_name", "path", "filepath", "image", "image_path",
+                    "img", "name"),
+           "label": ("label", "labels", "class", "class_name", "target", "category"),
+           "split": ("split", "part", "subset", "set")}
+
+
+def list_files(root, warn=False):
+    """Names of the image files below root: each folder's own, sorted, before those of its folders.
+
+    Hidden ones are left out, and every real folder is visited once, however many links lead there.
+    Files of other endings are taken if it is images that they hold; warn: say what is passed over.
+    """
+    blocks, seen, todo, links = {}, set(), [((), root)], []
+    while todo or links:
+        parts, folder = todo.pop() if todo else links.pop()
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            files, found = [], []
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        todo.append(((*parts, entry.name), entry.path))
+                    elif entry.is_symlink() and entry.is_dir():
+                        found.append(((*parts, entry.name), entry.path))
+                    else:
+                        files.append(entry.name)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
+        links += sorted(found, reverse=True)        # after the real folders, the first at the end
+        if files:
+            blocks[parts] = sorted(files)
+    other = {}                                      # ending: names
+    for parts, files in blocks.items():
+        for name in files:
+            if not name.lower().endswith(EXTENSIONS):
+                other.setdefault(ending_of(name), []).append("/".join((*parts, name)))
+    taken = tuple(ending for ending, names in other.items() if are_images(FileSource(
+        root, sorted({names[0], names[len(names) // 2], names[-1]}))))
+    passed = Counter({ending: len(names) for ending, names in other.items() if ending not in taken})
+    if warn:
+        say_passed(root, passed)
+    names = []
+    for parts in sorted(blocks):
+        prefix = "".join(f"{part}/" for part in parts)
+        names += [os.fsencode(prefix + name) for name in blocks[parts]
+                  if name.lower().endswith(EXTENSIONS) or taken and ending_of(name) in taken]
+    return Names(names)
+
+
+def say_passed(path, passed):
+    """Note how many files of which endings, a Counter, are no images."""
+    if passed:
+        note(f"{path}: passed over {passed.total()} files that are no images: "
+             + ", ".join(f"{n} {ending or 'without an ending'}"
+                         for ending, n in passed.most_common(8)))
+
+
+def ending_of(name):
+    """.txt of notes.txt; "" where there is none that is short and begins with a letter."""
+    ending = os.path.splitext(name)[1].lower()
+    return ending if len(ending) < 7 and ending[1:2].isalpha() else ""
+
+
+def are_images(source):
+    """Whether most of some files are images."""
+    good = 0
+    for i in range(len(source)):
+        with contextlib.suppress(BadFile), or_bad_file():
+            good += bool(Encoded(source.content(i)))
+    return 2 * good > len(source)
+
+
+def part_kind(name):
+    """train, val or test if that is what a folder's or split's name means, else None."""
+    return next((kind for kind, words in PARTS.items() if words.fullmatch(name.lower())), None)
+
+
+def parts_of(path, names):
+    """{train, val, test: the folder's own name} of the folders' names of a set."""
+    found = {}
+    for name in sorted(names):
+        kind = part_kind(name)
+        if kind in found:
+            raise DataError(f"{path}: is {found[kind]}/ or {name}/ the {kind} part? Rename one")
+        if kind:
+            found[kind] = name
+    words = {match[1] for name in names if not part_kind(name)
+             if (match := re.match(r"(train|val|test)[^a-z]", name.lower()))}
+    if not found and len(words) > 1:                # pre-training would mix them up as classes
+        raise DataError(f"{path}: the folders {', '.join(sorted(names)[:4])} look like parts of a "
+                        "set: name them train/, val/ and test/")
     return found
 
 
-def leads_back(folder, name):
-    """Whether a folder is a link to one that it lies in: following it would never end."""
-    path = os.path.join(folder, name)
-    target = os.path.realpath(path) + os.sep
-    return os.path.islink(path) and (os.path.realpath(folder) + os.sep).startswith(target)
+def choose_part(path, found, train):
+    """The name of the folder to read of those found by `parts_of`, or "" for all of a training set
+    that has no parts."""
+    kinds = ["train"] if train else ["val", "test"]
+    wanted = [found[kind] for kind in kinds if kind in found]
+    if wanted or (train and not found):
+        return wanted[0] if wanted else ""
+    missing = "train/" if train else "val/ or test/"
+    if found:
+        raise DataError(f"{path}: no {missing} in this folder")
+    raise DataError(f"{path}: no train/ and no val/ or test/ in this folder, so nothing to "
+                    "evaluate on; --val-share splits a set that has neither")
 
 
-def read_list(path):
-    """Names of a list file: one a line, alone or followed by a label; bare or with folders.
+def open_source(path, train=None):
+    """The source of the images that `path` names, a folder or tars: of its part to train or to test
+    on, if it has parts; of all with train=None."""
+    tars = find_tars(path)
+    if tars:
+        source = open_tars(path, tars)
+        part = "" if train is None else choose_part(path, parts_of(path, source.tops), train)
+        return source.part(part) if part else source
+    if not os.path.isdir(path):
+        raise DataError(f"{path}: no such folder, list file or tar (--data)")
+    part = "" if train is None else choose_part(path, parts_of(path, folder_names(path)), train)
+    root = os.path.join(path, part) if part else path
+    return FileSource(root, list_files(root, warn=True))
+
+
+def folder_names(path):
+    """The first folders of what `path` names, a folder or tars."""
+    tars = find_tars(path)
+    if tars:
+        return open_tars(path, tars).tops
+    if not os.path.isdir(path):
+        return []
+    with os.scandir(path) as entries:
+        return [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+
+
+NOT_LISTS = {b"PK\3\4": "a zip archive: unpack it",
+             b"PAR1": "a parquet table: write its images to files",
+             b"\x93NUMPY": "a numpy array: write its images to files",
+             b"\x89HDF": "an HDF5 file: write its images to files",
+             b"\x1f\x8b": "compressed by gzip: unpack it", b"BZh": "compressed by bzip2: unpack it",
+             b"\xfd7zXZ": "compressed by xz: unpack it",
+             b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+             b"\xff\xd8\xff": "an image", b"\x89PNG": "an image", b"SQLite": "a database"}
+
+
+def check_list(path):
+    """DataError for a file that is no text, with what it is."""
+    with open(path, "rb") as f:
+        head = f.read(4096)
+    kind = next((kind for start, kind in NOT_LISTS.items() if head.startswith(start)), None)
+    if kind or b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"--data {path} is {kind or 'neither text nor a folder'}; what can be read "
+                        "is a folder of image files, or a list of them")
+
+
+def read_table(path):
+    """[(name, label or None, split or None)] of a list: one name a line, alone or followed by a
+    blank and a label; or a CSV of file, label and split (by , ; or tab), with or without a header.
 
     A name may have blanks in it: a label is what follows the last one, if it is a number or comes
     after an image.
     """
-    with open(path, encoding="utf-8", errors="replace") as f:
-        lines = [line.strip() for line in f.read().splitlines() if line.strip()]
-    names = []
-    for line in lines:
-        name, *label = line.rsplit(maxsplit=1)
-        labelled = label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS))
-        names.append(name if labelled else line)
-    for name in names:
-        if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
-            raise DataError(f"{path}: the name {name!r} leads out of the data folder")
-    if not names:
+    try:
+        with open(path, "rb") as f:
+            content = f.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    text = content.decode("utf-16" if wide else "utf-8-sig", "surrogateescape")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
         raise DataError(f"{path}: the list is empty")
-    return names
+    for delimiter in ",;\t":
+        rows = [[cell.strip() for cell in row]
+                for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True)]
+        heads = [head.lower() for head in rows[0]]
+        if heads[0] in COLUMNS["file"] or any(h in COLUMNS["file"] for h in heads[1:]):
+            places = [next((heads.index(word) for word in words if word in heads), None)
+                      for words in COLUMNS.values()]
+            return [tuple(None if at is None or at >= len(row) else row[at] for at in places)
+                    for row in rows[1:]]
+        if all(len(row) > 1 and row[0].lower().endswith(EXTENSIONS) for row in rows):
+            return [tuple((*row, None)[:3]) for row in rows]
+    rows = []
+    for line in lines:
+        if line[0] == line[-1] == '"':
+            line = line[1:-1]
+        name, *label = line.rsplit(maxsplit=1)
+        has = label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS))
+        rows.append((name, label[0], None) if has else (line, None, None))
+    return rows
 
 
-def find_listed(files, names, where):
-    """Indices into files of the listed names, by their last two or one parts; all must be found."""
+def find_listed(files, names, where, root=None):
+    """Indices into files of the listed names; all must be found. By the whole name, else by its
+    last two parts or one; absolute where they lie below the folder `root`."""
     position = {}
     for i, file in enumerate(files):
-        position.setdefault(file.split("/")[-1], []).append(i)
+        position.setdefault(unicodedata.normalize("NFC", file[file.rfind("/") + 1:]), []).append(i)
     chosen, missing, doubtful = [], [], []
-    for name in names:
+    for listed in names:
+        name = unicodedata.normalize("NFC", listed if "/" in listed else listed.replace("\\", "/"))
+        if name.startswith("/") and root:
+            name = os.path.relpath(os.path.realpath(name), os.path.realpath(root))
+        name = os.path.normpath(name)
         parts = name.split("/")
+        if parts[0] in ("", ".."):
+            raise DataError(f"{where}: the name {listed!r} leads out of the data folder")
         hits = position.get(parts[-1], [])
-        if len(parts) > 1:                  # a file in no folder goes by its name alone
-            folders = [files[i].split("/")[-2:-1] for i in hits]
+        whole = [i for i in hits if unicodedata.normalize("NFC", files[i]) == name]
+        if len(parts) > 1 and not whole:            # a file in no folder goes by its name alone
+            folders = [unicodedata.normalize("NFC", files[i]).split("/")[-2:-1] for i in hits]
             hits = [i for i, folder in zip(hits, folders) if folder in ([], parts[-2:-1])]
+        hits = whole or hits
         if len(hits) == 1:
             chosen.append(hits[0])
         else:
-            (doubtful if hits else missing).append(name)
+            (doubtful if hits else missing).append(listed)
     if missing:
         raise DataError(f"{where}: {len(missing)} of {len(names)} listed images do not exist, "
                         f"first {missing[0]}")
@@ -730,89 +993,166 @@ def find_listed(files, names, where):
     return chosen
 
 
-def open_source(path, train):
-    """The source of the images that `path` names: a folder with train/ and val/ or test/, any
-    folder of images, tars of such, or a list file beside its images."""
-    tars = find_tars(path)
-    if tars:
-        source = open_tars(path, tars)
-        top, tops = source.names.tops()
-        part = part_of(path, train, tops.__contains__)
-        if not part:
-            return source
-        return source.select(np.flatnonzero(top == tops.index(part)), len(part) + 1)
-    if os.path.isfile(path):
-        root = os.path.dirname(os.path.abspath(path))
-        files = list_files(root)
-        return FileSource(root, [files[i] for i in find_listed(files, read_list(path), path)])
-    if os.path.isdir(path):
-        part = part_of(path, train, lambda name: os.path.isdir(os.path.join(path, name)))
-        root = os.path.join(path, part)
-        return FileSource(root, list_files(root))
-    raise DataError(f"{path}: no such folder, list file or tar (--data)")
-
-
-def open_folder(path, train, in_chans):
-    """The images of `open_source` with their class folders as labels."""
+def open_folder(path, train, in_chans, labels_file=None, val_share=0):
+    """The images of a folder, or of a list beside its images: those to train or to test on, with
+    the labels of the list, or else of their class folders."""
     if in_chans not in (1, 3, 4):
         raise DataError(f"--in-chans {in_chans}: images are read with 1 (grey), 3 (RGB) or 4 "
                         "(RGBA) channels")
-    source = open_source(path, train)
-    if not len(source):
-        raise DataError(f"{path}: no images found (looked for {', '.join(EXTENSIONS)})")
-    number, folders = source.names.tops()
-    if getattr(source, "labels", None) is not None:
-        number, folders = source.labels, source.classes
-        missing = np.flatnonzero(number == 0)
-        if len(missing):
-            print(f"warning: {path}: labels are not used, {len(missing)} of {len(source)} images "
-                  f"have no .cls file, first {source.name(missing[0])}", flush=True)
-    used = np.unique(number)
-    classes = [folders[i] for i in used]
+    name, train_part = path, train or val_share > 0
+    if os.path.isfile(path) and not find_tars(path):
+        check_list(path)
+        if labels_file:
+            raise DataError(f"--labels-file {labels_file}: {path} is a list already")
+        path, labels_file = os.path.dirname(os.path.abspath(path)), path
+    parts = parts_of(name, folder_names(path)) if path == name else {}
     labels = None
-    if "" not in classes and len(classes) > 1:
-        labels = torch.from_numpy(np.searchsorted(used, number))
-    return Dataset(source, labels=labels, classes=None if labels is None else classes,
-                   in_chans=in_chans, name=path)
+    if labels_file:
+        source = open_source(path)
+        source, labels, parts = listed_images(source, labels_file, path, parts, train_part)
+    else:
+        source = open_source(path, train_part)
+    if val_share and ("val" in parts or "test" in parts):
+        raise DataError(f"--val-share: {name} has test images of its own")
+    if not len(source):
+        raise DataError(f"{name}: no images found (looked for {', '.join(EXTENSIONS)})")
+    dataset = Dataset(source, in_chans=in_chans, name=name)
+    if labels:
+        dataset.label(labels, sorted_classes(labels))
+        note(f"labels of {labels_file}: {len(dataset.classes)} classes, "
+            f"{', '.join(dataset.classes[:4])}{', ...' if len(dataset.classes) > 4 else ''}")
+    elif source.labels is not None and (source.labels >= 0).all():
+        dataset.labels, dataset.classes = torch.as_tensor(source.labels), source.classes
+    elif source.labels is not None:
+        missing = np.flatnonzero(source.labels < 0)
+        dataset.unlabelled = f"{len(missing)} have no .cls, first {source.name(missing[0])}"
+    else:
+        dataset.label_by_folders(train)
+    return split_off(dataset, val_share, train) if val_share else dataset
 
 
-def every_image(path, in_chans=3):
-    """All images below a folder, in whatever part of it, without labels; none if it is none."""
-    tars = find_tars(path)
-    if tars:
-        return Dataset(open_tars(path, tars), in_chans=in_chans, name=path)
-    files = list_files(path) if os.path.isdir(path) else []
-    return Dataset(FileSource(path, files), in_chans=in_chans, name=path)
+def listed_images(source, table, root, parts, train):
+    """(source, labels or None, parts) of the rows of a list; of the part to train or to test on, by
+    its column split, or by the folders `parts`, where there are such."""
+    rows = read_table(table)
+    ids = find_listed(source.names, [name for name, *_ in rows], table, root)
+    files = [source.name(i) for i in ids]
+    labels = [label and unicodedata.normalize("NFC", label) for _, label, _ in rows]
+    known = {}
+    for i, file, label in zip(ids, files, labels) if any(labels) else ():
+        if not label or known.setdefault(i, label) != label:
+            raise DataError(f"{table}: {file} has {'two labels' if label else 'no label'}")
+    kinds = [part_kind(split or "") for *_, split in rows]
+    if any(split for *_, split in rows):
+        if None in kinds:
+            raise DataError(f"{table}: {rows[kinds.index(None)][2]!r} in the column split is none "
+                            "of train, val, test")
+        parts = {kind: kind for kind in kinds}
+    elif parts:
+        folders = {part: kind for kind, part in parts.items()}
+        kinds = [folders.get(file.split("/")[0]) for file in files]
+    chosen = choose_part(table, parts, train)
+    mine = [row for row, kind in enumerate(kinds) if not chosen or parts.get(kind) == chosen]
+    source = source.select([ids[row] for row in mine])
+    if not any(labels):
+        return source, None, parts
+    # numbers for folders, as in ImageNet's lists, are known by the folders' names
+    folders = [file.split("/")[-2] if "/" in file else None for file in files]
+    pairs = len(set(zip(folders, labels)))
+    if None not in folders and pairs == len(set(folders)) == len(set(labels)):
+        labels = folders
+    return source, [labels[row] for row in mine], parts
 
 
-def part_of(path, train, is_there):
-    """Which of train/, val/ and test/ to read: its name, or "" for all of a training set that has
-    no such parts."""
-    parts = [name for name in PARTS if is_there(name)]
-    wanted = [name for name in parts if (name == "train") == train]
-    if wanted or (train and not parts):
-        return wanted[0] if wanted else ""
-    if parts:
-        missing = "train/" if train else "val/ or test/"
-        raise DataError(f"{path}: no {missing} in this folder")
-    raise DataError(f"{path}: no train/ and no val/ or test/ in this folder, so nothing to "
-                    "evaluate on")
+def sorted_classes(labels):
+    """Class names in order: of their numbers where all are numbers."""
+    classes = sorted(set(labels))
+    return sorted(classes, key=int) if all(c.isdecimal() for c in classes) else classes
+
+
+def split_off(dataset, share, train, seed=0):
+    """A random share of each class, of the whole set where there are none, or to train on what
+    remains; the same images in every run."""
+    order = shuffled(len(dataset), SUBSET, 5, seed)
+    labels = torch.zeros(len(dataset), dtype=torch.long)
+    if dataset.labels is not None:
+        labels = dataset.labels
+    counts = labels.bincount()
+    order, rank = ranked(labels, counts, order)
+    held = (counts * share).round().clamp_min(1).minimum(counts - 1)
+    mine = (rank < held[labels[order]]) != train
+    return dataset.select(order[mine].sort().values)
+
+
+def every_image(path, in_chans=3, value_range=None):
+    """All images below a folder or in tars, of all parts, without labels; none if it is none."""
+    there = os.path.isdir(path) or find_tars(path)
+    source = open_source(path) if there else FileSource(path, [])
+    dataset = Dataset(source, in_chans=in_chans, name=path)
+    dataset.range = find_range(dataset, value_range)
+    return dataset
 
 
 # ------------------------------------------------------------------------------------ loading a set
 def load(source, train=True, in_chans=3, stats="imagenet", max_bad=0.01, value_range=None,
          labels_file=None, val_share=0):
-    """The images that --data names; None: the embedded set."""
+    """The images that --data names; None: the embedded set.
+
+    value_range: (low, high), "auto" or None, see `find_range`. labels_file: a CSV of file, label
+    and perhaps split. val_share: the share of each class that is the test set.
+    """
     source = source or os.environ.get("DATA")
-    if not source:
-        dataset = embedded(train, in_chans)
-    elif source in DOWNLOADS:
-        dataset = download(source, train, in_chans)
+    if source and source not in DOWNLOADS:
+        dataset = open_folder(source, train, in_chans, labels_file, val_share)
+        found, measured = sample(dataset), dataset
+        if not train and (value_range == "auto" or any(bits == 32 for _, _, bits in found)):
+            with contextlib.suppress(DataError):            # one range for both parts
+                measured = open_folder(source, True, in_chans, labels_file, val_share)
+        dataset.range = find_range(measured, value_range, found)
+        dataset = into_memory(dataset, {size for _, size, _ in found}, max_bad)
+    elif labels_file or val_share:
+        raise DataError(f"{source or 'the embedded set'} has labels and test images of its own")
     else:
-        dataset = into_memory(open_folder(source, train, in_chans), max_bad)
+        dataset = download(source, train, in_chans) if source else embedded(train, in_chans)
     if stats == "data":
         dataset.mean, dataset.std = measure_stats(dataset)
     return dataset
+
+
+def sample(dataset, most=64):
+    """[(index, size, bits)] of images chosen by hash, by their headers."""
+    found = []
+    for i in shuffled(len(dataset), 0, SUBSET)[:most].tolist():
+        with contextlib.suppress(BadFile):
+            image = dataset.open(i)
+            found.append((i, image.size, image.bits))
+    return found
+
+
+def find_range(dataset, asked=None, found=None):
+    """(low, high) of values of more than 8 bits that become black and white, or None for 8 bits.
+
+    What is asked for; else that of 16 bits; "auto", or else of 32 bits and floats, which have no
+    range of their own: the least and largest value of a sample.
+    """
+    if asked not in (None, "auto"):
+        return tuple(map(float, asked))
+    deepest = max((bits for _, _, bits in found or sample(dataset)), default=8)
+    if deepest == 8:
+        return None
+    if deepest == 16 and asked is None:
+        return 0.0, 65535.0
+    values = []
+    for i, _, bits in sample(dataset):
+        with contextlib.suppress(BadFile):
+            values += dataset.open(i).extremes() if bits > 8 else ()
+    if not values:
+        raise DataError(f"{dataset.name}: no image to measure the range of values on", 1)
+    low, high = min(values), max(values)
+    high = high if high > low else low + 1
+    note(f"{dataset.name}: values from {low:g} to {high:g}, measured on a sample, become "
+        "black to white; --range sets others")
+    return low, high
 
 
 def download(name, train, in_chans):
@@ -829,12 +1169,9 @@ def download(name, train, in_chans):
     return Dataset(images=images, labels=torch.tensor(raw.targets), classes=raw.classes, name=name)
 
 
-def into_memory(dataset, max_bad=0.01):
-    """Decode images that all have one small size into memory; others are left as they are."""
-    sizes = set()
-    for i in shuffled(len(dataset), 0, SUBSET)[:64].tolist():
-        with contextlib.suppress(BadFile):
-            sizes.add(dataset.open(i).size)
+def into_memory(dataset, sizes, max_bad=0.01):
+    """Decode images that all have one small size into memory; others are left as they are. sizes:
+    {(H, W)} of a sample."""
     if len(sizes) != 1:
         return dataset
     size = sizes.pop()
@@ -868,8 +1205,8 @@ def report_bad(dataset, max_bad, seen=0):
     """Name the bad files after the first `seen`; DataError when their share is above max_bad."""
     bad, n = dataset.bad, len(dataset)
     for i in list(bad)[seen:]:
-        print(f"warning: skipped {os.path.join(dataset.name, dataset.file(i))}: {bad[i]}",
-              flush=True)
+        path = os.path.join(getattr(dataset.source, "root", dataset.name), dataset.file(i))
+        print(printable(f"warning: skipped {path}: {bad[i]}"), flush=True)
     if len(bad) > max(max_bad * n, 1):
         raise DataError(f"{len(bad)} of {n} images cannot be read, more than --max-bad {max_bad:g} "
                         f"allows; first {dataset.file(next(iter(bad)))}", 1)
@@ -882,14 +1219,19 @@ def labelled(dataset, spec=None, seed=0):
     (SimCLR's lists).
     """
     if dataset.labels is None:
-        raise DataError(f"{dataset.name}: no labels (a labelled set has one folder a class in "
-                        "train/ and val/ or test/)")
+        raise DataError(f"{dataset.name}: no labels, {dataset.unlabelled} (a labelled set has one "
+                        "folder a class in train/ and val/ or test/, or a --labels-file)")
     if spec is None:
         ids, how = torch.arange(len(dataset)), "all"
     elif os.path.isfile(spec):
         if dataset.files is None:
             raise DataError(f"--labels {spec}: a list names files, and {dataset.name} has none")
-        ids = find_listed(dataset.files, read_list(spec), f"--labels {spec}")
+        rows = read_table(spec)
+        root = getattr(dataset.source, "root", None)
+        ids = find_listed(dataset.files, [name for name, *_ in rows], f"--labels {spec}", root)
+        if any(label for _, label, _ in rows):
+            note(f"--labels {spec} chooses images; the labels in it are not used, but those "
+                f"of {dataset.name}")
         ids, how = torch.tensor(sorted(ids)), f"list {os.path.basename(spec)}"
     else:
         ids, how = balanced(dataset, spec, seed), f"{spec}, balanced draw, seed {seed}"
@@ -923,16 +1265,22 @@ def balanced(dataset, spec, seed):
     if short:
         raise DataError(f"--labels {spec!r}: class {classes[short[0]]} has only "
                         f"{counts[short[0]]} images")
-    order = shuffled(len(labels), SUBSET, 3, seed)
-    order = order[labels[order].argsort(stable=True)]       # by class, within it in hashed order
-    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
+    order, rank = ranked(labels, counts, shuffled(len(labels), SUBSET, 3, seed))
     return order[rank < wanted[labels[order]]].sort().values
+
+
+def ranked(labels, counts, order):
+    """(order by class, within it as given; the place of each within its class)."""
+    order = order[labels[order].argsort(stable=True)]
+    return order, torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
 
 
 def same_classes(train, test):
     """Give the test set the class numbers of the training set; all must be known there."""
-    if test.labels is None:
-        raise DataError(f"{test.name}: the test images have no class folders")
+    for dataset, part in ((train, "training"), (test, "test")):
+        if dataset.labels is None:
+            raise DataError(f"{dataset.name}: the {part} images have no labels, "
+                            f"{dataset.unlabelled}")
     unknown = [c for c in test.classes if c not in train.classes]
     if unknown:
         raise DataError(f"{test.name}: the test class {unknown[0]} is not among the training "
@@ -991,7 +1339,7 @@ class Reader(torch.utils.data.Dataset):
     def __getitems__(self, key):
         """key (epoch, [i, ...]) -> (shown, bad, crops): the images shown, a list, with others in
         place of those that cannot be read (-1: none is found); {i: what is wrong with it}; for each
-        view its crops, uint8 (N, C, h, w) with channels last in memory."""
+        view its crops, uint8 (N, C, h, w) with channels last in memory. Or a DataError to raise."""
         epoch, wanted = key
         shown, bad = list(wanted), {}
         shape = len(wanted), *self.size, self.dataset.in_chans
@@ -1006,6 +1354,12 @@ class Reader(torch.utils.data.Dataset):
                 failed = failed and self.fill(failed, shown, crops, epoch)
             for row in failed:
                 shown[row] = -1 if self.loader.shuffle else wanted[row]
+        if torch.utils.data.get_worker_info():      # here, not in the thread that hands it over,
+            try:                                    # where an error is lost
+                crops = [view.share_memory_() for view in crops]
+            except RuntimeError as error:
+                return DataError(f"a data worker has no shared memory ({error}): make /dev/shm "
+                                 "larger, or give --workers 0", 1)
         return shown, bad, crops
 
     def fill(self, rows, shown, crops, epoch):
@@ -1032,7 +1386,8 @@ class Reader(torch.utils.data.Dataset):
         for at, (row, factor, size) in enumerate(
                 zip(list(opened), factors.tolist(), small.tolist())):
             try:
-                pixels = opened.pop(row).pixels(self.dataset.in_chans, factor)
+                pixels = opened.pop(row).pixels(
+                    self.dataset.in_chans, factor, self.dataset.range)
             except BadFile as error:
                 failed[row] = str(error)
                 continue
@@ -1122,6 +1477,9 @@ class Loader:
         self.part = min(Reader.TOGETHER, -(-batch_size // max(workers, 1)))
         self.reader = self.items = self.place = None
         if dataset.images is None:
+            if workers and len(os.fsencode(tempfile.gettempdir())) > 75:
+                raise DataError(f"the temporary folder {tempfile.gettempdir()} has too long a name "
+                                "for the sockets of data workers: set TMPDIR to a shorter one", 1)
             self.plan, self.keys = copy.copy(self), Keys()
             ahead = -(-2 * -(-batch_size // self.part) // max(workers, 1))
             self.reader = torch.utils.data.DataLoader(
@@ -1176,7 +1534,12 @@ class Loader:
                 yield self.held(ids, epoch)
                 continue
             self.place, before = None, time.perf_counter()
-            parts = [next(self.items) for _ in range(-(-len(ids) // self.part))]
+            try:
+                parts = [next(self.items) for _ in range(-(-len(ids) // self.part))]
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                raise DataError(f"{error} (fewer --workers need less memory)", 1) from None
             self.waited += time.perf_counter() - before
             batch = self.collect(ids, epoch, parts)
             if self.shuffle:
@@ -1198,6 +1561,9 @@ class Loader:
 
     def collect(self, ids, epoch, parts):
         """A batch of what the workers have read."""
+        for part in parts:
+            if isinstance(part, DataError):
+                raise part
         shown, bads, crops = zip(*parts)
         shown, known = sum(shown, []), len(self.dataset.bad)
         bad = {i: trouble for found in bads for i, trouble in found.items()}
@@ -1308,38 +1674,46 @@ def draw(ids, side=32):
     return (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
 
-# --------------------------------------------------------------------------- python data.py check
+# ---------------------------------------------------------------------------- python data.py check
 NAMED = 20                  # bad files named on the screen; --out names them all
 # what a BadFile says: the kind it is counted under; the first that fits
 KINDS = (("DecompressionBomb", "decompression bomb"), ("PermissionError", "no permission"),
          ("FileNotFoundError", "vanished"), ("UnidentifiedImageError", "no image"),
+         ("not a regular file", "not a regular file"), ("NaN", "NaN"),
          ("truncated", "truncated"), ("Truncated", "truncated"), ("EOF", "truncated"))
-ENDINGS = {"JPEG": (".jpg", ".jpeg"), "MPO": (".jpg", ".jpeg"), "TIFF": (".tif", ".tiff"),
-           "PPM": (".ppm", ".pgm"), "JPEG2000": (".jp2",)}
+ENDINGS = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".jpg", ".jpeg"),
+           "TIFF": (".tif", ".tiff"), "BMP": (".bmp", ".dib"), "JPEG2000": (".jp2", ".j2k"),
+           "PPM": (".ppm", ".pgm", ".pbm", ".pnm")}
 
 
 def look(dataset, i):
-    """(what is special about image i, None), or (kind of trouble, what is wrong)."""
-    try:
-        dataset.read(i)
-    except BadFile as error:
-        said = str(error)
-        with contextlib.suppress(OSError):
-            if not dataset.source.content(i):
-                return "empty", said
-        return next((kind for words, kind in KINDS if words in said), "damaged"), said
+    """What is special about image i, a list, and the (least, largest) value of more than 8 bits or
+    None. A BadFile if it cannot be read."""
+    dataset.read(i)
+    encoded = dataset.open(i)
+    image, ending = encoded.image, os.path.splitext(dataset.file(i))[1].lower()
+    extremes = encoded.extremes() if encoded.bits > 8 else None
     special = []
     # what the rarer parts of a good image are like is no reason to refuse it
     with contextlib.suppress(Exception):
-        image = dataset.open(i).image
-        ending = os.path.splitext(dataset.file(i))[1].lower()
         special = [word for word, true in (
             ("animated", getattr(image, "n_frames", 1) > 1), ("CMYK", image.mode == "CMYK"),
-            ("16-bit", image.mode.startswith("I")),
+            ("16-bit", encoded.bits == 16), ("32-bit or float", encoded.bits == 32),
             ("turned by EXIF", image.getexif().get(0x0112, 1) != 1),
             ("another format than its name says",
              ending not in ENDINGS.get(image.format, (f".{image.format.lower()}",)))) if true]
-    return special, None
+    return special, extremes
+
+
+def look_or_trouble(dataset, i):
+    """As `look`, or the text of its BadFile; "empty" for an empty file."""
+    try:
+        return look(dataset, i)
+    except BadFile as error:
+        said = str(error)
+        with contextlib.suppress(OSError, BadFile):
+            said = said if dataset.source.content(i) else f"empty: {said}"
+        return said
 
 
 def counted(kinds):
@@ -1347,34 +1721,51 @@ def counted(kinds):
     return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
 
 
+def say_range(dataset, least, largest):
+    """Print the range of the values, and what of it the chosen one loses."""
+    low, high = dataset.range or (0, 65535)
+    say(f"values of more than 8 bits: {least:g} to {largest:g}; {low:g} to {high:g} become black "
+        "to white")
+    if least < low or largest > high:
+        say(f"warning: values outside become black or white; --range {least:g},{largest:g} keeps "
+            "them")
+    levels = int((min(largest, high) - max(least, low)) / (high - low) * 255) + 1
+    if levels < 128:
+        say(f"warning: of 256 levels {max(levels, 1)} are left; --range {least:g},{largest:g} "
+            "keeps all")
+
+
 def check(args):
     """Read every image below args.folder; [(file, kind, what is wrong)] of the bad ones."""
-    dataset = every_image(args.folder)
-    n, root = len(dataset), args.folder
+    dataset = every_image(args.folder, value_range=args.range)
+    n = len(dataset)
     if not n:
-        raise DataError(f"{root}: no images found (looked for {', '.join(EXTENSIONS)})")
-    bad, kinds, special = [], Counter(), Counter()
+        raise DataError(f"{args.folder}: no images found (looked for {', '.join(EXTENSIONS)})")
+    bad, special, ranges = [], Counter(), []
     started = told = time.perf_counter()
     with ThreadPool(args.workers) as pool:  # pillow decodes outside Python's lock
-        found = pool.imap(functools.partial(look, dataset), range(n), chunksize=16)
-        for i, (what, trouble) in enumerate(found):
-            if trouble is None:
-                special.update(what)
-            else:
-                bad.append((dataset.file(i), what, trouble))
-                kinds[what] += 1
+        found = pool.imap(functools.partial(look_or_trouble, dataset), range(n), chunksize=16)
+        for i, what in enumerate(found):
+            if isinstance(what, str):
+                kind = "empty" if what.startswith("empty: ") else "damaged"
+                kind = next((name for words, name in KINDS if words in what), kind)
+                bad.append((dataset.file(i), kind, what))
                 if len(bad) <= NAMED:
-                    print(f"{os.path.join(root, dataset.file(i))}: {what} ({trouble})", flush=True)
+                    say(f"{os.path.join(args.folder, dataset.file(i))}: {kind} ({what})")
+            else:
+                special.update(what[0])
+                ranges += [what[1]] if what[1] else []
             now = time.perf_counter()
             if now - told > 5:
                 told, left = now, (now - started) / (i + 1) * (n - i - 1)
                 print(f"{i + 1}/{n} read, {len(bad)} bad, left {clock(left)}", file=sys.stderr,
                       flush=True)
     if len(bad) > NAMED:
-        print(f"... and {len(bad) - NAMED} more", flush=True)
+        say(f"... and {len(bad) - NAMED} more")
     among = f", among them {counted(special)}" if special else ""
-    print(f"{n - len(bad)} of {n} images are good{among}; {clock(time.perf_counter() - started)}",
-          flush=True)
+    say(f"{n - len(bad)} of {n} images are good{among}; {clock(time.perf_counter() - started)}")
+    if ranges:
+        say_range(dataset, min(low for low, _ in ranges), max(high for _, high in ranges))
     if args.out:
         try:
             with open(args.out, "w", errors="surrogateescape") as f:
@@ -1383,6 +1774,7 @@ def check(args):
         except OSError as error:
             raise DataError(f"cannot write {args.out}: {error.strerror}", 1) from None
     if bad:
+        kinds = Counter(kind for _, kind, _ in bad)
         raise DataError(f"{len(bad)} of {n} images are bad: {counted(kinds)}", 1)
     return bad
 
@@ -1420,7 +1812,8 @@ def tar_header(name, size):
 def pack(args):
     """Write every image of a source into a tar, in order; one that was begun is gone on with."""
     if args.verify:
-        return check(argparse.Namespace(folder=args.folder, workers=args.workers, out=None))
+        return check(argparse.Namespace(folder=args.folder, workers=args.workers, out=None,
+                                        range=None))
     dataset, path, part = every_image(args.folder), args.tar, f"{args.tar}.part"
     if not len(dataset):
         raise DataError(f"{args.folder}: no images found (looked for {', '.join(EXTENSIONS)})")
@@ -1522,6 +1915,16 @@ class Parser(argparse.ArgumentParser):
         raise DataError(f"{message} (--help says what there is)")
 
 
+def value_range(text):
+    """An argparse type: auto, or LOW,HIGH -> (low, high)."""
+    if text == "auto":
+        return text
+    low, high = map(float, text.split(","))
+    if not -1e30 < low < high < 1e30:
+        raise ValueError
+    return low, high
+
+
 def get_args(argv=None):
     parser = Parser(prog="data.py", allow_abbrev=False, description="Commands for sets of images.")
     commands = parser.add_subparsers(dest="command", metavar="check|pack", required=True)
@@ -1529,6 +1932,8 @@ def get_args(argv=None):
                               description="Read every image, and name the bad ones.").add_argument
     add("folder", help="folder of images, with all that is below it, or tars")
     add("--workers", type=int, default=os.cpu_count(), help="images read at once")
+    add("--range", type=value_range, metavar="LOW,HIGH|auto",
+        help="values of 16-bit and float images that become black and white")
     add("--out", help="file for the list of bad ones: name, tab, kind, tab, what is wrong")
     add = commands.add_parser("pack", allow_abbrev=False, help="many images into one tar",
                               description="Many images into one tar, which --data reads as it does "
@@ -1542,8 +1947,6 @@ def get_args(argv=None):
     add("--max-bad", type=float, default=0.01, help="fail when more than this share is bad")
     add("--verify", action="store_true", help="write nothing, decode every image of a tar")
     args = parser.parse_args(argv)
-    if not os.path.isdir(args.folder) and not find_tars(args.folder):
-        parser.error(f"{args.folder}: no such folder or tar")
     if not 1 <= args.workers <= 256:
         parser.error(f"--workers {args.workers}: 1 to 256")
     out = args.out if args.command == "check" else args.tar
@@ -1558,6 +1961,8 @@ def get_args(argv=None):
             parser.error(f"--quality {args.quality}: 1 to 100")
         if not 0 <= args.max_bad <= 1:
             parser.error(f"--max-bad {args.max_bad}: 0 to 1")
+    if not os.path.isdir(args.folder) and not find_tars(args.folder):
+        parser.error(f"{args.folder}: no such folder or tar")
     return args
 
 
@@ -1571,6 +1976,7 @@ def program(argv=None):
         print(f"data.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
+        print("data.py: error: interrupted", file=sys.stderr, flush=True)
         return 130
     except BrokenPipeError:                 # `... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
