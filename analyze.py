@@ -1,11 +1,11 @@
 """The paper's analyses, as numbers (CSV or npz) and as figures (pip install matplotlib).
 
-    python analyze.py gradients --checkpoint out/mtl            # Figures 1, 8: the losses' gradients
+    python analyze.py gradients --checkpoint out/mtl            # Figures 1, 8: the gradients
     python analyze.py vic --checkpoint out/mae out/graft        # Figure 6: variance, ... by block
     python analyze.py attention                                 # Figure 7: attention distance, maps
     python analyze.py tsne                                      # Figure 3: features of some classes
     python analyze.py reconstruct --checkpoint mae_visualize_vit_large.pth --files IMAGES
-    python analyze.py augment --data IMAGENET                   # the views as the training sees them
+    python analyze.py augment --data IMAGENET                   # the views of the training
     python analyze.py lr-grid|partial|depth --results out/demo  # Figures 4, 5, Table 5
     python analyze.py curves --checkpoint out/mae out/graft     # from log.jsonl
 
@@ -239,7 +239,8 @@ def gradients(args):
         loader = data.Loader(dataset, specs + [views.MAE_VIEW], encoder.config["img_size"], size,
                              args.seed, args.workers, env.device, mean=content["meta"]["mean"],
                              std=content["meta"]["std"])
-        fits = run.micro_batch(0, partial(both_backward, encoder, settings["mask_ratio"]), size, env)
+        step = partial(both_backward, encoder, settings["mask_ratio"])
+        fits = run.micro_batch(0, step, size, env)
         found = gradient_rows(net, settings, loader, args.batches, fits)
         epoch = content.get("epoch", "")
         rows += [dict(system=label, checkpoint=path, epoch=epoch) | row for row in found]

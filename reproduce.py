@@ -12,6 +12,8 @@ Everything is done by the stage scripts' own main(). A run that is killed goes o
 what is done is skipped; several of these commands may work in one --out at a time if their --seeds
 differ. Writes results.jsonl, results.md and, under figures/, the analyses into --out.
 """
+import run  # first: a Ctrl-C while torch is imported ends in one line
+
 import copy
 import functools
 import glob
@@ -24,7 +26,6 @@ import statistics
 import time
 from contextlib import contextmanager
 
-import torch.distributed as dist
 from PIL import Image
 
 import analyze
@@ -33,7 +34,6 @@ import evaluate
 import finetune
 import graft_train
 import mae_pretrain
-import run
 from model import ARCHS
 from run import UsageError, numbers
 
@@ -495,10 +495,15 @@ def markdown(results, p):
 @contextmanager
 def images_read_once():
     """Every run and evaluation asks for the same images: what data.load returned is kept."""
-    load = data.load
-    read = functools.cache(load)
-    # a copy: class numbers and device may be changed
-    data.load = lambda *args, **more: copy.copy(read(*args, **more))
+    load, kept = data.load, {}
+
+    def read(*args, **more):
+        key = repr((args, sorted(more.items())))
+        if key not in kept:
+            kept[key] = load(*args, **more)
+        return copy.copy(kept[key])                         # class numbers may be changed
+
+    data.load = read
     try:
         yield
     finally:
@@ -508,12 +513,6 @@ def images_read_once():
 def main(args):
     with images_read_once():
         return reproduce(args)
-
-
-def wait():
-    """What one process has written is there for all."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def train(args, p, seed, name, say):
@@ -530,7 +529,7 @@ def train(args, p, seed, name, say):
     say(f"== {name}, seed {seed}: python {stage.__name__}.py {shlex.join(options)}")
     if not args.dry_run:
         stage.main(stage.get_args(options))
-        wait()
+        run.same("systems", name)                   # what one process wrote is there for all
 
 
 def reproduce(args):
@@ -567,7 +566,7 @@ def reproduce(args):
         if args.dry_run:
             continue
         entry = script.main(script.get_args(arguments))
-        wait()
+        run.same("evaluations", protocol)
         entry = dict(entry[0] if isinstance(entry, list) else entry)
         entry |= dict(name=name, protocol_name=protocol, seed=seed, preset=args.preset,
                       operations=cost(p, name))
@@ -581,8 +580,9 @@ def reproduce(args):
             results = run.read_results(path)                # another process may have written too
             with open(os.path.join(args.out, "results.md"), "w") as f:
                 f.write(markdown(results, p) + "\n")
-    if dist.is_initialized() and not args.dry_run:          # the figures are one process's
-        dist.destroy_process_group()
+    if run.peers is not None:                               # the figures are one process's
+        run.peers.part()
+        run.peers = None
     if first and not args.dry_run:
         if ANALYSES in args.only:
             draw(p, args.seeds[0], bool(todo))

@@ -1,7 +1,7 @@
 """Figures from numbers: the rate grid, partial fine-tuning, depth probes, training curves; and what
 all figures share: size, colours, how they are written. Called by analyze.py.
 
-Each analysis writes its numbers as CSV first, then a PNG if matplotlib is there.
+Numbers are written as CSV first, then a PNG if matplotlib is there.
 """
 import csv
 import json
@@ -26,7 +26,7 @@ STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False,
          "lines.linewidth": 1.5, "lines.markersize": 5, "figure.constrained_layout.use": True}
 
 
-# --------------------------------------------------------------------------- numbers and figures
+# ------------------------------------------------------------------------------ numbers and figures
 def write_csv(path, rows):
     """rows: dicts with the same keys, which are the header."""
     with run.atomic(path) as temporary, open(temporary, "w", newline="") as f:
@@ -57,7 +57,7 @@ def figure(rows, columns, width, height, **more):
 
 
 def panels(n, width, height, **more):
-    """A figure of n panels of one kind, and the axes of those; the rest of the last row is empty."""
+    """A figure of n panels of one kind, and their axes; the rest of the last row stays empty."""
     columns = 2 if n == 4 else min(n, 3)
     lines = -(-n // columns)
     drawn, axes = figure(lines, columns, width * columns, height * lines + 0.4, **more)
@@ -119,7 +119,89 @@ def unique(names):
     return list(dict.fromkeys(names))
 
 
-# ---------------------------------------------------------------------------------- results.jsonl
+# -------------------------------------------------------------------------- of analyze.py's numbers
+def draw_gradients(path, rows, summary):
+    """A box per block with the line through the medians, and below the share of negative ones."""
+    systems = unique(r["system"] for r in rows)
+    depth = max(r["block"] for r in rows)
+    drawn, axes = figure(2, len(systems), 0.5 + max(3.0, 0.32 * depth) * len(systems), 3.5,
+                         height_ratios=[3, 1], sharey="row", sharex="col")
+    if drawn is None:
+        return
+    for (boxes, bars), system in zip(axes.T, systems):
+        own = [s for s in summary if s["system"] == system]
+        blocks = [s["block"] for s in own]
+        values = [[r["cosine"] for r in rows if r["system"] == system and r["block"] == block]
+                  for block in blocks]
+        boxes.boxplot(values, positions=blocks, widths=0.6, patch_artist=True,
+                      flierprops=dict(markersize=2.5), boxprops=dict(facecolor="#cfe6f5"),
+                      medianprops=dict(color=COLOURS[0], linewidth=1.8))
+        boxes.plot(blocks, [s["line"] for s in own], "--", color=COLOURS[1],
+                   label=f"line through the medians: {own[0]['slope']:+.3f} per block")
+        boxes.axhline(0, color="black", linewidth=0.8)
+        boxes.set_title(system)
+        boxes.legend(fontsize=7)
+        bars.bar(blocks, [100 * s["negative_share"] for s in own], width=0.6, color=COLOURS[1])
+        bars.set(ylim=(0, 100), xlabel="block", xticks=blocks, xticklabels=blocks)
+    axes[0, 0].set_ylabel("cosine of the two gradients")
+    axes[1, 0].set_ylabel("negative\n(%)")
+    save(drawn, path)
+
+
+def draw_vic(path, rows):
+    drawn, axes = panels(3, 2.5, 2.4)
+    if drawn is None:
+        return
+    for axis, term in zip(axes, ("variance", "invariance", "covariance")):
+        for i, system in enumerate(unique(r["system"] for r in rows)):
+            own = [r for r in rows if r["system"] == system]
+            axis.plot([r["block"] for r in own], [r[term] for r in own], label=system, **look(i))
+        axis.set(title=term, xlabel="block")
+        axis.ticklabel_format(axis="y", scilimits=(-3, 3), useMathText=True, useOffset=False)
+    legend(drawn, axes)
+    save(drawn, path)
+
+
+def draw_distances(path, rows):
+    """Attention distance of each head, raw above and renormalised below, a column a system."""
+    systems = unique(r["system"] for r in rows)
+    depth = max(r["block"] for r in rows)
+    drawn, axes = figure(2, len(systems), 0.8 + max(2.3, 0.24 * depth) * len(systems), 4.8,
+                         sharey=True, sharex="col")
+    if drawn is None:
+        return
+    for line, kind in zip(axes, ("raw", "renormalised")):
+        for axis, system in zip(line, systems):
+            own = [r for r in rows if r["system"] == system]
+            blocks = sorted({r["block"] for r in own})
+            means = [np.mean([r[kind] for r in own if r["block"] == block]) for block in blocks]
+            axis.plot([r["block"] for r in own], [r[kind] for r in own], "o", color=COLOURS[0],
+                      markersize=4, alpha=0.6, markeredgewidth=0, label="one head")
+            axis.plot(blocks, means, "-", color=COLOURS[1], label="mean of the heads")
+            axis.axhline(own[0]["uniform"], color=GREY, linestyle=":", label="uniform")
+            axis.set(xticks=blocks, xlabel="block", title=system)
+            axis.label_outer()
+        line[0].set_ylabel(f"mean distance (pixels),\n{kind}")
+    legend(drawn, axes)
+    save(drawn, path)
+
+
+def draw_tsne(path, points, classes):
+    """points: [(system, (N, 2), labels (N,))]."""
+    drawn, axes = panels(len(points), 2.8, 2.9)
+    if drawn is None:
+        return
+    for axis, (system, flat, labels) in zip(axes, points):
+        for c, name in enumerate(classes):              # 7 colours and 6 markers: 40 classes differ
+            axis.plot(*flat[labels == c].T, MARKERS[c % 6], color=COLOURS[c % 7], label=name,
+                      markersize=3, markeredgewidth=0, alpha=0.8)
+        axis.set(title=system, xticks=[], yticks=[])
+        axis.spines[:].set_visible(True)
+    legend(drawn, axes, markerscale=1.6)
+    save(drawn, path)
+
+
+# ------------------------------------------------------------------------------------ results.jsonl
 def read_results(paths):
     """The entries with an accuracy of several results.jsonl, or of those in the folders given.
 
@@ -270,7 +352,7 @@ def draw_series(axis, rows, x, systems):
     axis.set_xticks(sorted({r[x] for r in rows}))
 
 
-# -------------------------------------------------------------------------------------- log.jsonl
+# ---------------------------------------------------------------------------------------- log.jsonl
 PANELS = {"loss": "loss", "knn": "k-NN accuracy (%)", "lr": "rate in force",
           "rank": "effective rank of features", "images_per_second": "images per second"}
 
