@@ -290,7 +290,7 @@ def numbered(entries, patterns, *keys):
     found = []
     for e in entries:
         matches = [re.fullmatch(pattern, str(e.get("protocol"))) for pattern in patterns]
-        groups = [int(n) for match in matches if match for n in match.groups(default=0)]
+        groups = [int(n or 0) for match in matches if match for n in match.groups()]
         if groups or all(k in e for k in keys):
             found.append(dict(zip(keys, groups)) | e)
     return found

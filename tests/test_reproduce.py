@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -180,7 +181,8 @@ def test_operations_are_those_that_torch_counts(tmp_path):
     model.freeze(vicreg, depth, patch_embed=True)
     for name, loss in (("MAE", lambda: mae(x[0], 0.75)[0]), ("MoCo v3", lambda: moco(*x)[0]),
                        ("VICReg", lambda: vicreg(*x)[0])):
-        with FlopCounterMode(display=False) as counter:
+        # the fused kernel of a CPU is not counted
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             loss().backward()
         stage, options = reproduce.systems(p)[name]
         ours = 4 * reproduce.flops(p, stage, options | dict(epochs=1))
@@ -191,7 +193,8 @@ def test_operations_are_those_that_torch_counts(tmp_path):
 def test_rows_of_equal_cost_have_the_operations_of_mae_and_grafting(tmp_path, preset):
     p = reproduce.plan(arguments(tmp_path, preset=preset))
     for name in reproduce.EQUAL:
-        assert reproduce.cost(p, name) == pytest.approx(reproduce.cost(p, "Layer grafted"), rel=0.05)
+        whole = reproduce.cost(p, "Layer grafted")
+        assert reproduce.cost(p, name) == pytest.approx(whole, rel=0.05)
     assert reproduce.TOTAL not in [name for table in reproduce.PAPERS
                                    for name in reproduce.rows_of(p, table)]
 
@@ -251,7 +254,7 @@ def test_tuning_and_filled_tables(tmp_path, stubs):
 
 def test_a_long_tail_is_written_and_trained_on(tmp_path, stubs):
     reproduce.main(arguments(tmp_path, "--only", "longtail"))
-    names = open(tmp_path / "longtail" / "list.txt").read().split()
+    names = open(tmp_path / "longtail" / "list.txt").read().splitlines()
     counts = {}
     for name in names:
         counts[name.split("/")[0]] = counts.get(name.split("/")[0], 0) + 1
