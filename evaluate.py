@@ -126,7 +126,7 @@ def load_encoder(path, args, env, img_size=None):
 
 
 def feature(block=None):
-    """function(encoder, images) -> (n, D): the class token after the final norm, of block `block` if given."""
+    """function(encoder, images) -> (n, D): the class token after the final norm; of block `block`."""
     def of_block(encoder, images):
         return encoder.norm(encoder.intermediate(images, [block])[0][:, 0])
 
@@ -134,25 +134,38 @@ def feature(block=None):
 
 
 class Frozen:
-    """A frozen encoder with what reading images for it takes: its own statistics, processes, workers."""
+    """A frozen encoder, and how it gets its images: statistics, range, processes, workers."""
 
-    def __init__(self, encoder, meta, args, env):
-        self.encoder, self.args, self.env = encoder, args, env
-        own = {} if args.stats else meta
+    def __init__(self, path, args, env):
+        self.encoder, source = load_encoder(path, args, env)
+        self.args, self.env, self.path, self.meta = args, env, path, source["meta"]
+        self.digest, self.function = checkpoint.digest(self.encoder), feature(args.block)
+        own = {} if args.stats else self.meta
         self.mean, self.std = own.get("mean"), own.get("std")
-        self.function = feature(args.block)
+        self.unreadable = 0                                 # images met so far
+        if env.rank == 0:
+            print("\n".join(checkpoint.report(source)), flush=True)
+
+    def load(self, source, train=True):
+        """The images of `source` with the channels and the range that the encoder was trained with."""
+        args = self.args
+        dataset = data.load(source, train, self.encoder.config["in_chans"], args.stats or "imagenet",
+                            args.max_bad, args.range or self.meta.get("range"), args.labels_file,
+                            args.val_share)
+        return dataset.hold(self.env.device)
 
     def extract(self, dataset, function=None):
         """(features (N, D), readable (N,)) of every image; rows that cannot be read are zeros."""
-        return run.extract(self.encoder, dataset, self.env, workers=self.args.workers, mean=self.mean,
-                           std=self.std, function=function or self.function,
+        return run.extract(self.encoder, dataset, self.env, workers=self.args.workers,
+                           mean=self.mean, std=self.std, function=function or self.function,
                            max_bad=self.args.max_bad)
 
     def labelled(self, dataset):
-        """(features (n, D), labels (n,), readable (N,) on the CPU): of the n images that can be read."""
+        """(features (n, D), labels (n,), readable (N,)): of the n images that can be read."""
         x, readable = self.extract(dataset)
         if not readable.any():
-            raise RunError(f"{dataset.name}: none of its {len(dataset)} images can be read")
+            raise RunError(f"{dataset.name}: none of {len(dataset)} images can be read")
+        self.unreadable += int((~readable).sum())
         labels = dataset.labels[readable].to(x.device)
         return (x if readable.all() else x[readable.to(x.device)]), labels, readable
 
@@ -171,9 +184,9 @@ def likeliest(scores):
 
 
 class LinearSweep:
-    """One linear classifier per rate, trained together by SGD with momentum 0.9 and no weight decay.
+    """One linear classifier per rate, trained together by SGD, momentum 0.9, no weight decay.
 
-    The R classifiers are one matrix (D, R C): a step costs two products, about what one classifier costs.
+    The R classifiers are one matrix (D, R C): a step costs two products, about what one would cost.
     """
 
     def __init__(self, rates, dim, classes, device, batchnorm, seed):
@@ -204,7 +217,7 @@ class LinearSweep:
         return torch.addmm(self.bias, x, self.weight).unflatten(1, (-1, self.classes))
 
     def step(self, x, labels, factor):
-        """One step on features x (n, D); every rate times factor. The gradient of cross-entropy, written out."""
+        """One step on features x (n, D), every rate times factor: cross-entropy's gradient, written out."""
         if len(x) <= isinstance(self.norm, BatchNorm1d):        # no statistics of a single image
             return
         x = self.norm.train()(x)
@@ -249,7 +262,7 @@ def folds_of(labels, order):
 
 
 def step_all(sweeps, x, labels, folds, factor):
-    """A step of the first sweep on all images x (n, D), and of the k-th after it on those outside fold k."""
+    """A step of the first sweep on all of x (n, D), of the k-th after it on what is not in fold k."""
     sweeps[0].step(x, labels, factor)
     for k, sweep in enumerate(sweeps[1:]):
         sweep.step(x[folds != k], labels[folds != k], factor)
@@ -261,54 +274,51 @@ def linear(frozen, train, test, args, seed):
     env, classes = frozen.env, len(train.classes)
     order = augment.shuffled(len(train), augment.SUBSET, 4, seed)
     held = min(len(train) // 10, 10000)
-    folds, fit = None, train
+    fit, chooser, folds = train.select(order[held:]), train.select(order[:held]), None
     if held < FEWEST:
-        folds = folds_of(train.labels, order)
-    else:
-        fit, chooser = train.select(order[held:]), train.select(order[:held])
+        fit, chooser, folds = train, train, folds_of(train.labels, order)
     batch_size = min(args.batch_size, len(fit))
     batch_size -= 0 if args.cache_features else batch_size % env.processes
     if batch_size == 0:
-        raise UsageError(f"--batch-size {args.batch_size} and {len(fit)} labelled images for "
-                         f"{env.processes} processes: each needs one image or more at a time")
-    test_x, test_labels, tested = frozen.labelled(test)
-    sweeps = [LinearSweep([lr * batch_size / 256 for lr in args.lr], test_x.shape[1], classes,
-                          test_x.device, args.batchnorm, seed)
+        raise UsageError(f"--batch-size {args.batch_size} and {len(fit)} labelled images are too few "
+                         f"for {env.processes} processes: each needs an image at a time")
+    test_x, test_labels, _ = frozen.labelled(test)
+    x, labels, readable = frozen.labelled(chooser)
+    rates = [lr * batch_size / 256 for lr in args.lr]
+    sweeps = [LinearSweep(rates, x.shape[1], classes, x.device, args.batchnorm, seed)
               for _ in range(1 if folds is None else 2 + int(folds.max()))]
-    if args.cache_features:
-        fit_on_features(sweeps, frozen, fit, folds, batch_size, args, seed)
-    else:
-        fit_on_crops(sweeps, frozen, fit, folds, batch_size, args, seed)
-    x, labels, readable = frozen.labelled(train if held < FEWEST else chooser)
+    fit_on = fit_on_features if args.cache_features else fit_on_crops
+    fit_on(sweeps, frozen, fit, folds, batch_size, seed)
     if folds is None:
-        on_held_out = sweeps[0].accuracies(x, labels)
-        chosen_on = f"{held} held-out training images"
+        on_held_out, chosen_on = sweeps[0].accuracies(x, labels), f"{held} held-out training images"
     else:
-        mine = folds[readable].to(x.device)
-        on_held_out = sum(sweep.accuracies(x[mine == k], labels[mine == k]) * (mine == k).sum() / len(x)
-                          for k, sweep in enumerate(sweeps[1:]) if (mine == k).any())
-        chosen_on = f"{len(sweeps) - 1}-fold cross-validation of the {len(x)} training images"
+        fold = folds[readable].to(x.device)
+        on_held_out = sum(sweep.accuracies(x[fold == k], labels[fold == k]) * (fold == k).sum()
+                          for k, sweep in enumerate(sweeps[1:]) if (fold == k).any()) / len(x)
+        chosen_on = f"{len(sweeps) - 1}-fold cross-validation of {len(x)} training images"
     chosen = int(on_held_out.argmax())
-    best = sweeps[0].accuracies(test_x, test_labels).max().item()
     protocol = "linear" + (f", block {args.block}" if args.block else "")
     protocol += " (cached features)" if args.cache_features else ""
     protocol += ", BatchNorm" if args.batchnorm else ""
     fields = dict(protocol=protocol, lr=args.lr[chosen],
                   **scored(likeliest(sweeps[0].scores(test_x, chosen)), test_labels, classes),
                   chosen_on=chosen_on, held_out_top1=on_held_out[chosen].item(), epochs=args.epochs,
-                  batch_size=batch_size, best_on_test=best,
+                  batch_size=batch_size,
+                  best_on_test=sweeps[0].accuracies(test_x, test_labels).max().item(),
                   best_on_test_note="chosen on the test images, as released code does")
     weight, bias = sweeps[0].classifier(chosen)
     return fields, dict(weight=weight, bias=bias, normalise=False)
 
 
-def fit_on_features(sweeps, frozen, fit, folds, batch_size, args, seed):
+def fit_on_features(sweeps, frozen, fit, folds, batch_size, seed):
     """Train on features of the centre crops, computed once: the same work in every process."""
+    seen = frozen.unreadable
     x, labels, readable = frozen.labelled(fit)
-    folds = None if folds is None else folds[readable].to(x.device)
+    if folds is not None:                                   # the images that choose: counted already
+        folds, frozen.unreadable = folds[readable].to(x.device), seen
     batch_size = min(batch_size, len(x))
     epoch_steps = len(x) // batch_size
-    steps = args.epochs * epoch_steps
+    steps = frozen.args.epochs * epoch_steps
     progress = run.Progress("linear", steps, "steps", quiet=frozen.env.rank > 0)
     for step in range(steps):
         epoch, place = divmod(step, epoch_steps)
@@ -320,40 +330,46 @@ def fit_on_features(sweeps, frozen, fit, folds, batch_size, args, seed):
         progress.step()
 
 
-def fit_on_crops(sweeps, frozen, fit, folds, batch_size, args, seed):
-    """Train on a new random crop of each image in each epoch. What is done is kept in --out after each
-    epoch, and the same evaluation goes on from it."""
-    env, encoder = frozen.env, frozen.encoder
+def fit_on_crops(sweeps, frozen, fit, folds, batch_size, seed):
+    """Train on a new random crop of each image in each epoch. What is done is kept in --out after
+    each epoch, and the same evaluation goes on from it."""
+    env, encoder, args = frozen.env, frozen.encoder, frozen.args
     loader = data.Loader(fit, [augment.TRAIN_VIEW], encoder.config["img_size"], env.share(batch_size),
-                         seed, args.workers, env.device, env.rank, env.processes, max_bad=args.max_bad,
-                         mean=frozen.mean, std=frozen.std)
-    features = env.autocast(frozen.function)
-    path = os.path.join(args.out, f"linear-{checkpoint.digest(encoder)}-seed{seed}.part.pt")
+                         seed, args.workers, env.device, env.rank, env.processes,
+                         max_bad=args.max_bad, mean=frozen.mean, std=frozen.std)
+    features, labels = env.autocast(frozen.function), fit.labels.to(env.device)
+    folds, bad = None if folds is None else folds.to(env.device), torch.zeros_like(labels)
+    path = os.path.join(args.out, f"linear-{frozen.digest}-seed{seed}.part.pt")
     asked = dict(lr=args.lr, epochs=args.epochs, batch_size=batch_size, batchnorm=args.batchnorm,
-                 labels=args.labels, draw=args.draw, data=args.data, images=len(fit), block=args.block)
+                 labels=args.labels, draw=args.draw, data=args.data, images=len(fit),
+                 block=args.block, sweeps=len(sweeps))
     first = resume_linear(sweeps, path, asked)
     steps, step = args.epochs * len(loader), first * len(loader)
     progress = run.Progress("linear", steps, "steps", quiet=env.rank > 0)
+    progress.done = step
     for epoch in range(first, args.epochs):
         for batch in loader.epoch(epoch):
             with torch.no_grad():
                 x = gather(features(encoder, batch.view(0)).float())
-            labels = gather(augment.upload(fit.labels[batch.ids], env.device))
-            fold = None if folds is None else gather(augment.upload(folds[batch.ids], env.device))
+            ids = gather(augment.upload(batch.ids, env.device))
             if env.processes > 1 or not batch.readable.all():
                 good = gather(augment.upload(batch.readable, env.device))
-                x, labels, fold = x[good], labels[good], None if fold is None else fold[good]
-            step_all(sweeps, x, labels, fold, 0.5 * (1 + math.cos(math.pi * step / steps)))
+                bad[ids[~good]] = 1
+                x, ids = x[good], ids[good]
+            factor = 0.5 * (1 + math.cos(math.pi * step / steps))
+            step_all(sweeps, x, labels[ids], None if folds is None else folds[ids], factor)
             step += 1
             progress.step()
         if env.rank == 0:
-            checkpoint.save(dict(asked=asked, epoch=epoch + 1, sweeps=[s.state() for s in sweeps]), path)
+            state = [sweep.state() for sweep in sweeps]
+            checkpoint.save(dict(asked=asked, epoch=epoch + 1, sweeps=state), path)
+    frozen.unreadable += int(bad.sum()) if folds is None else 0
     if env.rank == 0:
         os.remove(path)
 
 
 def resume_linear(sweeps, path, asked):
-    """Put back what an earlier, stopped evaluation of the same kind had reached; returns the epochs done."""
+    """Put back what an earlier, stopped evaluation of the same kind had reached: the epochs done."""
     epoch = 0
     if os.path.exists(path):
         try:
@@ -389,7 +405,7 @@ def knn(frozen, train, test, args, seed):
 
 
 def centre_and_normalise(x):
-    """Each feature vector (row) minus its own mean, then to unit length: no statistics over the data set."""
+    """Each feature vector (row) minus its own mean, then to unit length: no statistics over the set."""
     return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
 
@@ -440,7 +456,8 @@ def logistic_regression(x, labels, classes, penalty, tolerance=1e-6, max_iterati
 
 
 def fewshot(frozen, train, test, args, seed):
-    """The 1 % protocol: multinomial logistic regression on frozen features, lambda = 2.5e-4 / n, no intercept."""
+    """The 1 % protocol: multinomial logistic regression on frozen features, lambda = 2.5e-4 / n, no
+    intercept."""
     (x, labels, _), (test_x, test_labels, _) = frozen.labelled(train), frozen.labelled(test)
     x, test_x = centre_and_normalise(x), centre_and_normalise(test_x)
     weight = logistic_regression(x, labels, len(train.classes), 2.5e-4 / len(x)).float()
@@ -450,82 +467,74 @@ def fewshot(frozen, train, test, args, seed):
 
 
 # --------------------------------------------------------------------- features, predictions, tables
-def load(args, source, in_chans, meta, train=True):
-    """The images of `source` as the encoder takes them: its channels and range, unless options say otherwise."""
-    return data.load(source, train, in_chans, args.stats or "imagenet", args.max_bad,
-                     args.range or meta.get("range"), args.labels_file, args.val_share)
-
-
-def write_features(frozen, meta, args, path):
-    """One .npz: class token and mean of the patch tokens (N, D), file names, which could be read, labels."""
-    encoder = frozen.encoder
-    dataset = load(args, args.input or args.data, encoder.config["in_chans"], meta)
+def write_features(frozen, args):
+    """One .npz: class token and mean of the patch tokens (N, D), file names, which could be read."""
+    dataset, dim = frozen.load(args.input or args.data), frozen.encoder.dim
 
     def both(net, images):
         tokens = net.intermediate(images, [args.block])[0] if args.block else net.tokens(images)
         return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
 
-    x, readable = frozen.extract(dataset.hold(frozen.env.device), both)
-    x = x.cpu().numpy()
-    fields = dict(class_token=x[:, :encoder.dim], patch_mean=x[:, encoder.dim:],
-                  readable=readable.numpy(), files=np.array([dataset.file(i) for i in range(len(x))]))
+    x, readable = frozen.extract(dataset, both)
+    x, path = x.cpu().numpy(), os.path.join(args.out, f"features-{frozen.digest}.npz")
+    fields = dict(class_token=x[:, :dim], patch_mean=x[:, dim:], readable=readable.numpy(),
+                  files=np.array([dataset.file(i) for i in range(len(x))]))
     if dataset.labels is not None:
         fields |= dict(labels=dataset.labels.numpy(), classes=np.array(dataset.classes))
     if frozen.env.rank == 0:
         with run.atomic(path) as temporary, open(temporary, "wb") as f:
             np.savez(f, **fields)
-        print(f"wrote {path}: class_token and patch_mean of {int(readable.sum())} images, "
-              f"{int((~readable).sum())} unreadable", flush=True)
+        print(f"wrote {path}: class_token and patch_mean of {len(x)} images, "
+              f"{int((~readable).sum())} of them unreadable", flush=True)
+
+
+def saved_classifier(args, env):
+    """(network, function(network, images) -> logits, what is saved with it) of --classifier."""
+    path = checkpoint.in_folder(args.classifier, "classifier.pt")
+    content = checkpoint.read(path)
+    if not isinstance(content, dict) or "classifier" not in content:
+        net, content = checkpoint.load_classifier(path)
+        return net.to(env.device), lambda net, images: net(images), content
+    checkpoint.check_linear(content, path)
+    head = {k: v.to(env.device) if torch.is_tensor(v) else v for k, v in content["classifier"].items()}
+    args.block, args.weights = content.get("block"), content.get("weights", args.weights)
+    args.heads, args.img_size = args.heads or content.get("heads"), content.get("img_size")
+    given = args.checkpoint != ["out/graft"]
+    encoder, source = load_encoder(args.checkpoint[0] if given else content["checkpoint"], args, env)
+    if checkpoint.digest(encoder) != content["encoder_digest"]:
+        raise UsageError(f"{path} was trained on the features of another encoder ({content['checkpoint']}, "
+                         f"{content['encoder_digest']}) than {source['path']}")
+    function = feature(args.block)
+
+    def logits(net, images):
+        x = function(net, images).float()
+        x = centre_and_normalise(x) if head["normalise"] else x
+        return x @ head["weight"].T + head["bias"]
+
+    return encoder, logits, content
 
 
 def predict(args, env):
-    """A CSV with file, class and probability for every image of --input, by a classifier that was saved."""
-    path = checkpoint.in_folder(args.classifier, "classifier.pt")
-    content = checkpoint.read(path)
-    if isinstance(content, dict) and "classifier" in content:
-        checkpoint.check_linear(content, path)
-        head = {k: v.to(env.device) if torch.is_tensor(v) else v for k, v in content["classifier"].items()}
-        given = args.checkpoint != ["out/graft"]
-        args.block, args.heads = content.get("block"), args.heads or content.get("heads")
-        args.weights = content.get("weights", args.weights)
-        encoder, source = load_encoder(args.checkpoint[0] if given else content["checkpoint"], args, env,
-                                       content.get("img_size"))
-        if checkpoint.digest(encoder) != content["encoder_digest"]:
-            raise UsageError(f"{path} was trained on the features of another encoder "
-                             f"({content['checkpoint']}, {content['encoder_digest']}) than "
-                             f"{source['path']}")
-        function = feature(args.block)
-
-        def logits(net, images):
-            x = function(net, images).float()
-            x = centre_and_normalise(x) if head["normalise"] else x
-            return x @ head["weight"].T + head["bias"]
-    else:
-        encoder, content = checkpoint.load_classifier(path)
-        encoder = encoder.to(env.device)
-
-        def logits(net, images):
-            return net(images)
-
-    dataset = data.every_image(args.input, encoder.config["in_chans"], args.range or content.get("range"))
+    """A CSV with file, class and probability for every image of --input, by a saved classifier."""
+    net, logits, content = saved_classifier(args, env)
+    value_range = args.range or content.get("range")
+    dataset = data.every_image(args.input, net.config["in_chans"], value_range)
     if not len(dataset):
         raise UsageError(f"--input {args.input}: no images found there")
-    scores, readable = run.extract(encoder, dataset, env, workers=args.workers, mean=content["mean"],
+    scores, readable = run.extract(net, dataset, env, workers=args.workers, mean=content["mean"],
                                    std=content["std"], function=logits, max_bad=1.0)
-    probability = scores.softmax(1).cpu()
-    classes = content["classes"]
+    classes, path = content["classes"], os.path.join(args.out, "predictions.csv")
     every = classes if args.all_probabilities else []
     rows = [["file", "class", "probability", *every]]
-    for i, row in enumerate(probability):
-        values = [f"{p:.4f}" for p in row.tolist()] if every else []
-        p, best = row.max(0)
-        rows.append([dataset.file(i), classes[best], f"{p:.4f}", *values] if readable[i] else
-                    [dataset.file(i), "", "unreadable", *[""] * len(every)])
-    out = os.path.join(args.out, "predictions.csv")
+    for i, row in enumerate(scores.softmax(1).cpu()):
+        best = int(row.argmax())
+        found = [classes[best], f"{row[best]:.4f}", *(f"{p:.4f}" for p in row[:len(every)])]
+        rows.append([dataset.file(i), *(found if readable[i] else ["", "unreadable"])])
     if env.rank == 0:
-        run.write_csv(out, rows)
-        print(f"wrote {out}: {len(dataset)} images, {int((~readable).sum())} unreadable", flush=True)
-    return out
+        run.write_csv(path, rows)
+        print(f"wrote {path}: {len(dataset)} images, {int((~readable).sum())} of them unreadable",
+              flush=True)
+    return path
 
 
 def table(entries):
@@ -535,7 +544,8 @@ def table(entries):
     for system in dict.fromkeys(e["system"] for e in entries):
         cells = []
         for protocol in columns:
-            found = [e["top1"] for e in entries if (e["system"], e["protocol"]) == (system, protocol)]
+            key = (system, protocol)
+            found = [e["top1"] for e in entries if (e["system"], e["protocol"]) == key]
             spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.1f}{spread}" if found else "")
         lines.append(f"| {system} | " + " | ".join(cells) + " |")
@@ -547,40 +557,42 @@ def print_table(args):
     path = os.path.join(args.out, "results.jsonl")
     entries = run.read_results(path)
     for entry in entries:
-        whole = all(isinstance(entry.get(k), str) for k in ("system", "protocol"))
-        if not whole or type(entry.get("top1")) not in (int, float):
-            raise UsageError(f"{path}: an entry has no system, protocol and top1: {str(entry)[:80]}")
+        named = all(isinstance(entry.get(k), str) for k in ("system", "protocol"))
+        if not named or type(entry.get("top1")) not in (int, float):
+            raise UsageError(f"{path}: an entry without system, protocol or top1: {str(entry)[:80]}")
     print(table(entries))
     return entries
 
 
-def evaluate(frozen, path, source, train, test, how, args, seed):
-    """One result: printed, filed and returned, with the classifier in --out."""
-    started, encoder, meta = time.perf_counter(), frozen.encoder, source["meta"]
-    before = checkpoint.digest(encoder)
+def evaluate(frozen, train, test, how, args, seed):
+    """One result: printed, filed and returned; its classifier and figures by class in --out."""
+    started, meta, frozen.unreadable = time.perf_counter(), frozen.meta, 0
     protocol = {"linear": linear, "knn": knn, "fewshot": fewshot}[args.mode]
     fields, classifier = protocol(frozen, train, test, args, seed)
     confusion, rounded = fields.pop("confusion"), ("top1", "top5", "balanced", "best_on_test")
     fields = {k: round(v, 2) if k in rounded else v for k, v in fields.items()}
-    unreadable = len(test) - fields["tested"] + len(train.bad) + len(test.bad)
+    system = meta.get("system", os.path.basename(os.path.normpath(frozen.path)))
     pretraining = {k: meta.get(k) for k in ("epochs", "step", "seed", "data", "commit")}
-    entry = dict(system=meta.get("system", os.path.basename(os.path.normpath(path))), **fields,
-                 unreadable=unreadable, checkpoint=path, digest=before, weights=args.weights,
-                 data=train.name, labels=how, labelled=len(train), seed=seed, pretraining=pretraining,
+    entry = dict(system=system, **fields, unreadable=frozen.unreadable, checkpoint=frozen.path,
+                 digest=frozen.digest, weights=args.weights, data=train.name, labels=how,
+                 labelled=len(train), seed=seed, pretraining=pretraining,
                  seconds=round(time.perf_counter() - started, 1), commit=run.commit())
-    assert checkpoint.digest(encoder) == before, "the evaluation changed the encoder"
-    if frozen.env.rank == 0:
-        run.write_result(args.out, entry)
-        if args.per_class:
-            run.write_per_class(args.out, f"{args.mode}-{before}-seed{seed}", confusion, train.classes)
-        if classifier is not None:
-            classifier = {k: v.cpu() if torch.is_tensor(v) else v for k, v in classifier.items()}
-            checkpoint.save(dict(
-                classifier=classifier, classes=train.classes, checkpoint=path, encoder_digest=before,
-                mean=list(frozen.mean or train.mean), std=list(frozen.std or train.std),
-                range=train.range, img_size=list(encoder.config["img_size"]), block=args.block,
-                heads=args.heads, weights=args.weights, protocol=fields["protocol"],
-            ), os.path.join(args.out, f"classifier-{args.mode}.pt"))
+    assert checkpoint.digest(frozen.encoder) == frozen.digest, "the evaluation changed the encoder"
+    if frozen.env.rank > 0:
+        return entry
+    run.write_result(args.out, entry)
+    if args.per_class:
+        name = f"{args.mode}-{frozen.digest}-seed{seed}"
+        run.write_per_class(args.out, name, confusion, train.classes)
+    if classifier is not None:
+        classifier = {k: v.cpu() if torch.is_tensor(v) else v for k, v in classifier.items()}
+        checkpoint.save(dict(
+            classifier=classifier, classes=train.classes, checkpoint=frozen.path,
+            encoder_digest=frozen.digest, mean=list(frozen.mean or train.mean),
+            std=list(frozen.std or train.std), range=train.range, block=args.block,
+            img_size=list(frozen.encoder.config["img_size"]), heads=args.heads,
+            weights=args.weights, protocol=fields["protocol"],
+        ), os.path.join(args.out, f"classifier-{args.mode}.pt"))
     return entry
 
 
@@ -600,35 +612,29 @@ def main(args):
         return predict(args, env)
     results, loaded = [], {}
     for path in args.checkpoint:
-        encoder, source = load_encoder(path, args, env)
-        frozen, meta = Frozen(encoder, source["meta"], args, env), source["meta"]
-        if env.rank == 0:
-            for line in checkpoint.report(source):
-                print(line, flush=True)
+        frozen = Frozen(path, args, env)
         if args.mode == "features":
-            name = f"features-{checkpoint.digest(encoder)}.npz"
-            write_features(frozen, meta, args, os.path.join(args.out, name))
+            write_features(frozen, args)
             continue
-        key = (encoder.config["in_chans"], str(meta.get("range")))
+        key = (frozen.encoder.config["in_chans"], str(frozen.meta.get("range")))
         if key not in loaded:
-            train, test = (load(args, args.data, key[0], meta, part) for part in (True, False))
+            train, test = frozen.load(args.data), frozen.load(args.data, train=False)
             test = data.same_classes(train, test)
             test.mean, test.std = train.mean, train.std
             run.same("numbers of images", len(train))
             run.same("numbers of test images", len(test))
-            loaded[key] = train.hold(env.device), test.hold(env.device)
+            loaded[key] = train, test
         train, test = loaded[key]
         for seed in args.seeds:
-            ids, how = data.labelled(train, args.labels, seed, args.draw)
-            entry = evaluate(frozen, path, source, train.select(ids), test, how, args, seed)
-            results.append(entry)
+            ids, how = data.labelled(train, args.labels, seed)
+            results.append(evaluate(frozen, train.select(ids), test, how, args, seed))
     if env.rank == 0 and len(results) > 1:
         print(table(results), flush=True)
     return results
 
 
 def handed_on(argv):
-    """finetune.py's arguments where --mode is finetune or probe (whose --block is --probe-block), else None."""
+    """finetune.py's arguments where --mode is finetune or probe, whose --block is --probe-block."""
     parser = run.Parser(__doc__, add_help=False)
     parser.add_argument("--mode")
     known, rest = parser.parse_known_args(argv)
