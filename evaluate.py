@@ -32,43 +32,47 @@ from run import RunError, UsageError, number, numbers
 # {1, 3, 5, 7, 9} x 10^{-5..1}, times batch / 256: the released sweep
 SWEEP = [m * 10.0 ** e for e in range(-5, 2) for m in (1, 3, 5, 7, 9)]
 MODES = ("linear", "knn", "fewshot", "features", "predict", "finetune", "probe")
-FEWEST = 50         # held-out images that may choose a rate; where there are fewer, cross-validation does
+FEWEST = 50             # held-out images that may choose a rate; fewer: cross-validation
 FOLDS = 5
+# where no option is given: without --data, and with it
+SMALL = dict(batch_size=256, cache_features=True)
+PAPER = dict(batch_size=1024, cache_features=False)
 
 
 def get_args(argv=None):
-    parser = run.Parser(__doc__)
+    parser = run.Parser(__doc__, SMALL, PAPER)
     add = parser.group("what to do")
-    add("--mode", choices=MODES, default="linear", help="finetune and probe take finetune.py's options")
+    add("--mode", choices=MODES, default="linear", help="finetune, probe: see finetune.py")
     add("--export", nargs=2, metavar=("timm|hf|onnx", "FILE"), help="write the encoder, and stop")
     add("--table", action="store_true", help="print results.jsonl as a Markdown table, and stop")
     add = parser.group("encoder")
     add("--checkpoint", nargs="+", default=["out/graft"], help="runs' folders or files: ours, MAE, "
         "MoCo v3, DINO, timm, transformers")
     run.add_options(add, "weights heads img-size")
-    add("--block", type=number(int, 1), help="features of this block, not the last; the final norm "
-        "follows, but not in --mode features")
+    add("--block", type=number(int, 1), help="features of this block, not the last; through the "
+        "final norm, but in --mode features")
     add = parser.group("data")
     run.add_options(add, "data labels-file val-share stats range workers max-bad")
-    add("--labels", help="labels used: 1%%, 10%%, '5 per class', a list file (default: all; fewshot 1%%)")
-    add("--draw", choices=("balanced", "natural"), default="balanced", help="of --labels: the same "
-        "share of each class, or of all images whatever their class")
-    add("--seeds", type=numbers(kind=int, high=2 ** 31), default=[0], help="comma list; the table has "
-        "mean and deviation (default: 0)")
+    add("--labels", help="labels used: 1%%, 10%%, '5 per class', a list file (default: all; of "
+        "fewshot 1%%)")
+    add("--draw", choices=("balanced", "natural"), default="balanced",
+        help="of --labels: the share of each class, or of all images whatever their class")
+    add("--seeds", type=numbers(kind=int, high=2 ** 31), default=[0], help="comma list; the table "
+        "has mean and deviation (default: 0)")
     add = parser.group("linear")
     add("--lr", type=numbers(above=True), default=SWEEP, help="base rates for batch 256, trained "
         "together (default: 35 rates)")
     add("--epochs", type=number(int, 1), default=90, help="of the linear classifier")
-    add("--batch-size", type=number(int, 1), help="global (default 1024; embedded 256)")
-    add("--cache-features", action=argparse.BooleanOptionalAction, help="features of the centre crops, "
-        "computed once: minutes in place of hours, no augmentation (default: only for the embedded set)")
-    add("--batchnorm", action="store_true", help="parameter-free BatchNorm before the classifier, as "
-        "in MAE's protocol")
+    add("--batch-size", type=number(int, 1), help="global, of all devices")
+    add("--cache-features", action=argparse.BooleanOptionalAction, help="on features of the centre "
+        "crops, computed once: minutes in place of hours, no augmentation")
+    add("--batchnorm", action="store_true", help="parameter-free BatchNorm before the classifier, "
+        "as in MAE's protocol")
     add = parser.group("k-NN, features, predict")
-    add("--k", type=numbers(kind=int, low=1), default=[20], help="neighbours, a comma list; the first "
-        "is reported as top-1 (default: 20)")
-    add("--per-class", action="store_true", help="also write precision, recall and F1 of each class "
-        "and the confusion matrix")
+    add("--k", type=numbers(kind=int, low=1), default=[20], help="neighbours, a comma list; the "
+        "first is reported as top-1 (default: 20)")
+    add("--per-class", action="store_true", help="also write precision, recall and F1 of each "
+        "class and the confusion matrix")
     add("--classifier", help="predict: what linear, fewshot or finetune.py wrote")
     add("--input", help="features, predict: a folder of images, with or without classes")
     add("--all-probabilities", action="store_true", help="predict: a column for each class")
@@ -76,7 +80,7 @@ def get_args(argv=None):
     run.add_options(add, "out device amp compile timeout-minutes", out="out")
     args = parser.parse_args(argv)
     args.data = args.data or os.environ.get("DATA")
-    run.fill(args, dict(batch_size=1024 if args.data else 256, cache_features=not args.data))
+    run.fill(args, PAPER if args.data else SMALL)
     args.seeds = [int(seed) for seed in args.seeds]
     if args.mode == "fewshot":
         run.fill(args, dict(labels="1%"))
@@ -98,21 +102,19 @@ def get_args(argv=None):
             ("--input", args.input, ("features", "predict"))):
         if value and args.mode not in modes:
             parser.error(f"{option} goes with --mode {' or '.join(modes)}")
-    if not (args.table or args.mode == "predict"):
-        for path in args.checkpoint:
-            hub_name = path.count("/") == 1 and not path.startswith(("out/", ".", "/"))
-            if not os.path.exists(path) and not hub_name:
-                parser.error(f"no checkpoint {path}: run `python mae_pretrain.py` and "
-                             "`python graft_train.py` first, or give --checkpoint FILE")
+    for path in [] if args.table or args.mode == "predict" else args.checkpoint:
+        if not checkpoint.there(path):
+            parser.error(f"no checkpoint {path}: run `python mae_pretrain.py` and "
+                         "`python graft_train.py` first, or give --checkpoint FILE")
     run.check(parser, args)
     return args
 
 
-# ------------------------------------------------------------------------------------------- encoders
-def load_encoder(path, args, env, img_size=None):
+# ----------------------------------------------------------------------------------------- encoders
+def load_encoder(path, args, env):
     """The frozen encoder of a checkpoint on the device, and what its file said of itself."""
     source = checkpoint.read_encoder(path, args.weights, args.heads)
-    state, config = checkpoint.fit(source, img_size or args.img_size)
+    state, config = checkpoint.fit(source, args.img_size)
     try:
         encoder = VisionTransformer(**config)
     except ValueError as error:
@@ -126,7 +128,7 @@ def load_encoder(path, args, env, img_size=None):
 
 
 def feature(block=None):
-    """function(encoder, images) -> (n, D): the class token after the final norm; of block `block`."""
+    """function(encoder, images) -> (n, D): the class token (of a block) after the final norm."""
     def of_block(encoder, images):
         return encoder.norm(encoder.intermediate(images, [block])[0][:, 0])
 
@@ -147,11 +149,10 @@ class Frozen:
             print("\n".join(checkpoint.report(source)), flush=True)
 
     def load(self, source, train=True):
-        """The images of `source` with the channels and the range that the encoder was trained with."""
-        args = self.args
-        dataset = data.load(source, train, self.encoder.config["in_chans"], args.stats or "imagenet",
-                            args.max_bad, args.range or self.meta.get("range"), args.labels_file,
-                            args.val_share)
+        """The images of `source` with the channels and the range that the encoder has seen."""
+        args, in_chans = self.args, self.encoder.config["in_chans"]
+        dataset = data.load(source, train, in_chans, args.stats or "imagenet", args.max_bad,
+                            args.range or self.meta.get("range"), args.labels_file, args.val_share)
         return dataset.hold(self.env.device)
 
     def extract(self, dataset, function=None):
@@ -170,7 +171,7 @@ class Frozen:
         return (x if readable.all() else x[readable.to(x.device)]), labels, readable
 
 
-# ------------------------------------------------------------------------------------------ protocols
+# ---------------------------------------------------------------------------------------- protocols
 def scored(ranked, labels, classes):
     """Figures of a test: ranked (n, 5), the likeliest classes first, and the true labels (n,)."""
     confusion = confusion_matrix(ranked[:, 0], labels, classes).cpu()
@@ -217,7 +218,7 @@ class LinearSweep:
         return torch.addmm(self.bias, x, self.weight).unflatten(1, (-1, self.classes))
 
     def step(self, x, labels, factor):
-        """One step on features x (n, D), every rate times factor: cross-entropy's gradient, written out."""
+        """One step on features x (n, D), every rate times factor: the gradient is written out."""
         if len(x) <= isinstance(self.norm, BatchNorm1d):        # no statistics of a single image
             return
         x = self.norm.train()(x)
@@ -262,15 +263,15 @@ def folds_of(labels, order):
 
 
 def step_all(sweeps, x, labels, folds, factor):
-    """A step of the first sweep on all of x (n, D), of the k-th after it on what is not in fold k."""
+    """A step of the first sweep on all of x (n, D), of the k-th after it on all but fold k."""
     sweeps[0].step(x, labels, factor)
     for k, sweep in enumerate(sweeps[1:]):
         sweep.step(x[folds != k], labels[folds != k], factor)
 
 
 def linear(frozen, train, test, args, seed):
-    """The linear protocol: (fields of the result, classifier). The rate is chosen on held-out training
-    images, or by cross-validation where a tenth of them are fewer than FEWEST."""
+    """The linear protocol: (fields of the result, classifier). The rate is chosen on held-out
+    training images, or by cross-validation where a tenth of them are fewer than FEWEST."""
     env, classes = frozen.env, len(train.classes)
     order = augment.shuffled(len(train), augment.SUBSET, 4, seed)
     held = min(len(train) // 10, 10000)
@@ -280,8 +281,8 @@ def linear(frozen, train, test, args, seed):
     batch_size = min(args.batch_size, len(fit))
     batch_size -= 0 if args.cache_features else batch_size % env.processes
     if batch_size == 0:
-        raise UsageError(f"--batch-size {args.batch_size} and {len(fit)} labelled images are too few "
-                         f"for {env.processes} processes: each needs an image at a time")
+        raise UsageError(f"--batch-size {args.batch_size} and {len(fit)} labelled images are too "
+                         f"few for {env.processes} processes: each needs an image at a time")
     test_x, test_labels, _ = frozen.labelled(test)
     x, labels, readable = frozen.labelled(chooser)
     rates = [lr * batch_size / 256 for lr in args.lr]
@@ -314,7 +315,7 @@ def fit_on_features(sweeps, frozen, fit, folds, batch_size, seed):
     """Train on features of the centre crops, computed once: the same work in every process."""
     seen = frozen.unreadable
     x, labels, readable = frozen.labelled(fit)
-    if folds is not None:                                   # the images that choose: counted already
+    if folds is not None:                               # the images that choose: counted already
         folds, frozen.unreadable = folds[readable].to(x.device), seen
     batch_size = min(batch_size, len(x))
     epoch_steps = len(x) // batch_size
@@ -334,9 +335,10 @@ def fit_on_crops(sweeps, frozen, fit, folds, batch_size, seed):
     """Train on a new random crop of each image in each epoch. What is done is kept in --out after
     each epoch, and the same evaluation goes on from it."""
     env, encoder, args = frozen.env, frozen.encoder, frozen.args
-    loader = data.Loader(fit, [augment.TRAIN_VIEW], encoder.config["img_size"], env.share(batch_size),
-                         seed, args.workers, env.device, env.rank, env.processes,
-                         max_bad=args.max_bad, mean=frozen.mean, std=frozen.std)
+    size, local = encoder.config["img_size"], env.share(batch_size)
+    loader = data.Loader(fit, [augment.TRAIN_VIEW], size, local, seed, args.workers, env.device,
+                         env.rank, env.processes, max_bad=args.max_bad, mean=frozen.mean,
+                         std=frozen.std)
     features, labels = env.autocast(frozen.function), fit.labels.to(env.device)
     folds, bad = None if folds is None else folds.to(env.device), torch.zeros_like(labels)
     path = os.path.join(args.out, f"linear-{frozen.digest}-seed{seed}.part.pt")
@@ -369,7 +371,7 @@ def fit_on_crops(sweeps, frozen, fit, folds, batch_size, seed):
 
 
 def resume_linear(sweeps, path, asked):
-    """Put back what an earlier, stopped evaluation of the same kind had reached: the epochs done."""
+    """Put back what an earlier, stopped evaluation of this kind had reached: the epochs done."""
     epoch = 0
     if os.path.exists(path):
         try:
@@ -405,22 +407,22 @@ def knn(frozen, train, test, args, seed):
 
 
 def centre_and_normalise(x):
-    """Each feature vector (row) minus its own mean, then to unit length: no statistics over the set."""
+    """Each feature vector (row) minus its own mean, then to unit length: no set statistics."""
     return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
 
 def logistic_regression(x, labels, classes, penalty, tolerance=1e-6, max_iterations=5000):
     """Weights (C, D) that minimise mean cross-entropy + penalty / 2 |W|^2, no intercept; x (n, D).
 
-    L-BFGS until no entry of the gradient exceeds `tolerance`, in coordinates in which the Hessian at
-    W = 0 is about the identity (the minimiser does not depend on coordinates, the number of iterations
-    does): in float32, then to the end in float64.
+    L-BFGS until no entry of the gradient exceeds `tolerance`, in coordinates in which the Hessian
+    at W = 0 is about the identity (the minimiser does not depend on coordinates, the number of
+    iterations does): in float32, then to the end in float64.
     """
     n, dim = x.shape
     x = x.double()
     identity = torch.eye(dim, dtype=x.dtype, device=x.device)
     root = torch.linalg.cholesky(x.T @ x / (n * classes) + penalty * identity)
-    to_w = torch.linalg.inv(root).T                         # W^T = to_w @ v, so dL/dW^T = root @ dL/dv
+    to_w = torch.linalg.inv(root).T                     # W^T = to_w @ v, so dL/dW^T = root @ dL/dv
 
     def descend(v, dtype):
         """L-BFGS from v in this precision, to the tolerance or until float32 gains no more."""
@@ -466,9 +468,9 @@ def fewshot(frozen, train, test, args, seed):
     return fields, dict(weight=weight, bias=torch.zeros(len(weight)), normalise=True)
 
 
-# --------------------------------------------------------------------- features, predictions, tables
+# ------------------------------------------------------------------ features, predictions, tables
 def write_features(frozen, args):
-    """One .npz: class token and mean of the patch tokens (N, D), file names, which could be read."""
+    """One .npz: class token, mean of the patch tokens (N, D), file names, which could be read."""
     dataset, dim = frozen.load(args.input or args.data), frozen.encoder.dim
 
     def both(net, images):
@@ -496,20 +498,22 @@ def saved_classifier(args, env):
         net, content = checkpoint.load_classifier(path)
         return net.to(env.device), lambda net, images: net(images), content
     checkpoint.check_linear(content, path)
-    head = {k: v.to(env.device) if torch.is_tensor(v) else v for k, v in content["classifier"].items()}
+    normalise = content["classifier"]["normalise"]
+    weight, bias = (content["classifier"][k].to(env.device) for k in ("weight", "bias"))
     args.block, args.weights = content.get("block"), content.get("weights", args.weights)
     args.heads, args.img_size = args.heads or content.get("heads"), content.get("img_size")
     given = args.checkpoint != ["out/graft"]
-    encoder, source = load_encoder(args.checkpoint[0] if given else content["checkpoint"], args, env)
+    trained_on = content["checkpoint"]
+    encoder, source = load_encoder(args.checkpoint[0] if given else trained_on, args, env)
     if checkpoint.digest(encoder) != content["encoder_digest"]:
-        raise UsageError(f"{path} was trained on the features of another encoder ({content['checkpoint']}, "
+        raise UsageError(f"{path} was trained on the features of another encoder ({trained_on}, "
                          f"{content['encoder_digest']}) than {source['path']}")
     function = feature(args.block)
 
     def logits(net, images):
         x = function(net, images).float()
-        x = centre_and_normalise(x) if head["normalise"] else x
-        return x @ head["weight"].T + head["bias"]
+        x = centre_and_normalise(x) if normalise else x
+        return x @ weight.T + bias
 
     return encoder, logits, content
 
@@ -538,7 +542,7 @@ def predict(args, env):
 
 
 def table(entries):
-    """Markdown: systems as rows, protocols as columns, top-1; mean ± standard deviation of several."""
+    """Markdown: systems as rows, protocols as columns, top-1; mean ± deviation of several."""
     columns = list(dict.fromkeys(e["protocol"] for e in entries))
     lines = ["| system | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for system in dict.fromkeys(e["system"] for e in entries):
@@ -552,14 +556,14 @@ def table(entries):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------ main
+# --------------------------------------------------------------------------------------------- main
 def print_table(args):
     path = os.path.join(args.out, "results.jsonl")
     entries = run.read_results(path)
     for entry in entries:
         named = all(isinstance(entry.get(k), str) for k in ("system", "protocol"))
         if not named or type(entry.get("top1")) not in (int, float):
-            raise UsageError(f"{path}: an entry without system, protocol or top1: {str(entry)[:80]}")
+            raise UsageError(f"{path}: an entry lacks system, protocol or top1: {str(entry)[:80]}")
     print(table(entries))
     return entries
 
