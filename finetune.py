@@ -47,12 +47,12 @@ def get_args(argv=None):
     what = parser.add_mutually_exclusive_group().add_argument
     what("--from-projector", action="store_true", help="keep the projector's first Linear before "
          "the classifier")
-    what("--freeze-blocks", type=number(int), default=0, metavar="K", help="keep the embeddings and "
-         "the first K blocks as they are")
+    what("--freeze-blocks", type=number(int), default=0, metavar="K", help="keep the embeddings "
+         "and the first K blocks as they are")
     what("--probe-block", type=number(int, 1), metavar="K", help="frozen tokens of block K under "
          "new blocks")
-    add("--blocks", type=number(int, 1, 100), help="new blocks of --probe-block, default 1 (none is "
-        "linear evaluation: evaluate.py --mode linear --block K)")
+    add("--blocks", type=number(int, 1, 100), help="new blocks of --probe-block, default 1 (none "
+        "is linear evaluation: evaluate.py --mode linear --block K)")
     add = parser.group("augmentation")
     add("--crop-min", type=number(float, 0, 1, above=True), help="smallest crop, as a share")
     add("--rand-augment", type=number(int, 0, 10), metavar="M", help="its magnitude, 0: none")
@@ -216,7 +216,7 @@ def evaluate(net, loader, env):
 
 
 def load(args, source, env):
-    """(training images whose labels may be used, how these were chosen, all of them, test images)."""
+    """(training images whose labels may be used, how they were chosen, all of them, test images)."""
     known = source["meta"]
     everything, test = (data.load(
         args.data, train, source["config"]["in_chans"], args.stats or "imagenet", args.max_bad,
