@@ -39,15 +39,15 @@ def get_args(argv=None):
         "MoCo v3, DINO, timm, transformers; or none")
     add("--arch", choices=ARCHS, help="with --init none")
     add("--patch-size", type=number(int, 1, 256), help="with --init none (default: --arch's)")
-    run.add_options(add, "heads")
+    run.add_options(add, "heads init-size")
     add("--freeze-blocks", type=number(int), default=0, metavar="K",
-        help="keep the embeddings and the first K blocks as they are, as in grafting with two stages")
+        help="keep the embeddings and the first K blocks, as in two-stage grafting")
     add("--train-patch-embed", action="store_true", help="MoCo v3 freezes the patch projection")
     add("--hidden-dim", type=number(int, 1, 32768), help="of the heads, for VICReg twice as wide")
     add = parser.group("loss")
     add("--loss", choices=("moco", "vicreg", "simclr"), default="moco", help="the contrastive end")
     add("--temperature", type=number(above=True), default=0.2, help="of the contrastive softmax")
-    add("--momentum", type=number(float, 0, 1), default=0.99, help="of the encoder for k, rising to 1")
+    add("--momentum", type=number(float, 0, 1), default=0.99, help="of k's encoder, rising to 1")
     add("--mim-weight", type=number(), default=0.0, help="MTL: of the MAE loss on a third view")
     add("--mask-ratio", type=number(float, 0, 0.99, above=True), default=0.75,
         help="share of the patches that MAE removes")
@@ -58,9 +58,9 @@ def get_args(argv=None):
         help="|w - w0| as released, (w - w0)^2 as in the paper's words")
     add = parser.group("optimisation")
     add("--epochs", type=number(int, 1), help="passes over the images")
-    add("--batch-size", type=number(int, 1), help="global, of all devices")
+    add("--batch-size", type=number(int, 2), help="global, of all devices")
     run.add_options(add, "micro-batch")
-    add("--lr", type=numbers(), help="base rates for batch 256, one, or one per stage of the blocks "
+    add("--lr", type=numbers(), help="base rate for batch 256, one, or one per stage of blocks "
         "from the lowest up; 0 freezes")
     add("--weight-decay", type=number(), default=0.1, help="not on 1-D ones, but with --init none")
     add("--warmup-epochs", type=number(), help="default 40, or 15 %% of a shorter run")

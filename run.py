@@ -71,7 +71,7 @@ class Stopped(Exception):
 
 
 # ------------------------------------------------------------------------------------------ options
-MOST = 1e6      # where an option gives no bound of its own: beyond this a number is a slip of the hand
+MOST = 1e6      # where an option gives no bound of its own: beyond, a number is a slip of the hand
 
 
 class Help(argparse.HelpFormatter):
@@ -79,7 +79,8 @@ class Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         told = action.default in (None, False, "") or "default" in action.help
-        return action.help if told or not action.option_strings else f"{action.help} (default: %(default)s)"
+        positional = not action.option_strings
+        return action.help + ("" if told or positional else " (default: %(default)s)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,7 +99,8 @@ class Parser(argparse.ArgumentParser):
             name = action.dest
             if name in self.paper and "default" not in action.help:
                 paper, small = (shown(of.get(name)) for of in (self.paper, self.small))
-                action.help += f" (default: {paper}" + (f", embedded {small})" if small != paper else ")")
+                also = f", embedded {small}" if small != paper else ""
+                action.help += f" (default: {paper}{also})"
         return super().format_help()
 
     def group(self, title):
@@ -176,27 +178,29 @@ OPTIONS = {
                      "--init, else 3)"),
     "stats": dict(choices=("imagenet", "data"), help="mean and deviation of the channels (default: "
                   "the checkpoint's, else imagenet)"),
-    "range": dict(type=value_range, metavar="LOW,HIGH|auto", help="values of 16-bit and float images "
-                  "that become black and white (default: the checkpoint's, else by the files' type)"),
+    "range": dict(type=value_range, metavar="LOW,HIGH|auto", help="values of 16-bit and float "
+                  "images that become black and white (default: the checkpoint's, or by type)"),
     "labels-file": dict(metavar="CSV", help="labels of images without class folders: columns file, "
                         "label and, if there, split"),
-    "val-share": dict(type=number(float, 0, 0.9), default=0.0, help="share of each class to test on, "
-                      "where there is no val/ or test/"),
+    "val-share": dict(type=number(float, 0, 0.9), default=0.0,
+                      help="share of each class to test on, where there is no val/ or test/"),
     "workers": dict(type=number(int, 0, 256), default=min(os.cpu_count(), 10),
                     help="reading processes per device"),
     "max-bad": dict(type=number(float, 0, 1), default=0.01,
                     help="stop when this share of the files cannot be read"),
-    "heads": dict(type=number(int, 1, 256), help="attention heads, where the checkpoint does not say"),
-    "micro-batch": dict(type=lambda t: 0 if t == "auto" else number(int, 1)(t), default="auto", metavar="M",
-                        help="images per device whose activations are kept at once: sets the memory, "
-                        "not the result"),
+    "heads": dict(type=number(int, 1, 256), help="where --init does not say how many"),
+    "init-size": dict(type=image_size, help="of the images of --init, where it does not say and "
+                      "they are not square"),
+    "micro-batch": dict(type=lambda t: 0 if t == "auto" else number(int, 1)(t), default="auto",
+                        metavar="M", help="images per device whose activations are kept at once: "
+                        "sets the memory, not the result"),
     "weights": dict(choices=("base", "momentum", "ema"), default="base",
                     help="which of the encoders that a checkpoint may hold"),
     "out": dict(help="folder of this run"),
     "resume": dict(choices=("auto", "never"), default="auto",
                    help="go on from last.pt in --out, or start over"),
-    "seed": dict(type=number(int, 0, 2 ** 31), default=0, help="of weights, order, crops and masks"),
-    "device": dict(default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one"),
+    "seed": dict(type=number(int, 0, 2 ** 31), default=0, help="of weights, order, crops, masks"),
+    "device": dict(default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU, if any"),
     "amp": dict(choices=("auto", "bf16", "fp16", "off"), default="auto",
                 help="auto: bf16 if the hardware has it"),
     "compile": dict(choices=("auto", "on", "off"), default="auto",
@@ -212,7 +216,7 @@ OPTIONS = {
                             help="for a process that hangs"),
     "deterministic": dict(action="store_true", help="the same bits on every run, on a GPU too "
                           "(slower there)"),
-    "tensorboard": dict(action="store_true", help="also write the log for tensorboard (if installed)"),
+    "tensorboard": dict(action="store_true", help="write the log for tensorboard too"),
 }
 
 
@@ -239,8 +243,8 @@ def parse(parser, argv):
     defaults = dict(parser.paper if args.data else parser.small)
     if args.init != "none":
         if args.arch or args.patch_size:
-            parser.error("--arch and --patch-size go with --init none: otherwise its file says what "
-                         "the encoder is")
+            parser.error("--arch and --patch-size go with --init none: otherwise its file says "
+                         "what the encoder is")
         if not checkpoint.there(args.init):
             parser.error(f"no checkpoint {args.init}: run `python mae_pretrain.py` first, or give "
                          "--init FILE or none")
@@ -279,7 +283,8 @@ def check(parser, args):
             while folder and not os.path.lexists(folder):
                 folder = os.path.dirname(folder)
             if folder and not os.path.isdir(folder):
-                parser.error(f"--{name} {getattr(args, name)}: cannot write there ({folder} is a file)")
+                parser.error(f"--{name} {getattr(args, name)}: cannot write there ({folder} is a "
+                             "file)")
 
 
 def program(main, get_args):
@@ -298,16 +303,15 @@ def program(main, get_args):
         code = 128 + signal.SIGPIPE
     except Exception as error:
         if not hasattr(error, "exit_code"):
-            blamed = peers.blame(error) if peers is not None and isinstance(error, RuntimeError) else None
-            if blamed is None:
+            error = peers.blame(error) if peers is not None else None
+            if error is None:
                 raise
-            error = blamed
         code = complain(error, error.exit_code)
     if peers is not None:
         sys.stdout.flush()
         if code in (1, 2, 128 + signal.SIGPIPE):
             peers.leave()
-            os._exit(code)                              # to leave the group would be to wait for all
+            os._exit(code)                              # to leave the group would be to wait
         peers.part()
     sys.exit(code)
 
@@ -330,12 +334,14 @@ class Env(NamedTuple):
 
     def autocast(self, function):
         """The function (or module) with its matrix products in self.dtype."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)(function)
+        enabled = self.dtype is not None
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)(function)
 
     def share(self, batch_size):
         """This process's part of a global batch."""
         if batch_size % self.processes:
-            raise UsageError(f"--batch-size {batch_size} is not divided by {self.processes} processes")
+            raise UsageError(f"--batch-size {batch_size} is not divided by {self.processes} "
+                             "processes")
         return batch_size // self.processes
 
 
@@ -345,7 +351,7 @@ def setup(args):
     global peers
     deterministic = getattr(args, "deterministic", False)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when cuBLAS first starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read as cuBLAS starts
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, False
     cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
@@ -361,14 +367,14 @@ def setup(args):
         keep_memory()
     if processes > 1 and not dist.is_initialized():
         peers = Peers("nccl" if cuda else "gloo", getattr(args, "timeout_minutes", 10.0))
-    return Env(device, precision(getattr(args, "amp", "off"), device), int(os.environ.get("RANK", 0)),
-               processes)
+    dtype = precision(getattr(args, "amp", "off"), device)
+    return Env(device, dtype, int(os.environ.get("RANK", 0)), processes)
 
 
 def keep_memory():
     """Have glibc keep the memory that a step frees: given back, it is zeroed anew at every step."""
     m_trim_threshold, m_mmap_threshold = -1, -3                         # glibc's malloc.h
-    with contextlib.suppress(OSError, AttributeError):                  # other C libraries: as they do
+    with contextlib.suppress(OSError, AttributeError):                  # another C library
         libc = ctypes.CDLL("libc.so.6")
         if not libc.mallopt(m_mmap_threshold, 1 << 30):
             libc.mallopt(m_mmap_threshold, 32 << 20)                    # the most before glibc 2.35
@@ -398,8 +404,8 @@ def cpu_has_bf16():
 
 
 def grad_scaler(env):
-    """Loss scaling for fp16. Otherwise the scale is 1, or a power of two after a skipped step: exact.
-    What is used then is that a step with a non-finite gradient is skipped on the device."""
+    """Loss scaling for fp16. Otherwise the scale is a power of two, which is exact; what is used
+    then is that a step with a non-finite gradient is skipped on the device."""
     if env.dtype == torch.float16:
         return torch.amp.GradScaler(env.device.type)
     return torch.amp.GradScaler(env.device.type, init_scale=1.0, backoff_factor=0.5,
@@ -424,8 +430,8 @@ def slices(model, n, size):
 def micro_batch(asked, step, n, env, params=()):
     """Images whose activations are kept at once: as asked, else all n, or as many as fit.
 
-    step(k): forward and backward of k images. From the bytes that autograd keeps for one image more,
-    half of the memory that is free, and on a GPU room for AdamW's moments of `params`.
+    step(k): forward and backward of k images. From the bytes that autograd keeps for one image
+    more, half of the memory that is free, and on a GPU room for AdamW's moments of `params`.
     """
     if asked:
         return min(asked, n)
@@ -466,7 +472,7 @@ def available_memory():
         return 4 << 30
 
 
-GRAPHS = 32     # that torch.compile may keep of a block: by role, gradient, shape; its own 8 are too few
+GRAPHS = 32     # that torch.compile may keep of a block: by role, gradient and shape; 8 are too few
 
 
 def compile_blocks(net, choice, device, dynamic=None):
@@ -480,14 +486,14 @@ def compile_blocks(net, choice, device, dynamic=None):
     try:
         torch._dynamo.config.cache_size_limit = GRAPHS                  # its name in torch 2.6
         torch.compile(torch.nn.functional.gelu)(torch.ones(2, device=device))
-    except Exception as error:                                          # no Triton, no compiler, ...
+    except Exception as error:                                          # no Triton, no compiler
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if choice == "on":
-            raise RunError(f"--compile on: torch.compile does not work here ({reason}); go without: "
-                           "--compile off") from None
+            raise RunError(f"--compile on: torch.compile does not work here ({reason}); go "
+                           "without: --compile off") from None
         if peers is None or peers.speaks():
-            print(f"warning: torch.compile does not work here ({reason}): the run goes on without it",
-                  flush=True)
+            print(f"warning: torch.compile does not work here ({reason}): the run goes on "
+                  "without it", flush=True)
         return
     for module in net.modules():
         if isinstance(module, Block):
@@ -510,6 +516,7 @@ def peak_memory(device):
 # --------------------------------------------------------------------------------------- processes
 GLANCE_SECONDS = 1.0                    # between looks at whether another process met a failure
 SIGN_IN_SECONDS = 3 * GLANCE_SECONDS    # that a living process gets to say so then
+STORE_GONE = "rank 0 died or hangs: the store in which the processes meet does not answer"
 peers = None                            # the Peers of this process; None where a run is one process
 
 
@@ -559,8 +566,7 @@ class Peers:
                 return answers
             return json.loads(self.store.get(key))
         except dist.DistError:
-            raise RunError("rank 0 died or hangs: the store in which the processes meet does not "
-                           "answer") from None
+            raise RunError(STORE_GONE) from None
 
     def arrived(self, keys, seconds):
         """Whether all these keys are in the store, after waiting at most so long. Asks again and
@@ -574,7 +580,7 @@ class Peers:
         return True
 
     def listen(self):
-        """Sign in when another process calls, even while stuck in a collective; then end with it."""
+        """Sign in when another process calls, even while stuck in a collective; then end."""
         try:
             while not self.store.check(["failure"]):
                 if self.over.wait(GLANCE_SECONDS):
@@ -588,8 +594,8 @@ class Peers:
     def roll_call(self):
         """A RunError that names the processes that do not answer any more, or None if all do.
 
-        One that died or was stopped does not sign in. One that hangs by itself is alive and does not
-        wait for the others, as they do.
+        One that died or was stopped does not sign in. One that hangs by itself is alive and does
+        not wait for the others, as they do.
         """
         self.store.set("failure", "")
         for word in ("alive", "waiting"):
@@ -599,24 +605,26 @@ class Peers:
             lost = [r for r in range(self.n) if not self.store.check([f"{word}/{r}"])]
             if lost:
                 self.gone.update(lost)
-                return RunError(f"{ranks(lost)} of {self.n} died or hangs, the others went on waiting "
-                                "for it. What was saved is intact; the same command goes on from it")
+                return RunError(f"{ranks(lost)} of {self.n} died or hangs, the others went on "
+                                "waiting for it. What was saved is intact; the same command goes "
+                                "on from it")
         return None
 
     def blame(self, error):
-        """After a RuntimeError of a collective: the RunError that names who is missing, or None."""
+        """After the error of a collective: the RunError that names who is missing, or None."""
         said = str(error).lower()
-        if not (isinstance(error, dist.DistError) or "gloo" in said or "nccl" in said):
+        if not isinstance(error, RuntimeError) or not (
+                isinstance(error, dist.DistError) or "gloo" in said or "nccl" in said):
             return None
         try:
             if self.store.check(["errors"]):                            # one has said what is wrong
                 return RunError("another process has failed")
             return self.roll_call()
         except RuntimeError:
-            return RunError("rank 0 died or hangs: the store in which the processes meet does not answer")
+            return RunError(STORE_GONE)
 
     def part(self):
-        """The run is done. A thread that asks the store while Python shuts down aborts the process."""
+        """The run is done. A thread that asks the store while Python shuts down would abort it."""
         self.over.set()
         self.listener.join()
         dist.destroy_process_group()
@@ -630,7 +638,7 @@ class Peers:
                 self.arrived(others, SIGN_IN_SECONDS)
 
     def speaks(self):
-        """Whether this process is the one to print what several may have to say: the first to come."""
+        """Whether this process is to print what several may have to say: the first to come."""
         try:
             return self.store.add("errors", 1) == 1
         except RuntimeError:
@@ -651,7 +659,8 @@ def same(what, value):
         seen.setdefault(answer, []).append(r)
     if len(seen) > 1:
         found = "; ".join(f"{answer} on {ranks(who)}" for answer, who in seen.items())
-        raise UsageError(f"the processes see different {what}: {found}. Give all of them the same files")
+        raise UsageError(f"the processes see different {what}: {found}. Give all of them the same "
+                         "files")
 
 
 def gather_objects(value):
@@ -673,7 +682,7 @@ def commit():
 
 @contextlib.contextmanager
 def atomic(path):
-    """A temporary name to write to, renamed to `path` at the end: it is always whole, old or new."""
+    """A temporary name to write to, renamed to `path` at the end: always whole, old or new."""
     temporary = f"{path}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -687,8 +696,8 @@ def atomic(path):
 
 
 def write_result(out, entry):
-    """Print a result as one JSON line and append it to results.jsonl in the folder `out`, unless the
-    same result is there already, but for the time it took: a finished run was started again."""
+    """Print a result as one JSON line and append it to results.jsonl in the folder `out`, unless
+    the same is there already, but for the time it took: a finished run was started again."""
     line, path = json.dumps(entry), os.path.join(out, "results.jsonl")
 
     def essence(result):
@@ -751,7 +760,7 @@ def read_results(path):
         try:
             entry = json.loads(line)
         except ValueError:
-            print(f"warning: {path}: line {i} is torn, it is passed over", file=sys.stderr, flush=True)
+            print(f"warning: {path}: line {i} is torn, passed over", file=sys.stderr, flush=True)
             continue
         if not isinstance(entry, dict):
             raise UsageError(f"{path}: line {i} is not a result (one JSON object a line)")
@@ -775,8 +784,8 @@ def training_images(args, config, source, env):
         dataset.mean, dataset.std = tuple(known["mean"]), tuple(known["std"])
     same("numbers of images", len(dataset))
     if args.batch_size > len(dataset):
-        raise UsageError(f"--batch-size {args.batch_size} is more than the {len(dataset)} images of "
-                         f"{dataset.name}")
+        raise UsageError(f"--batch-size {args.batch_size} is more than the {len(dataset)} images "
+                         f"of {dataset.name}")
     if args.knn_every and (dataset.labels is None or len(dataset) < 10):
         why = "no class folders" if dataset.labels is None else "fewer than 10 images"
         raise UsageError(f"--knn-every needs labels, {dataset.name} has {why}")
@@ -786,7 +795,7 @@ def training_images(args, config, source, env):
 def about(args, system, dataset, source):
     """What a checkpoint says of itself besides its weights."""
     return dict(system=system, data=dataset.name, mean=list(dataset.mean), std=list(dataset.std),
-                range=dataset.range and list(dataset.range), epochs=args.epochs, seed=args.seed,
+                range=getattr(dataset, "range", None), epochs=args.epochs, seed=args.seed,
                 classes=dataset.classes, init=source and source["digest"], commit=commit())
 
 
@@ -807,28 +816,27 @@ class Progress:
         self.next = now + (0.5 if terminal else 30)
         rate = self.done / (now - self.started)
         left = duration((self.total - self.done) / rate)
-        line = f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.3g} a second, left {left}"
-        print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr,
-              flush=True)
-        if terminal and self.done >= self.total:
-            print(file=sys.stderr, flush=True)
+        line = f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.3g}/s, left {left}"
+        done = self.done >= self.total
+        print(f"\r{line}\033[K" if terminal else line, end="" if terminal and not done else "\n",
+              file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------- features
 @torch.no_grad()
 def extract(encoder, dataset, env, batch_size=256, workers=0, mean=None, std=None, function=None,
             what=None, max_bad=0.01):
-    """(features (N, D) float32 of every image in order on the device, readable (N,) bool on the CPU).
+    """(features (N, D) float32 of every image in order on the device, readable (N,) bool).
 
     Features: the class token of the centre crop, or function(encoder, images). Rows of images that
     cannot be read are zeros. Several processes share the work and all get the whole. The encoder is
     put into evaluation mode for it.
     """
     share = math.ceil(len(dataset) / env.processes)
-    mine = (torch.arange(share) + env.rank * share).clamp_max(len(dataset) - 1)     # may repeat the last
+    mine = (torch.arange(share) + env.rank * share).clamp_max(len(dataset) - 1)     # or the last
     part = dataset if env.processes == 1 else dataset.select(mine)
-    loader = data.Loader(part, [augment.TEST_VIEW], encoder.config["img_size"], batch_size, 0, workers,
-                         env.device, shuffle=False, mean=mean, std=std, max_bad=max_bad)
+    loader = data.Loader(part, [augment.TEST_VIEW], encoder.config["img_size"], batch_size, 0,
+                         workers, env.device, shuffle=False, mean=mean, std=std, max_bad=max_bad)
     compute = env.autocast(function or (lambda net, images: net.forward_features(images)))
     training = encoder.training
     encoder.eval()
@@ -864,22 +872,22 @@ def online_knn(encoder, dataset, env, workers, most=10000):
 
 # --------------------------------------------------------------------------------------- the job
 LOCKS = set()
-# a process forked to read images outlives a killed run by seconds; it must not keep the folder locked
+# a process forked to read images outlives a killed run by seconds and must not keep the lock
 os.register_at_fork(after_in_child=lambda: [lock.close() for lock in LOCKS])
 
 
 class Job:
-    """The folder of a run: lock, signals, log.jsonl, args.json, last.pt and previous.pt, encoder.pt.
+    """The folder of a run: lock, signals, log.jsonl, args.json, last.pt, previous.pt, encoder.pt.
 
-    args: of the stage; meta: what encoder.pt says of itself; source: of checkpoint.read_encoder, what
-    the run started from; encoder_file: whether an encoder.pt is written beside the checkpoints;
-    chance: the loss that guessing has, and warmup: steps after which it should be left behind.
+    args: of the stage; meta: what encoder.pt says of itself; source: of checkpoint.read_encoder,
+    what the run started from; encoder_file: whether encoder.pt is written beside last.pt; chance:
+    the loss that guessing has, and warmup: steps after which it should be left behind.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     VOTE_SECONDS = 1.0                                      # between votes of several processes
     PATIENCE = 3                                            # lines of the log that show a collapse
-    MOST_SKIPPED = 5                                        # steps whose loss or gradient is not finite
+    MOST_SKIPPED = 5                                        # steps that were not finite
     NEEDED = {"model", "optimizer", "scaler", "step", "settings", "skipped"}
 
     def __init__(self, args, env, net, optimizer, scaler, loader, meta, source=None, warmup=0,
@@ -896,7 +904,7 @@ class Job:
             source=source and source["digest"], files=getattr(loader.dataset, "digest", None))
         self.window, self.skipped, self.collapsed, self.warned = [], 0, 0, set()
         self.entry, self.signal, self.lock, self.writer, self.board = None, None, None, None, None
-        self.before = 0.0                                   # seconds that the run took before a resume
+        self.before = 0.0                                   # seconds before the run was resumed
         self.started = time.perf_counter()
         # GradScaler tells a fused optimizer on the device whether to skip its step
         self.overflow = torch.zeros((), device=env.device)
@@ -920,10 +928,11 @@ class Job:
         env, dataset, batch = self.env, self.loader.dataset, self.loader.batch_size
         for line in checkpoint.report(self.source, taken) if self.source else []:
             self.say(line)
-        self.say(f"{title}{len(dataset)} images of {dataset.name}, {dataset.in_chans} channels of mean "
-                 f"{rounded(dataset.mean)} and deviation {rounded(dataset.std)}")
-        self.say(f"global batch {self.images} = {batch} x {env.processes} processes, {at_once} at once; "
-                 f"{self.total} steps, {self.warmup} of warm-up; {env.device}, {env.dtype or torch.float32}")
+        self.say(f"{title}{len(dataset)} images of {dataset.name}, {dataset.in_chans} channels of "
+                 f"mean {rounded(dataset.mean)} and deviation {rounded(dataset.std)}")
+        self.say(f"global batch {self.images} = {batch} x {env.processes} processes, {at_once} at "
+                 f"once; {self.total} steps, {self.warmup} of warm-up; {env.device}, "
+                 f"{env.dtype or torch.float32}")
         for line in group_table(groups, scale):
             self.say(line)
         if self.chance is not None:
@@ -931,8 +940,8 @@ class Job:
 
     # -- the loop
     def steps(self):
-        """Yields (step, batch) until the run is done; goes on from last.pt. After each step: the log,
-        the checkpoint when it is time, and the end when a signal has asked for it."""
+        """Yields (step, batch) until the run is done; goes on from last.pt. After each step: the
+        log, the checkpoint when it is time, and the end when a signal has asked for it."""
         self.enter()
         try:
             step = self.resume()
@@ -949,7 +958,7 @@ class Job:
             self.leave()
 
     def ends_epoch(self, every):
-        """Whether the step under way ends an epoch whose number is a multiple of `every` (0: never)."""
+        """Whether the step under way ends an epoch that is a multiple of `every` (0: never)."""
         epoch, rest = divmod(self.step + 1, self.epoch_steps)
         return bool(every) and rest == 0 and epoch % every == 0
 
@@ -963,7 +972,8 @@ class Job:
         stop, due = self.vote(step)
         epoch, rest = divmod(step, self.epoch_steps)
         every = getattr(self.args, "every_epochs", 0)
-        kept = {f"epoch{epoch:04}.pt": dict(epoch=epoch)} if every and not rest and not epoch % every else {}
+        keep = every and rest == 0 and epoch % every == 0
+        kept = {f"epoch{epoch:04}.pt": dict(epoch=epoch)} if keep else {}
         last = step == self.total
         if stop or due or rest == 0 or step % self.args.log_every == 0:
             self.log(step)
@@ -993,9 +1003,11 @@ class Job:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.lock.seek(0)
-                raise UsageError(f"--out {self.out} is in use by {self.lock.read().strip()}") from None
+                owner = self.lock.read().strip()
+                raise UsageError(f"--out {self.out} is in use by {owner}") from None
             except OSError as error:
-                raise UsageError(f"--out {self.out}: cannot write there ({error.strerror})") from None
+                why = error.strerror
+                raise UsageError(f"--out {self.out}: cannot write there ({why})") from None
             self.lock.truncate(0)
             self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             self.lock.flush()
@@ -1024,7 +1036,7 @@ class Job:
     def vote(self, step):
         """(number of a signal that arrived on any process, or 0; whether --save-minutes are over).
 
-        One process looks at each step. Several vote about once a second, and agree when the next is.
+        One process looks at each step. Several vote about once a second, and agree on when.
         """
         now = time.perf_counter()
         due = now - self.saved > 60 * self.args.save_minutes
@@ -1032,7 +1044,8 @@ class Job:
             return self.signal or 0, due
         if step < self.vote_at and step % self.args.log_every:
             return 0, False
-        pace = (now - self.voted) / (step - self.last_vote) if self.last_vote is not None else self.VOTE_SECONDS
+        first = self.last_vote is None
+        pace = self.VOTE_SECONDS if first else (now - self.voted) / (step - self.last_vote)
         signals, dues, paces = zip(*peers.ask("signals", [self.signal or 0, due, pace]))
         self.voted, self.last_vote = now, step
         self.vote_at = step + max(1, int(self.VOTE_SECONDS / max(*paces, 1e-6)))
@@ -1043,26 +1056,28 @@ class Job:
         """The checkpoint: what a run is resumed from, and what rebuilds its model."""
         return dict(model=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
                     scaler=self.scaler.state_dict(), step=step, config=self.encoder.config,
-                    meta=self.meta, settings=self.settings, skipped=self.skipped, seconds=self.seconds())
+                    meta=self.meta, settings=self.settings, skipped=self.skipped,
+                    seconds=self.seconds())
 
     def save(self, step, kept=()):
-        """Write last.pt; the one before stays as previous.pt, and is only replaced once the new one was
-        read back. The state is copied here and written by a thread, while training goes on.
+        """Write last.pt; the one before stays as previous.pt, and is only replaced once the new one
+        was read back. The state is copied here and written by a thread, while training goes on.
 
-        kept: names of further files of the weights, and what they say besides. Weights that are not
-        finite are never written: no step brings them back.
+        kept: names of further files of the weights, and what they say besides. Weights that are
+        not finite are never written: no step brings them back.
         """
         self.written()
-        broken = [name for name, tensor in self.net.state_dict().items() if not tensor.isfinite().all()]
+        weights = self.net.state_dict()
+        broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
         if broken:
             raise RunError(f"{broken[0]} is not finite at step {step}; {self.way_out()}")
         if self.env.rank == 0:
             state = snapshot(self.state(step))
-            # written ahead of last.pt: a kill between them leaves them newer, and they are written again
+            # ahead of last.pt: a kill between them leaves them newer, and they are written again
             files = {}
             if self.encoder_file:
                 meta = self.meta | dict(step=step)
-                files["encoder.pt"] = checkpoint.encoder_file(state["model"], self.encoder.config, meta)
+                files["encoder.pt"] = snapshot(checkpoint.encoder_file(self.net, meta))
             weights = {k: state[k] for k in ("model", "config", "meta", "settings", "step")}
             files |= {name: weights | more for name, more in dict(kept).items()}
             self.failure = None
@@ -1074,7 +1089,7 @@ class Job:
         try:
             for name, content in files.items():
                 checkpoint.save(content, self.path(name))
-            fresh, last, previous = self.path("fresh.pt"), self.path("last.pt"), self.path("previous.pt")
+            fresh, last, previous = map(self.path, ("fresh.pt", "last.pt", "previous.pt"))
             checkpoint.save(state, fresh)
             checkpoint.read(fresh)
             try:
@@ -1083,7 +1098,7 @@ class Job:
                 os.replace(fresh, last)
             except OSError as error:
                 raise RunError(f"cannot write {last}: {error.strerror}") from None
-        except BaseException as error:                      # raised by `written`, in the main thread
+        except BaseException as error:                      # raised by `written`, in the main one
             self.failure = error
 
     def written(self):
@@ -1126,11 +1141,12 @@ class Job:
                 self.scaler.load_state_dict(state["scaler"])
                 self.skipped, self.before = int(state["skipped"]), float(state.get("seconds", 0.0))
             except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UsageError(f"{path} is not of this run ({str(error).splitlines()[0]}): use another "
-                                 "--out, or --resume never to start over") from None
+                why = str(error).splitlines()[0]
+                raise UsageError(f"{path} is not of this run ({why}): use another --out, or "
+                                 "--resume never to start over") from None
             broken = [k for k, v in state["model"].items() if not v.isfinite().all()]
             if broken:
-                raise UsageError(f"{path}: {broken[0]} is not finite: use --resume never to start over")
+                raise UsageError(f"{path}: {broken[0]} is not finite; --resume never starts over")
         self.describe()
         return step
 
@@ -1143,18 +1159,22 @@ class Job:
         if k == "epochs":
             stage = os.path.basename(sys.argv[0])
             option = "--checkpoint" if stage.startswith(("finetune", "evaluate")) else "--init"
-            raise UsageError(f"{told}: its rates followed the other schedule. Go on from its weights with "
-                             f"python {stage} {option} {self.out} --out {self.out}-longer, or --resume never")
+            raise UsageError(f"{told}: its rates followed the other schedule. Go on from its "
+                             f"weights with python {stage} {option} {self.out} --out "
+                             f"{self.out}-longer, or "
+                             "start over with --resume never")
         raise UsageError(f"{told}: use another --out, or --resume never to start over")
 
     def describe(self):
         """args.json: what was asked, what was filled in, which code, versions and hardware."""
         if self.env.rank:
             return
-        gpu = torch.cuda.get_device_name(self.env.device) if self.env.device.type == "cuda" else None
-        about = dict(command=sys.argv, options=vars(self.args), commit=commit(), torch=torch.__version__,
-                     python=platform.python_version(), machine=platform.platform(), gpu=gpu,
-                     cpus=os.cpu_count(), processes=self.env.processes)
+        cuda = self.env.device.type == "cuda"
+        about = dict(command=sys.argv, options=vars(self.args), commit=commit(),
+                     torch=torch.__version__, python=platform.python_version(),
+                     machine=platform.platform(), cpus=os.cpu_count(),
+                     gpu=torch.cuda.get_device_name(self.env.device) if cuda else None,
+                     processes=self.env.processes)
         with atomic(self.path("args.json")) as name, open(name, "w") as f:
             json.dump(about, f, indent=1, default=str)
         if getattr(self.args, "tensorboard", False):
@@ -1162,7 +1182,7 @@ class Job:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(self.out)
             except ImportError:
-                self.warn("--tensorboard: not installed, pip install tensorboard; log.jsonl has the same")
+                self.warn("--tensorboard: pip install tensorboard first; log.jsonl has the same")
 
     def show(self, batch):
         """The views of the first images of a batch, as tensorboard's image."""
@@ -1198,7 +1218,7 @@ class Job:
         self.entry = json.loads(lines[-1]) if lines else None
 
     def log(self, step):
-        """Write a line of log.jsonl and the progress line: means since the last one, over all processes."""
+        """Write a line of log.jsonl and the progress line: means since the last, over processes."""
         env, epoch = self.env, step / self.epoch_steps
         losses = torch.stack([loss.float() for _, loss, *_ in self.window]).to(env.device)
         if env.processes > 1:
@@ -1208,7 +1228,8 @@ class Job:
         loss = losses[losses.isfinite()].mean().item()
         more = dict(self.noted)
         if "features" in more:
-            more = feature_stats(more.pop("features"), more.pop("q"), more.pop("k"), env.rank) | more
+            tensors = [more.pop(name) for name in ("features", "q", "k")]
+            more = feature_stats(*tensors, env.rank) | more
         more = {k: float(v) for k, v in more.items()}
         if env.dtype == torch.float16:
             more["scale"] = self.check_scale()
@@ -1231,8 +1252,8 @@ class Job:
                 f.write(json.dumps(self.entry) + "\n")
         except OSError as error:
             raise RunError(f"cannot write {self.path('log.jsonl')}: {error.strerror}") from None
-        scalars = dict(loss=loss, images_per_second=entry["images_per_second"], data_wait=wait) | more
-        scalars |= {f"lr/{i}": rate for i, rate in enumerate(self.rates, start=1)}
+        scalars = dict(loss=loss, images_per_second=entry["images_per_second"], data_wait=wait)
+        scalars |= more | {f"lr/{i}": rate for i, rate in enumerate(self.rates, start=1)}
         for k, v in scalars.items() if self.board is not None else ():
             self.board.add_scalar(k, v, step)
         extra = "".join(f" {k} {v:.3g}" for k, v in more.items())
@@ -1243,9 +1264,9 @@ class Job:
               f"{duration((self.total - step) * seconds)}", flush=True)
 
     def check_finite(self, losses):
-        """Stop when more than a few losses or gradients since the start were not finite (their steps
-        were skipped). losses: means over all processes, so that all of them stop together."""
-        overflows = torch.stack([overflow.to(self.env.device) for *_, overflow in self.window]).tolist()
+        """Stop when more than a few losses or gradients since the start were not finite (their
+        steps were skipped). losses: means over all processes, so that all of them stop together."""
+        overflows = torch.stack([o.to(self.env.device) for *_, o in self.window]).tolist()
         for (step, own, ids, _), loss, overflow in zip(self.window, losses.tolist(), overflows):
             # with fp16, finding the scale of the loss costs a step now and then
             if math.isfinite(loss) and (not overflow or self.env.dtype == torch.float16):
@@ -1257,18 +1278,18 @@ class Job:
                 print(f"warning: rank {self.env.rank}: {what} at step {step}, step skipped; "
                       f"images {names}{', ...' if len(ids) > 8 else ''}", flush=True)
             if self.skipped > self.MOST_SKIPPED:
-                raise RunError(f"loss or gradient was not finite {self.skipped} times, last at step {step}; "
-                               f"{self.way_out()}")
+                raise RunError(f"loss or gradient was not finite {self.skipped} times, last at "
+                               f"step {step}; {self.way_out()}")
 
     def check_scale(self):
         """fp16 works at a loss scale of some thousands. One that falls and falls takes no step."""
         scale = self.scaler.get_scale()
         if scale < 2 ** -16:
-            raise RunError(f"the loss scale of fp16 has collapsed to {scale:.2g}, no step is taken; "
-                           f"{self.way_out()}")
+            raise RunError(f"the loss scale of fp16 has collapsed to {scale:.2g}, no step is "
+                           f"taken; {self.way_out()}")
         if scale < 1:
-            self.warn(f"the loss scale of fp16 has fallen below 1: it is {scale:.2g}, gradients overflow "
-                      "again and again. Try --amp bf16 or off, or a lower --lr")
+            self.warn(f"the loss scale of fp16 has fallen below 1: it is {scale:.2g}, gradients "
+                      "overflow again and again. Try --amp bf16 or off, or a lower --lr")
         return scale
 
     def check_collapse(self, step, loss, more):
@@ -1282,13 +1303,15 @@ class Job:
             signs.append(f"the spread of the embeddings is {more['std']:.1e}")
         self.collapsed = self.collapsed + 1 if signs and step > self.warmup else 0
         if self.collapsed == self.PATIENCE:
-            self.warn(f"the features may have collapsed: {' and '.join(signs)} at step {step}. Try a lower "
-                      "--lr, a longer --warmup-epochs or a larger --batch-size, and see that the images differ")
+            self.warn(f"the features may have collapsed: {' and '.join(signs)} at step {step}. Try "
+                      "a lower --lr, a longer --warmup-epochs or a larger --batch-size, and see "
+                      "that the images differ")
 
     def way_out(self):
         """What to do when a run has gone wrong."""
         last = self.path("last.pt")
-        kept = f"the last good checkpoint is {last}" if os.path.exists(last) else "nothing saved yet"
+        there = os.path.exists(last)
+        kept = f"the last good checkpoint is {last}" if there else "nothing saved yet"
         return f"{kept}. Try a lower --lr, a longer warm-up or --amp off"
 
 
