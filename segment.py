@@ -1,0 +1,755 @@
+"""Semantic segmentation: fine-tune an encoder with UperNet, or train a linear head on its frozen tokens (Table 6).
+
+    python segment.py --data CAMVID --init out/graft --crop-size 96 --iterations 400      # a CPU, minutes
+    python segment.py --data ADE20K --init out/graft                                      # the paper's
+    torchrun --nproc_per_node 8 segment.py --data ADE20K --init out/graft                 # on eight GPUs
+    python segment.py --data ADE20K --init none out/mae out/moco out/graft                # the rows of a table
+    python segment.py --predict IMAGES --segmenter out/segment                            # label PNGs, overlays
+
+Writes last.pt (to resume), segmenter.pt, log.jsonl and sheet.png into --out, and the mIoU on the test images as one
+line of results.jsonl. Sources of the settings: [I] implus/mae_segmentation, upernet_mae_base_12_512_slide_160k_ade20k;
+[M] mmsegmentation, upernet_mae-base_fp16_8x2_512x512_160k_ade20k; [B] BEiT; [iB] iBOT; DINOv2.
+"""
+import copy
+import math
+import os
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import augment
+import checkpoint
+import data
+import run
+from data import DataError
+from figures import segmentation as figures
+from model import (ARCHS, Attention, BatchNorm1d, Block, VisionTransformer, drop_path, group_table, init_mae_,
+                   param_groups, set_rates, world)
+from run import UsageError, number
+
+IGNORED = 255               # the label of pixels that count for nothing
+SEGMENT = 17                # augment.uniform's key: what a random number is for
+# where no option is given; linear: DINOv2's, linear4: iBOT's
+UPERNET = dict(iterations=160000, lr=1e-4, weight_decay=0.05, layer_decay=0.65, drop_path=0.1)
+LINEAR = dict(iterations=40000, lr=1e-3, weight_decay=1e-4, layer_decay=1.0, drop_path=0.0)
+LINEAR4 = dict(iterations=160000, lr=8e-5, weight_decay=0.05, layer_decay=1.0, drop_path=0.0)
+DEFAULTS = dict(upernet=UPERNET, linear=LINEAR, linear4=LINEAR4)
+
+
+# ------------------------------------------------------------------------------------------------- the encoder
+class RelativeAttention(Attention):
+    """Attention with a learned bias for each head and each offset between patches, 0 at first (Bao et al., 2021).
+
+    offsets (h, 2 H - 1, 2 W - 1) for a grid of (H, W) patches; class_bias (h, 3): of the class token to patches, of
+    patches to it, of it to itself.
+    """
+
+    def __init__(self, dim, heads, grid):
+        super().__init__(dim, heads)
+        self.grid = grid
+        self.offsets = nn.Parameter(torch.zeros(heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
+        self.class_bias = nn.Parameter(torch.zeros(heads, 3))
+
+    def bias(self, dtype):
+        """(h, T, T): of the token that asks (row) and the one that is asked (column)."""
+        h, w = self.grid
+        patches = self.offsets.to(dtype).unfold(1, h, 1).unfold(2, w, 1).flip(1, 2)     # [y', x', y, x]: y - y', x - x'
+        patches = patches.permute(0, 3, 4, 1, 2).reshape(self.heads, h * w, h * w)
+        to_patches, to_class, own = self.class_bias.to(dtype)[..., None, None].unbind(1)
+        first = torch.cat([own, to_patches.expand(-1, 1, h * w)], 2)
+        return torch.cat([first, torch.cat([to_class.expand(-1, h * w, 1), patches], 2)], 1)
+
+    def forward(self, x, attention=None, first=None):
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        q = q[:, :, :first]
+        bias = self.bias(q.dtype)[:, :first]
+        if attention is None and q.is_cuda:
+            x = F.scaled_dot_product_attention(q, k, v, bias.expand(len(q), -1, -1, -1))
+        else:                                           # a CPU has no fused kernel whose bias has a gradient
+            weights = torch.baddbmm(bias.repeat(len(q), 1, 1), (q * q.shape[-1] ** -0.5).flatten(0, 1),
+                                    k.flatten(0, 1).transpose(1, 2)).softmax(-1).unflatten(0, q.shape[:2])
+            x = weights @ v
+            if attention is not None:
+                attention.append(weights)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class ScaledBlock(Block):
+    """A block whose branches have a learned scale for each channel (LayerScale, Touvron et al., 2021)."""
+
+    def __init__(self, dim, heads, mlp_ratio, rate, scale):
+        super().__init__(dim, heads, mlp_ratio, rate)
+        self.gamma_1 = nn.Parameter(torch.full((dim,), scale))
+        self.gamma_2 = nn.Parameter(torch.full((dim,), scale))
+
+    def forward(self, x, attention=None, first=None):
+        branch = self.gamma_1 * self.attn(self.norm1(x), attention, first)
+        x = x[:, :first] + drop_path(branch, self.drop_path, self.training)
+        return x + drop_path(self.gamma_2 * self.mlp(self.norm2(x)), self.drop_path, self.training)
+
+
+# --------------------------------------------------------------------------------------------------- the heads
+class BatchNorm2d(BatchNorm1d):
+    """BatchNorm of (N, C, h, w) over the images of all processes; a batch that is not finite leaves no trace."""
+
+    def forward(self, x):
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if world()[1] > 1:
+            n, _, h, w = x.shape
+            y = super().forward(x.permute(0, 2, 3, 1).flatten(0, 2))
+            return y.unflatten(0, (n, h, w)).permute(0, 3, 1, 2)
+        mean, var = self.running_mean.clone(), self.running_var.clone()
+        y = F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            for running, value in ((self.running_mean, mean), (self.running_var, var)):
+                running.copy_(torch.where(value.isfinite(), value, running))
+        return y
+
+
+def conv(inner, outer, size=1):
+    """Convolution, BatchNorm, ReLU; the weights Kaiming-normal by what goes out, as mmcv's ConvModule."""
+    layer = nn.Conv2d(inner, outer, size, padding=size // 2, bias=False)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(layer, BatchNorm2d(outer), nn.ReLU(inplace=True))
+
+
+def pixel_classifier(width, classes, dropout=0.1):
+    """Dropout of channels, and a 1x1 convolution with weights normal at std .01."""
+    layer = nn.Conv2d(width, classes, 1)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    return nn.Sequential(nn.Dropout2d(dropout), layer)
+
+
+def resized(x, size):
+    """Bilinear, corners not aligned: (N, C, h, w) -> (N, C, *size)."""
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+class Pyramid(nn.ModuleList):
+    """Four maps (N, D, h, w) of one size -> maps at 4, 2, 1 and 1/2 times that size (halves rounded down)."""
+
+    def __init__(self, dim):
+        up4 = nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, 2), BatchNorm2d(dim), nn.GELU(),
+                            nn.ConvTranspose2d(dim, dim, 2, 2))
+        super().__init__([up4, nn.ConvTranspose2d(dim, dim, 2, 2), nn.Identity(), nn.MaxPool2d(2)])
+
+    def forward(self, maps):
+        return [level(x) for level, x in zip(self, maps)]
+
+
+class UperNet(nn.Module):
+    """UperNet's head (Xiao et al., 2018): four maps (N, D, ., .), finest first -> logits at the size of the finest."""
+
+    SCALES = (1, 2, 3, 6)
+
+    def __init__(self, dim, channels, classes):
+        super().__init__()
+        self.pooled = nn.ModuleList([conv(dim, channels) for _ in self.SCALES])
+        self.bottleneck = conv(dim + len(self.SCALES) * channels, channels, 3)
+        self.laterals = nn.ModuleList([conv(dim, channels) for _ in range(3)])
+        self.fpn = nn.ModuleList([conv(channels, channels, 3) for _ in range(3)])
+        self.fuse = conv(4 * channels, channels, 3)
+        self.classifier = pixel_classifier(channels, classes)
+
+    def forward(self, maps):
+        top = maps[-1]
+        pooled = [resized(layer(F.adaptive_avg_pool2d(top, scale)), top.shape[2:])
+                  for layer, scale in zip(self.pooled, self.SCALES)]
+        levels = [self.bottleneck(torch.cat([top, *pooled], 1))]
+        for lateral, x in zip(reversed(self.laterals), reversed(maps[:-1])):
+            levels.insert(0, lateral(x) + resized(levels[0], x.shape[2:]))
+        levels = [layer(x) for layer, x in zip(self.fpn, levels)] + levels[3:]      # none for the top level
+        size = levels[0].shape[2:]
+        return self.classifier(self.fuse(torch.cat([levels[0], *(resized(x, size) for x in levels[1:])], 1)))
+
+
+class Segmenter(VisionTransformer):
+    """An encoder and a head: images (N, C, H, W) -> (logits (N, classes, h, w), the auxiliary head's or None).
+
+    head: the dict of `describe`. With UperNet the taps are the blocks' outputs as they are and everything trains,
+    positions included; linear heads read them after the final norm, and nothing of the encoder trains.
+    """
+
+    def __init__(self, config, head, drop_path=0.0):
+        super().__init__(**config, drop_path=drop_path)
+        self.taps, self.frozen = head["taps"], head["protocol"] != "upernet"
+        dim, heads, classes = self.dim, config["heads"], head["classes"]
+        if self.frozen:
+            self.requires_grad_(False)
+            width = dim * len(self.taps)
+            self.head = nn.Sequential(BatchNorm2d(width), pixel_classifier(width, classes, 0.0))
+            return
+        self.pos_embed.requires_grad_(True)
+        self.norm = nn.Identity()
+        for i, block in enumerate(self.blocks):
+            if head["layer_scale"]:
+                block = ScaledBlock(dim, heads, config["mlp_ratio"], block.drop_path, head["layer_scale"])
+            if head["relative"]:
+                block.attn = RelativeAttention(dim, heads, self.grid)
+            self.blocks[i] = block
+        init_mae_(self)
+        self.head = nn.ModuleDict(dict(
+            pyramid=Pyramid(dim), upernet=UperNet(dim, head["channels"], classes),
+            fcn=nn.Sequential(conv(dim, head["fcn_channels"], 3), pixel_classifier(head["fcn_channels"], classes))))
+
+    def train(self, mode=True):
+        super().train(mode and not self.frozen)
+        self.head.train(mode)
+        return self
+
+    def maps(self, x):
+        """The taps' patches as maps (N, D, h, w), without the class token."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return [self.norm(tokens)[:, 1:].transpose(1, 2).unflatten(2, self.grid)
+                    for tokens in self.intermediate(x, self.taps)]
+
+    def forward(self, x):
+        maps = self.maps(x)
+        if self.frozen:
+            return self.head(torch.cat(maps, 1)), None
+        maps = self.head.pyramid(maps)
+        return self.head.upernet(maps), self.head.fcn(maps[2]) if self.training else None
+
+
+def describe(protocol, depth, classes, channels=768, relative=True, layer_scale=1.0, fcn_channels=256):
+    """What a Segmenter needs besides its encoder. Taps: after blocks 4, 6, 8 and 12 of 12, in proportion."""
+    taps = [max(1, round(depth * share)) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
+    head = dict(protocol=protocol, classes=classes, taps=taps[3:] if protocol == "linear" else taps)
+    if protocol == "upernet":
+        head |= dict(channels=channels, relative=relative, layer_scale=layer_scale, fcn_channels=fcn_channels)
+    return head
+
+
+def build(config, head, state=None, drop_path=0.0):
+    """(segmenter, names of `state` that it has no place for): config, state as from `checkpoint.fit`."""
+    grid = [side // config["patch_size"] for side in config["img_size"]]
+    if min(grid) < 2:
+        raise UsageError(f"--crop-size: {grid[0]}x{grid[1]} patches of {config['patch_size']} are too few")
+    net = Segmenter(config, head, drop_path)
+    if state is None:
+        return net, []
+    unused = [k for k in state if k not in net.state_dict()]
+    result = net.load_state_dict({k: v for k, v in state.items() if k not in unused}, strict=False)
+    new = [k for k in result.missing_keys if not k.startswith("head.")]
+    odd = [k for k in new if not k.split(".")[-1] in ("offsets", "class_bias", "gamma_1", "gamma_2")]
+    if odd:
+        raise UsageError(f"the encoder lacks {odd[0]}")
+    return net, unused
+
+
+def load_segmenter(path):
+    """(network in evaluation mode, what segmenter.pt holds besides). A run's folder stands for its segmenter.pt."""
+    path = checkpoint.in_folder(path, "segmenter.pt")
+    content = checkpoint.read(path)
+    wanted = dict(model=dict, config=dict, head=dict, classes=list, mean=list, std=list, short_side=int, stride=int)
+    wrong = [k for k, kind in wanted.items() if not isinstance(content, dict) or not isinstance(content.get(k), kind)]
+    if wrong:
+        raise UsageError(f"{path}: not a segmenter that segment.py wrote ({wrong[0]})")
+    state, config, head = content["model"], content["config"], content["head"]
+    checkpoint.check_config(config, state, path)
+    checkpoint.check_meta(content, config, path)
+    widest = max((n for v in state.values() for n in v.shape), default=0)
+    claims = [head.get(k, 0) for k in ("classes", "channels", "fcn_channels")] + [len(content["classes"])]
+    if not all(type(n) is int and 0 <= n <= widest for n in claims) or len(head.get("taps", "?????")) > 4:
+        raise UsageError(f"{path}: refused, it claims a head {head!r:.80}")
+    try:
+        net = Segmenter(config, head)
+        net.load_state_dict(state)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"{path}: not a segmenter that segment.py wrote ({str(error).splitlines()[0]})") from None
+    return net.eval(), content
+
+
+# ---------------------------------------------------------------------------------------- loss, rates, measures
+def pixel_loss(logits, labels, over="all"):
+    """Cross-entropy of logits (N, K, h, w), resized to labels (N, H, W); pixels that are IGNORED give nothing.
+
+    over: "all" divides by all pixels, the ignored ones included, as mmsegmentation does; "valid" by the others, of all
+    processes.
+    """
+    logits = resized(logits.float(), labels.shape[1:])
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    if over == "all":
+        return total / labels.numel()
+    valid = (labels != IGNORED).sum()
+    if world()[1] > 1:
+        dist.all_reduce(valid)
+    return total / (valid / world()[1]).clamp_min(1)
+
+
+def linear_factor(step, steps, warmup):
+    """The factor on every rate: from 1 to 0 over all steps, times a warm-up from 1e-6 to 1 (mmsegmentation 0.x)."""
+    warm = 1 - (1 - step / warmup) * (1 - 1e-6) if step < warmup else 1.0
+    return warm * (1 - step / steps)
+
+
+def confusion(labels, predicted, classes):
+    """(classes, classes) pixel counts: truth by row, prediction by column. Pixels that are IGNORED are left out."""
+    labels, predicted = labels.flatten().long(), predicted.flatten().long()
+    valid = labels != IGNORED
+    pairs = labels[valid] * classes + predicted[valid]
+    return pairs.bincount(minlength=classes ** 2).reshape(classes, classes)
+
+
+def measures(matrix):
+    """Percentages of a confusion matrix: miou, the mean over the classes that are in the truth or the prediction;
+    accuracy, of all pixels; iou, one a class, None where it is in neither."""
+    matrix = matrix.double()
+    right, union = matrix.diag(), matrix.sum(0) + matrix.sum(1) - matrix.diag()
+    iou = 100 * right / union                           # 0 / 0 is NaN: absent
+    return dict(miou=round(iou.nanmean().item(), 2), accuracy=round((100 * right.sum() / matrix.sum()).item(), 2),
+                iou=[None if math.isnan(v) else round(v, 2) for v in iou.tolist()])
+
+
+# --------------------------------------------------------------------------------------------- images and labels
+VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+       "pottedplant sheep sofa train tvmonitor").split()
+CITYSCAPES = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
+              "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
+
+
+def stems(root, ending=None):
+    """{name without its ending: path} of the files below root; ending: "_x.png", or None for any image's."""
+    found = {}
+    for name in data.list_files(root):
+        key = name.removesuffix(ending) if ending else os.path.splitext(name)[0]
+        if ending and key == name:
+            continue
+        if key in found:
+            raise DataError(f"{root}: two files for {key}: {os.path.basename(found[key])}, {os.path.basename(name)}")
+        found[key] = os.path.join(root, name)
+    return found
+
+
+def find(root, part):
+    """(images {name: path}, labels {name: path}, layout, class names or None) of a part: train, val or test.
+
+    Layouts: part/images and part/labels; ADE20K's, Cityscapes' and VOC's folders as they are unpacked.
+    """
+    def inside(*names):
+        return os.path.join(root, *names)
+
+    if os.path.isdir(inside("JPEGImages")):
+        path = inside("ImageSets", "Segmentation", f"{part}.txt")
+        if not os.path.isfile(path):
+            return {}, {}, "voc", VOC
+        with open(path, encoding="utf-8-sig") as f:
+            names = f.read().split()
+        images, labels = stems(inside("JPEGImages")), stems(inside("SegmentationClass"))
+        missing = [name for name in names if name not in images and name not in labels]
+        if missing:
+            raise DataError(f"{path}: no image {missing[0]} in JPEGImages")
+        return *({k: found[k] for k in names if k in found} for found in (images, labels)), "voc", VOC
+    if os.path.isdir(inside("images", "training")):
+        folder = dict(train="training", val="validation", test="testing")[part]
+        return stems(inside("images", folder)), stems(inside("annotations", folder)), "ade20k", ade20k_names(root)
+    if os.path.isdir(inside("leftImg8bit")):
+        images = stems(inside("leftImg8bit", part), "_leftImg8bit.png")
+        labels = stems(inside("gtFine", part), "_gtFine_labelTrainIds.png")
+        if images and not labels:
+            raise DataError(f"{root}: no *_gtFine_labelTrainIds.png in gtFine/{part}; cityscapesscripts' "
+                            "createTrainIdLabelImgs makes them")
+        return images, labels, "cityscapes", CITYSCAPES
+    return stems(inside(part, "images")), stems(inside(part, "labels")), "folders", None
+
+
+def ade20k_names(root):
+    """The 150 names in ADE20K's objectInfo150.txt (the first of each line's synonyms), else numbers."""
+    path = os.path.join(root, "objectInfo150.txt")
+    if not os.path.isfile(path):
+        return [str(i + 1) for i in range(150)]
+    with open(path, encoding="utf-8", errors="replace") as f:
+        lines = f.read().splitlines()[1:]
+    return [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
+
+
+class Pairs:
+    """Images with their labels: `files` and `targets` (paths), `classes` (names), how labels are read.
+
+    Every image must have its label and the reverse, of one channel and of the image's size: DataError names the first
+    that has not. Ids are looked at when they are read.
+    """
+
+    def __init__(self, root, part, in_chans=3, classes=None, ignore=(), reduce_zero=None):
+        images, labels, layout, names = find(root, part)
+        for what, have, lack in (("label", images, labels), ("image", labels, images)):
+            alone = sorted(set(have) - set(lack))
+            if alone:
+                raise DataError(f"{have[alone[0]]}: no {what} goes with it"
+                                + (f" ({len(alone)} such files)" if len(alone) > 1 else ""))
+        keys = sorted(images)
+        self.root, self.name, self.part, self.bad = "", root, part, {}
+        self.files, self.targets = [images[k] for k in keys], [labels[k] for k in keys]
+        self.in_chans, self.ignore = in_chans, tuple(ignore)
+        self.reduce_zero = layout == "ade20k" if reduce_zero is None else reduce_zero
+        self.classes = classes or names
+        self.mean, self.std = data.channel_stats(in_chans)
+        self.images = data.Dataset(self.files, "", in_chans=in_chans, name=root)
+        progress = run.Progress("headers of images and labels", len(keys))
+        for image, label in zip(self.files, self.targets):
+            check_headers(image, label)
+            progress.step()
+
+    def __len__(self):
+        return len(self.files)
+
+    def file(self, i):
+        return self.files[i]
+
+    def select(self, ids):
+        """The pairs at these indices, as a set of its own."""
+        part = copy.copy(self)
+        part.files, part.targets = ([paths[i] for i in ids] for paths in (self.files, self.targets))
+        part.images, part.bad = self.images.select(ids), {}
+        return part
+
+    def name_classes(self):
+        """Where no names are given, numbers up to the largest id in any label."""
+        if self.classes is None:
+            progress = run.Progress("class ids", len(self))
+            largest = 0
+            for path in self.targets:
+                ids = read_label(path, IGNORED, self.ignore, self.reduce_zero)
+                largest = max(largest, int(ids[ids != IGNORED].max(initial=0)))
+                progress.step()
+            self.classes = [str(i) for i in range(largest + 1)]
+
+    def read(self, i):
+        """(PIL image, its label, a uint8 PIL image of ids below the number of classes, or IGNORED)."""
+        image = self.images.read(i)
+        return image, Image.fromarray(self.label(i))
+
+    def label(self, i):
+        return read_label(self.targets[i], len(self.classes), self.ignore, self.reduce_zero)
+
+
+def check_headers(image_path, label_path):
+    """Refuse, before a pixel is read, a label of several channels or of another size than its image."""
+    with data.or_bad_file(), Image.open(image_path) as image, Image.open(label_path) as label:
+        size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
+        check_label(label_path, label, size)
+
+
+def check_label(path, label, size):
+    if label.mode not in ("1", "L", "P", "I", "I;16"):
+        raise DataError(f"{path}: a label of {label.mode} pixels, not one channel of class ids (of a palette PNG the "
+                        "indices count)")
+    if label.size != size:
+        raise DataError(f"{path}: the label has {label.width}x{label.height} pixels, its image {size[0]}x{size[1]}")
+
+
+def read_label(path, classes, ignore=(), reduce_zero=False):
+    """uint8 (H, W) of a label PNG: ids below `classes`, or IGNORED. reduce_zero: 0 becomes IGNORED, k becomes k - 1."""
+    with data.or_bad_file(), Image.open(path) as image:
+        ids = np.array(image).astype(np.int64)
+    ignored = (ids == IGNORED) | np.isin(ids, ignore)
+    if reduce_zero:
+        ignored |= ids == 0
+        ids = ids - 1
+    wrong = ids[~ignored & ((ids < 0) | (ids >= classes))]
+    if len(wrong):
+        raise DataError(f"{path}: class id {wrong[0] + reduce_zero}, and there are {classes} classes"
+                        f"{', from 1' if reduce_zero else ', from 0'}")
+    return np.where(ignored, IGNORED, ids).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------- augmentation and batches
+def fit_short(image, short, factor=1.0):
+    """The (width, height) at which a PIL image's short side is factor * short, its long one at most 4 times that."""
+    scale = factor * min(short / min(image.size), 4 * short / max(image.size))
+    return tuple(max(1, int(side * scale + 0.5)) for side in image.size)
+
+
+def random_crop(image, label, crop, short, i, *key):
+    """Resize 0.5 to 2, crop, flip: PIL image and label -> uint8 arrays (h', w', C), (h', w'), at most of `crop`.
+
+    The crop is drawn again, up to 10 times, while one class has 75 % or more of the pixels that count.
+    """
+    u = augment.uniform(torch.tensor([i]), 24, SEGMENT, 0, *key)[0].tolist()
+    size = fit_short(image, short, 0.5 + 1.5 * u[0])
+    image = np.asarray(image.resize(size, Image.BILINEAR))
+    label = np.asarray(label.resize(size, Image.NEAREST))
+    room = [max(side - wanted, 0) for side, wanted in zip(label.shape, crop)]
+    for across, down in zip(u[2::2], u[3::2]):
+        top, left = int(across * (room[0] + 1)), int(down * (room[1] + 1))
+        box = slice(top, top + crop[0]), slice(left, left + crop[1])
+        counts = np.bincount(label[box].ravel(), minlength=256)[:IGNORED]
+        if 0 < counts.max() < 0.75 * counts.sum():
+            break
+    image, label = image[box], label[box]
+    return (image[:, ::-1], label[:, ::-1]) if u[1] < 0.5 else (image, label)
+
+
+def photometric(x, ids, *key):
+    """mmsegmentation's distortion of x (N, C, h, w) in [0, 1], each part with probability .5: brightness +-32 / 255,
+    contrast .5 to 1.5, before or after saturation .5 to 1.5 and hue +-.1 turns. Saturation and hue are of RGB alone."""
+    u = augment.uniform(ids, 9, SEGMENT, 1, *key)
+    on = u[:, :4] < 0.5
+    spread = 2 * u[:, 4:8] - 1
+    brightness = torch.where(on[:, 0], spread[:, 0] * 32 / 255, 0.0)
+    contrast = torch.where(on[:, 1], 1 + spread[:, 1] / 2, 1.0)
+    first = u[:, 8] < 0.5
+
+    def each(values):
+        return augment.upload(values, x.device)[:, None, None, None]
+
+    x = (x + each(brightness)).clamp(0, 1)
+    x = (x * each(torch.where(first, contrast, 1.0))).clamp(0, 1)
+    if x.shape[1] == 3:
+        value = x.amax(1, keepdim=True)
+        saturation = (value - x.amin(1, keepdim=True)) / value.clamp_min(1e-6)
+        factor = each(torch.where(on[:, 2], 1 + spread[:, 2] / 2, 1.0))
+        x = value - (value - x) * torch.minimum(factor, 1 / saturation.clamp_min(1e-6))
+        augment.apply_(augment.adjust_hue, x, on[:, 3], 0.1 * spread[:, 3])
+    return (x * each(torch.where(first, 1.0, contrast))).clamp(0, 1)
+
+
+class Crops(torch.utils.data.Dataset):
+    """What a worker does with (epoch, i): read image i and its label, crop, pad to the crop.
+
+    -> ((epoch, i), uint8 (C, h, w), label uint8 (h, w), size (2,) without the padding, what is wrong or None). What cannot be read
+    is a crop without a pixel that counts.
+    """
+
+    def __init__(self, pairs, crop, short, seed):
+        self.pairs, self.crop, self.short, self.seed = pairs, crop, short, seed
+
+    def __getitem__(self, key):
+        epoch, i = key
+        image = np.zeros((*self.crop, self.pairs.in_chans), np.uint8)
+        label = np.full(self.crop, IGNORED, np.uint8)
+        size, wrong = (0, 0), None
+        try:
+            pixels, ids = random_crop(*self.pairs.read(i), self.crop, self.short, i, self.seed, epoch)
+            size = ids.shape
+            image[:size[0], :size[1]] = pixels.reshape(*size, -1)
+            label[:size[0], :size[1]] = ids
+        except ValueError as error:
+            wrong = error
+        return key, torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label), torch.tensor(size), wrong
+
+
+class Whole(Crops):
+    """As Crops, but the whole image, its short side resized to `short`, and the label as it is; without padding."""
+
+    def __getitem__(self, i):
+        try:
+            image, label = self.pairs.read(i)
+            image = np.asarray(image.resize(fit_short(image, self.short), Image.BILINEAR))
+            image = torch.from_numpy(image.copy()).reshape(*image.shape[:2], -1).permute(2, 0, 1)
+            return image, torch.from_numpy(np.array(label)), None
+        except ValueError as error:
+            return None, None, error
+
+
+class Batch:
+    """ids (n,); images (n, C, h, w), normalised, 0 in the padding; labels (n, h, w) int64, on the device."""
+
+    def __init__(self, ids, images, labels):
+        self.ids, self.images, self.labels = ids, images, labels
+
+    def __len__(self):
+        return len(self.ids)
+
+
+class Loader:
+    """`iterations` random batches as one epoch: image i looks the same in its e-th turn on any number of processes."""
+
+    def __init__(self, pairs, crop, short, batch_size, iterations, env, seed=0, workers=0, max_bad=0.01):
+        self.dataset, self.iterations, self.seed, self.max_bad = pairs, iterations, seed, max_bad
+        self.batch_size, self.rank, self.processes = batch_size, env.rank, env.processes
+        self.device, self.workers, self.waited = env.device, workers, 0.0
+        self.mean, self.std = (torch.tensor(v, device=env.device)[:, None, None] for v in (pairs.mean, pairs.std))
+        self.turn = len(pairs) // (batch_size * env.processes)              # batches in which an image comes once
+        self.crops = Crops(pairs, crop, short, seed)
+
+    def __len__(self):
+        return self.iterations
+
+    def plan(self, start):
+        """[(turn, image), ...] of this process's share of each batch, from batch `start` on."""
+        for step in range(start, self.iterations):
+            turn, b = divmod(step, self.turn)
+            if b == 0 or step == start:
+                order = augment.shuffled(len(self.dataset), augment.ORDER, self.seed, turn)
+            first = (b * self.processes + self.rank) * self.batch_size
+            yield [(turn, i) for i in order[first:first + self.batch_size].tolist()]
+
+    def epoch(self, epoch=0, start=0):
+        reader = torch.utils.data.DataLoader(
+            self.crops, batch_sampler=self.plan(start), num_workers=self.workers, collate_fn=collated,
+            pin_memory=self.device.type == "cuda")
+        items, seen = iter(reader), 0
+        while True:
+            before = time.perf_counter()
+            item = next(items, None)
+            self.waited += time.perf_counter() - before
+            if item is None:
+                return
+            keys, images, labels, sizes, wrong = item
+            for (_, i), error in zip(keys, wrong):
+                seen = note(self.dataset, i, error, self.max_bad, seen)
+            ids = torch.tensor([i for _, i in keys])
+            images, labels = (augment.upload(v, self.device) for v in (images, labels))
+            x = photometric(images.float() / 255, ids, self.seed, keys[0][0])
+            rows, columns = (augment.upload(sizes[:, k], self.device)[:, None] for k in (0, 1))
+            inside = ((torch.arange(x.shape[2], device=x.device) < rows)[:, :, None]
+                      & (torch.arange(x.shape[3], device=x.device) < columns)[:, None])
+            yield Batch(ids, (x - self.mean) / self.std * inside[:, None], labels.long())
+
+
+def collated(items):
+    keys, images, labels, sizes, wrong = zip(*items)
+    return keys, torch.stack(images), torch.stack(labels), torch.stack(sizes), wrong
+
+
+def note(pairs, i, error, max_bad, seen):
+    """Take note of an image that cannot be read; other faults, such as a class id past the last, end the run."""
+    if error is None:
+        return seen
+    if not isinstance(error, data.BadFile):
+        raise error
+    pairs.bad.setdefault(i, str(error))
+    return data.report_bad(pairs, max_bad, seen)
+
+
+# --------------------------------------------------------------------------------------------------------- test
+def corners(length, size, stride):
+    """Where windows of `size` start on a side: every `stride`, the last moved inward to end with the side."""
+    return [min(i * stride, length - size) for i in range(max(length - size + stride - 1, 0) // stride + 1)]
+
+
+@torch.no_grad()
+def slide(forward, x, size, stride, at_once=8):
+    """Logits (K, H, W) of an image x (C, H, W), normalised: the mean over windows of `size`, padded by 0 if smaller.
+
+    forward: (n, C, *size) -> (logits, anything).
+    """
+    height, width = x.shape[1:]
+    x = F.pad(x, (0, max(size[1] - width, 0), 0, max(size[0] - height, 0)))
+    places = [(top, left) for top in corners(x.shape[1], size[0], stride) for left in corners(x.shape[2], size[1], stride)]
+    total, count = 0, torch.zeros_like(x[:1])
+    for start in range(0, len(places), at_once):
+        boxes = [(slice(top, top + size[0]), slice(left, left + size[1])) for top, left in places[start:start + at_once]]
+        logits = resized(forward(torch.stack([x[:, rows, columns] for rows, columns in boxes]))[0].float(), size)
+        if start == 0:
+            total = logits.new_zeros(logits.shape[1], *x.shape[1:])
+        for (rows, columns), window in zip(boxes, logits):
+            total[:, rows, columns] += window
+            count[:, rows, columns] += 1
+    return (total / count)[:, :height, :width]
+
+
+def label_map(logits, size, together=32):
+    """Logits (K, h, w) -> class ids uint8 (H, W): resized to size and the largest taken, a few classes at a time."""
+    best = chosen = None
+    for first in range(0, len(logits), together):
+        value, index = resized(logits[None, first:first + together], size)[0].max(0)
+        index += first
+        if best is None:
+            best, chosen = value, index
+        else:
+            chosen = torch.where(value > best, index, chosen)
+            best = torch.maximum(value, best)
+    return chosen.to(torch.uint8)
+
+
+class Tester:
+    """Class maps of whole images by sliding windows: short side `short_side`, at the images' own size."""
+
+    def __init__(self, net, env, mean, std, short_side, stride):
+        self.net, self.forward, self.device = net, env.autocast(net), env.device
+        self.mean, self.std = (torch.tensor(v, device=env.device)[:, None, None] for v in (mean, std))
+        self.size, self.stride, self.short = tuple(net.config["img_size"]), stride, short_side
+
+    def predict(self, image, size):
+        """uint8 (C, h, w) -> class ids uint8 (H, W) of size, on the device."""
+        x = (augment.upload(image, self.device).float() / 255 - self.mean) / self.std
+        return label_map(slide(self.forward, x, self.size, self.stride), size)
+
+    def confusion(self, pairs, env, workers=0, max_bad=0.01):
+        """(confusion matrix over all images, number of images): each read by one process, all get the whole."""
+        self.net.eval()
+        classes, seen = len(pairs.classes), 0
+        matrix = torch.zeros(classes ** 2 + 1, dtype=torch.long, device=self.device)
+        mine = range(env.rank, len(pairs), env.processes)
+        reader = torch.utils.data.DataLoader(Whole(pairs, None, self.short, 0), batch_size=None, sampler=mine,
+                                             num_workers=workers)
+        progress = run.Progress("test images", len(mine))
+        for i, (image, label, wrong) in zip(mine, reader):
+            seen = note(pairs, i, wrong, max_bad, seen)
+            if wrong is None:
+                predicted = self.predict(image, label.shape)
+                matrix[:-1] += confusion(augment.upload(label, self.device), predicted, classes).flatten()
+                matrix[-1] += 1
+            progress.step()
+        if env.processes > 1:
+            dist.all_reduce(matrix)
+        if not matrix[-1]:
+            raise run.RunError(f"{pairs.name}: none of the test images can be read")
+        return matrix[:-1].reshape(classes, classes).cpu(), int(matrix[-1])
+
+
+# ------------------------------------------------------------------------------------------------------- a run
+def get_args(argv=None):
+    parser = run.Parser(description=__doc__.split("\n")[0])
+    add = parser.group("data")
+    run.add_options(add, "data workers max-bad")
+    add("--classes", metavar="FILE", help="names of the classes, one a line (default: the layout's, or numbers)")
+    add("--ignore", type=number(int, 0, 65535), action="append", metavar="ID", help="a further id that counts for nothing")
+    add("--reduce-zero-label", action=run.argparse.BooleanOptionalAction, help="id 0 counts for nothing, k becomes "
+        "k - 1 (default: in ADE20K's own folders)")
+    add("--labels", help="training images used: 32 or 10%%, drawn by --seed (default: all)")
+    add("--test-part", choices=("val", "test"), help="what is tested (default: val, else test)")
+    add = parser.group("model")
+    add("--init", nargs="+", default=["out/graft"], help="encoders, a row each: a run's folder or a file (ours, MAE, "
+        "MoCo v3, DINO, timm), or none for random weights")
+    add("--weights", choices=("base", "momentum"), default="base", help="of a MoCo v3 file that holds both encoders")
+    add("--arch", choices=ARCHS, default="vit_base", help="of --init none")
+    add("--patch-size", type=number(int, 1, 256), help="of --init none; default: the architecture's")
+    add("--protocol", choices=DEFAULTS, default="upernet", help="linear, linear4: a linear head on one tap or four of "
+        "the frozen encoder")
+    add("--channels", type=number(int, 1, 4096), help="of UperNet's convolutions (default: the encoder's width)")
+    add("--relative-positions", action=run.argparse.BooleanOptionalAction, default=True, help="a relative bias per "
+        "block beside the positions")
+    add("--layer-scale", type=number(float, 0, 10), default=1.0, help="first value of each branch's scale (0: none)")
+    add = parser.group("augmentation and test")
+    add("--crop-size", type=run.image_size, default=[512, 512], help="512 or HEIGHTxWIDTH; also the test's window")
+    add("--short-side", type=number(int, 1, 8192), help="short side of the images, before the random resize and in "
+        "the test (default: the crop's)")
+    add("--stride", type=number(int, 1, 8192), help="of the test's windows (default: two thirds of the crop)")
+    add("--show", type=number(int, 0, 64), default=4, help="test images on the sheet")
+    add = parser.group("optimisation")
+    add("--iterations", type=number(int, 1, 10 ** 7), help="default 160000; linear 40000")
+    add("--batch-size", type=number(int, 1), default=16, help="global: per device x devices")
+    add("--lr", type=number(above=True), help="rate, whatever the batch (default 1e-4; linear 1e-3; linear4 8e-5)")
+    add("--layer-decay", type=number(float, 0, 1, above=True), help="rate of a layer / of the layer above (default .65)")
+    add("--weight-decay", type=number(), help="not on 1-D parameters (default .05; linear 1e-4)")
+    add("--warmup-iterations", type=number(int, 0, 10 ** 7), help="default 1500, or 15 %% of a shorter run")
+    add("--drop-path", type=number(float, 0, 0.99), help="of the last block, from 0 at the first (default .1)")
+    add("--loss-over", choices=("all", "valid"), default="all", help="pixels whose mean is the loss: ignored ones "
+        "included, as in mmsegmentation, or not")
+    add = parser.group("predict")
+    add("--predict", metavar="FOLDER", help="write label PNGs and overlays of these images, and do nothing else")
+    add("--segmenter", help="a run's folder or its segmenter.pt (default: --out)")
+    add = parser.group("run")
+    run.add_options(add, "out results resume seed device amp compile log-every save-minutes timeout-minutes")
+    args = run.parse(parser, argv)
+    defaults = DEFAULTS[args.protocol]
+    run.fill(args, defaults | dict(short_side=min(args.crop_size), stride=min(args.crop_size) * 2 // 3, ignore=[]))
+    run.fill(args, dict(warmup_iterations=min(1500, int(0.15 * args.iterations))))
+    if not args.predict and not args.data:
+        parser.error("--data is needed: a folder with train/images, train/labels, val/images and val/labels, or "
+                     "ADE20K's, Cityscapes' or VOC's folders")
+    if args.stride > min(args.crop_size):
+        parser.error(f"--stride {args.stride} is more than the crop's {min(args.crop_size)}: pixels would be left out")
+    run.check(parser, args)
+    return args
