@@ -1,8 +1,8 @@
-"""The networks and losses of Layer Grafted Pre-training. Needs torch alone: copy this file where you like.
+"""The networks, losses and rates of Layer Grafted Pre-training. Needs torch alone: copy it freely.
 
-Shapes: N images, C channels, (H, W) pixels, p patch size, L patches, T = 1 + L tokens, D width, h heads.
-Layers are numbered as in layer-wise rate decay: 0 the embeddings, 1..depth the blocks, depth + 1 all that
-follows (final norm, heads, predictor, decoder).
+Shapes: N images (n of one process), C channels, (H, W) pixels, p patch size, L patches, T = 1 + L
+tokens, D width, h heads. Layers are numbered as in layer-wise rate decay: 0 the embeddings,
+1..depth the blocks, depth + 1 all that follows (final norm, heads, predictor, decoder).
 """
 import math
 
@@ -23,7 +23,12 @@ ARCHS = {
 }
 
 
-# --------------------------------------------------------------------------------------------- processes
+def decoder_of(config):
+    """MAE's decoder (dim, depth, heads) for an encoder of this width; that of ViT-B/16 by default."""
+    return next((d for e, d in ARCHS.values() if e[1] == config["dim"]), (512, 8, 16))
+
+
+# ---------------------------------------------------------------------------------------- processes
 def world():
     """(rank, number of processes); (0, 1) where there is no process group."""
     if dist.is_available() and dist.is_initialized():
@@ -58,7 +63,7 @@ class AllReduceSum(torch.autograd.Function):
 
 
 def gather_with_grad(x):
-    """As `gather`, and the gradient reaches every process: mean over processes of d(loss) is then exact."""
+    """As `gather`, and the gradient reaches every process: its mean over them is then exact."""
     rank, n = world()
     if n == 1:
         return x
@@ -67,15 +72,20 @@ def gather_with_grad(x):
     return AllReduceSum.apply(padded).flatten(0, 1)
 
 
-class BatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm over the global batch, in float32 under autocast, on CPU and GPU (torch's SyncBatchNorm: GPU only).
+def full(x):
+    """x in float32, or in float64 if it is in that."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
-    One process computes nn.BatchNorm1d. Several need equally many rows each. A batch that is not finite, whose step
-    is skipped, leaves no trace in the running statistics.
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm over the global batch, in float32 under autocast. (torch's needs a GPU for that.)
+
+    One process computes nn.BatchNorm1d. Several need equally many rows each. A batch that is not
+    finite, whose step is skipped, leaves no trace in the running statistics.
     """
 
     def forward(self, x):                                                   # (N, D)
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        x = full(x)
         if not self.training:
             return super().forward(x)
         n = world()[1]
@@ -90,30 +100,33 @@ class BatchNorm1d(nn.BatchNorm1d):
             y = y * self.weight + self.bias if self.affine else y
         with torch.no_grad():
             self.num_batches_tracked += 1
-            for running, value in ((self.running_mean, mean), (self.running_var, var * (rows / (rows - 1)))):
+            unbiased = var * (rows / (rows - 1))
+            for running, value in ((self.running_mean, mean), (self.running_var, unbiased)):
                 running.lerp_(torch.where(value.isfinite(), value, running), self.momentum)
         return y
 
 
-# ----------------------------------------------------------------------------------------------- encoder
+# ------------------------------------------------------------------------------------------ encoder
 def pair(x):
     """16 -> (16, 16); (h, w) stays."""
     return (x, x) if isinstance(x, int) else tuple(x)
 
 
 def sincos_pos_embed(dim, grid):
-    """MAE's fixed position embedding (1, 1 + h w, dim): [sin xw, cos xw, sin yw, cos yw], zeros for the class token.
+    """MAE's fixed position embedding (1, 1 + h w, dim): [sin xw, cos xw, sin yw, cos yw].
 
-    w_i = 10000^(-i / (dim / 4)). Generated for any grid (h, w), not stretched. MoCo v3's has x and y swapped.
+    w_i = 10000^(-i / (dim / 4)); zeros for the class token. Generated for any grid (h, w), not
+    stretched. MoCo v3's has x and y swapped. ValueError: dim is not divisible by 4.
     """
     if dim % 4:
-        raise ValueError(f"the width {dim} must be divisible by 4 for the sine-cosine position embedding")
-    h, w = grid
+        raise ValueError(f"the width {dim} must be divisible by 4 for the sine-cosine positions")
+    h, w = (torch.arange(side, dtype=torch.float64) for side in grid)
     freq = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    y, x = torch.meshgrid(torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64), indexing="ij")
+    y, x = torch.meshgrid(h, w, indexing="ij")
     x, y = x.reshape(-1, 1) * freq, y.reshape(-1, 1) * freq                 # (h w, dim / 4)
     table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1)
-    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table])[None].to(torch.get_default_dtype())
+    table = torch.cat([torch.zeros(1, dim, dtype=torch.float64), table])
+    return table[None].to(torch.get_default_dtype())
 
 
 def patchify(imgs, p):
@@ -124,7 +137,7 @@ def patchify(imgs, p):
 
 
 def unpatchify(x, p, grid):
-    """The inverse of `patchify`: (N, L, p p C) -> (N, C, H, W) for a grid of (H / p, W / p) patches."""
+    """The inverse of `patchify`: (N, L, p p C) -> (N, C, H, W) for a grid (H / p, W / p)."""
     h, w = grid
     n, _, d = x.shape
     x = x.reshape(n, h, w, p, p, d // (p * p))
@@ -137,16 +150,18 @@ def take(x, ids):
 
 
 class PatchEmbed(nn.Module):
-    """The patch projection, written as unfolding and one matrix product so that masked patches cost nothing."""
+    """The patch projection, as unfolding and one matrix product: masked patches cost nothing."""
 
     def __init__(self, patch_size, in_chans, dim):
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)        # a Conv2d for the official names
+        # a Conv2d for the official names
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
 
     def forward(self, x, ids_keep=None):
         n, c, h, w = x.shape
         p = self.proj.kernel_size[0]
-        x = x.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * p * p)
+        x = x.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+        x = x.reshape(n, -1, c * p * p)
         if ids_keep is not None:
             x = take(x, ids_keep)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)     # (N, L or kept, D)
@@ -164,13 +179,14 @@ class Attention(nn.Module):
 
         With `first`, that many of the first tokens ask all tokens: (N, first, D).
         """
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        q = q[:, :, :first]                                                 # (N, h, T or first, D / h)
-        # on a CPU in bf16, torch's fused kernel takes 2 to 5 times as long as the two products (torch 2.15)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        q = q[:, :, :first]                                             # (N, h, T or first, D / h)
+        # on a CPU in bf16, torch's fused kernel takes 2 to 5 times as long as the two products
         if attention is None and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
             x = F.scaled_dot_product_attention(q, k, v)
         else:
-            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()        # once, not in each product
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()    # once, not in each product
             weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
             x = weights @ v
             if attention is not None:
@@ -189,7 +205,7 @@ class Mlp(nn.Module):
 
 
 def drop_path(x, rate, training):
-    """Stochastic depth: the branch is dropped for a random share `rate` of the images, the rest scaled up."""
+    """Stochastic depth: the branch is 0 for a random share `rate` of the images, scaled up else."""
     if rate == 0.0 or not training:
         return x
     keep = torch.rand(len(x), 1, 1, device=x.device) >= rate
@@ -206,28 +222,31 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x, attention=None, first=None):
-        """(N, T, D) -> (N, T, D), or the `first` tokens alone, (N, first, D): what nobody reads is not computed."""
-        x = x[:, :first] + drop_path(self.attn(self.norm1(x), attention, first), self.drop_path, self.training)
+        """(N, T, D) -> (N, T, D), or of the `first` tokens alone, (N, first, D)."""
+        branch = self.attn(self.norm1(x), attention, first)
+        x = x[:, :first] + drop_path(branch, self.drop_path, self.training)
         return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
 
 
 class VisionTransformer(nn.Module):
-    """ViT, pre-norm, class token, fixed sine-cosine positions; state-dict names of MAE, MoCo v3 and timm.
+    """ViT, pre-norm, class token, fixed sine-cosine positions; names of MAE, MoCo v3 and timm.
 
-    `config` holds the arguments that rebuild it: VisionTransformer(**encoder.config).
-    `head` is what follows the class token: nothing here, the projector in MoCo v3, a classifier in fine-tuning.
+    `config` holds the arguments that rebuild it: VisionTransformer(**encoder.config). `head` is
+    what follows the class token: nothing, the projector in MoCo v3, a classifier in fine-tuning.
+    ValueError: sizes that do not divide each other.
     """
 
-    def __init__(self, img_size=224, patch_size=16, in_chans=3, dim=768, depth=12, heads=12, mlp_ratio=4.0,
-                 drop_path=0.0):
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, dim=768, depth=12, heads=12,
+                 mlp_ratio=4.0, drop_path=0.0):
         super().__init__()
         img_size = pair(img_size)
         if img_size[0] % patch_size or img_size[1] % patch_size:
-            raise ValueError(f"--img-size {img_size[0]}x{img_size[1]} is not a multiple of --patch-size {patch_size}")
+            raise ValueError(f"--img-size {img_size[0]}x{img_size[1]} is not a multiple of "
+                             f"--patch-size {patch_size}")
         if dim % heads:
             raise ValueError(f"the width {dim} is not divisible by {heads} heads")
-        self.config = dict(img_size=list(img_size), patch_size=patch_size, in_chans=in_chans, dim=dim, depth=depth,
-                           heads=heads, mlp_ratio=mlp_ratio)
+        self.config = dict(img_size=list(img_size), patch_size=patch_size, in_chans=in_chans,
+                           dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
         self.dim, self.depth, self.patch_size = dim, depth, patch_size
         self.grid = (img_size[0] // patch_size, img_size[1] // patch_size)
         self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
@@ -242,7 +261,8 @@ class VisionTransformer(nn.Module):
     def embed(self, x, ids_keep=None):
         """(N, C, H, W) -> (N, 1 + L, D); with ids_keep (N, K) only those patches, (N, 1 + K, D)."""
         if tuple(x.shape[-2:]) != tuple(self.config["img_size"]):
-            raise ValueError(f"pictures of {tuple(x.shape[-2:])} pixels, the encoder takes {self.config['img_size']}")
+            raise ValueError(f"images of {tuple(x.shape[-2:])} pixels, the encoder takes "
+                             f"{self.config['img_size']}")
         pos = self.pos_embed[:, 1:].expand(len(x), -1, -1)
         if ids_keep is not None:
             pos = take(pos, ids_keep)
@@ -260,16 +280,17 @@ class VisionTransformer(nn.Module):
         """The class token after the final norm, (N, D): the feature that the paper evaluates."""
         x = self.embed(x)
         for i, block in enumerate(self.blocks, start=1):
-            x = block(x, first=1 if i == self.depth else None)              # of the last block, the class token alone
+            x = block(x, first=1 if i == self.depth else None)          # nobody reads the others
         return self.norm(x[:, 0])
 
     def forward(self, x):
         return self.head(self.forward_features(x))
 
     def intermediate(self, x, blocks=None, attention=False):
-        """Tokens (N, T, D) after each of the given blocks (1 = the first; default all), before the final norm.
+        """Tokens (N, T, D) after each of the given blocks (1 the first; default all), not normed.
 
-        With attention=True returns (tokens, weights): weights (N, h, T, T) of every block that was run.
+        With attention=True returns (tokens, weights): weights (N, h, T, T) of every block up to the
+        last asked for. ValueError: no such block.
         """
         wanted = range(1, self.depth + 1) if blocks is None else blocks
         if not all(1 <= b <= self.depth for b in wanted):
@@ -285,7 +306,7 @@ class VisionTransformer(nn.Module):
 
 
 def init_mae_(model):
-    """MAE's initial weights: Linear xavier-uniform, biases 0, LayerNorm 1 and 0, tokens normal with std .02."""
+    """MAE's initial weights: Linear xavier-uniform, biases 0, LayerNorm 1 and 0, tokens std .02."""
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)
@@ -298,7 +319,7 @@ def init_mae_(model):
 
 
 def init_moco_(encoder):
-    """MoCo v3's initial weights: as MAE's, but q, k and v xavier-uniform each on its own, cls_token std 1e-6."""
+    """MoCo v3's initial weights: q, k, v xavier-uniform each on its own, cls_token of std 1e-6."""
     init_mae_(encoder)
     for block in encoder.blocks:
         bound = math.sqrt(6.0 / (encoder.dim + encoder.dim))
@@ -308,19 +329,22 @@ def init_moco_(encoder):
     nn.init.normal_(encoder.cls_token, std=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------- MAE
+# ---------------------------------------------------------------------------------------------- MAE
 class MaskedAutoencoder(VisionTransformer):
-    """MAE (He et al., 2021): encoder over the kept patches, light decoder over all, loss on the masked ones."""
+    """MAE (He et al., 2021): encodes the kept patches, decodes all, learns the masked ones."""
 
-    def __init__(self, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pix_loss=True, **encoder):
+    def __init__(self, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pix_loss=True,
+                 **encoder):
         super().__init__(**encoder)
         self.norm_pix_loss = norm_pix_loss
-        self.decoder_config = dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_heads=decoder_heads,
-                                   norm_pix_loss=norm_pix_loss)
+        self.decoder_config = dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth,
+                                   decoder_heads=decoder_heads, norm_pix_loss=norm_pix_loss)
         self.decoder_embed = nn.Linear(self.dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(decoder_dim, self.grid), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList([Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)])
+        self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(decoder_dim, self.grid),
+                                              requires_grad=False)
+        self.decoder_blocks = nn.ModuleList([Block(decoder_dim, decoder_heads)
+                                             for _ in range(decoder_depth)])
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, self.patch_size ** 2 * self.config["in_chans"])
         init_mae_(self)
@@ -330,7 +354,7 @@ class MaskedAutoencoder(VisionTransformer):
         """noise (N, L) -> ids_keep (N, K), mask (N, L) with 1 = removed, ids_restore (N, L)."""
         n, length = noise.shape
         keep = int(length * (1 - mask_ratio))
-        ids_shuffle = noise.argsort(dim=1, stable=True)                         # stable: the same on every device
+        ids_shuffle = noise.argsort(dim=1, stable=True)                 # the same on every device
         ids_restore = ids_shuffle.argsort(1)
         mask = (ids_restore >= keep).to(noise.dtype)
         return ids_shuffle[:, :keep], mask, ids_restore
@@ -347,32 +371,36 @@ class MaskedAutoencoder(VisionTransformer):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def target(self, imgs):
-        """Pixels of each patch (N, L, p p C), normalised by the patch's mean and variance with norm_pix_loss."""
+        """Pixels of each patch (N, L, p p C), with norm_pix_loss of mean 0 and variance 1."""
         target = patchify(imgs, self.patch_size)
         if self.norm_pix_loss:
             target = target - target.mean(-1, keepdim=True)
-            variance = target.square().sum(-1, keepdim=True) / (target.shape[-1] - 1)   # .var() takes 5 times as long
+            # .var() takes 5 times as long
+            variance = target.square().sum(-1, keepdim=True) / (target.shape[-1] - 1)
             target = target / (variance + 1e-6).sqrt()
         return target
 
     def forward(self, imgs, mask_ratio=0.75, noise=None):
-        """(N, C, H, W) -> (loss, pred (N, L, p p C), mask (N, L), 1 = removed). noise (N, L) decides what is kept."""
+        """(N, C, H, W) -> (loss, pred (N, L, p p C), mask (N, L), 1 = removed).
+
+        noise (N, L), by default drawn: the patches of the smallest are kept.
+        """
         if noise is None:
             noise = torch.rand(len(imgs), self.grid[0] * self.grid[1], device=imgs.device)
         ids_keep, mask, ids_restore = self.random_masking(noise, mask_ratio)
         pred = self.decode(self.tokens(imgs, ids_keep), ids_restore)
         with torch.autocast(imgs.device.type, enabled=False):
-            pred = pred.float() if pred.dtype in (torch.float16, torch.bfloat16) else pred
+            pred = full(pred)
             loss = (pred - self.target(imgs)).square().mean(-1)             # (N, L)
             loss = (loss * mask).sum() / mask.sum()
         return loss, pred, mask
 
 
-# ------------------------------------------------------------------------------------ contrastive losses
+# ------------------------------------------------------------------------------- contrastive losses
 def info_nce(q, k, temperature, rank=0):
     """2 T * cross-entropy of q k^T / T with the positive at its own index (MoCo v3, Algorithm 1).
 
-    q (n, D) of this process, k (N, D) gathered from all; row i of q belongs to row rank * n + i of k.
+    q (n, D) of this process, k (N, D) of all; row i of q belongs to row rank * n + i of k.
     """
     q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
     labels = torch.arange(len(q), device=q.device) + len(q) * rank
@@ -380,9 +408,10 @@ def info_nce(q, k, temperature, rank=0):
 
 
 def nt_xent(z1, z2, temperature, rank=0, processes=1):
-    """SimCLR's loss: each of 2 N embeddings against the 2 N - 1 others. z1, z2 (N, D), gathered from all.
+    """SimCLR's loss (Chen et al., 2020): each of 2 N embeddings against the 2 N - 1 others.
 
-    Returns the mean over this process's rows, so that the mean over processes is the loss of the whole batch.
+    z1, z2 (N, D) of all processes. Returns the mean over this process's rows, so that the mean over
+    processes is the loss of the whole batch.
     """
     z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
     n = len(z1) // processes
@@ -397,9 +426,10 @@ def nt_xent(z1, z2, temperature, rank=0, processes=1):
 
 
 def vicreg_terms(x, y):
-    """VICReg's three terms (Bardes et al., 2021) of x, y (N, D), the whole batch: invariance, variance, covariance.
+    """VICReg's three terms (Bardes et al., 2021) of the whole batch x, y (N, D).
 
-    Mean squared error; hinge at 1 of sqrt(var + 1e-4), averaged over both; off-diagonal squares / D, summed over both.
+    Invariance: mean squared error; variance: hinge at 1 of sqrt(var + 1e-4), averaged over both;
+    covariance: off-diagonal squares / D, summed over both.
     """
     invariance = F.mse_loss(x, y)
     variance, covariance = 0.0, 0.0
@@ -411,8 +441,16 @@ def vicreg_terms(x, y):
     return invariance, variance, covariance
 
 
+def anchors_of(encoder, blocks):
+    """(parameters, their values now) of the embeddings and the first `blocks` blocks that train;
+    none of them with blocks=None."""
+    anchored = [p for name, p in encoder.named_parameters() if blocks is not None
+                and p.requires_grad and layer_of(name, encoder.depth) <= min(blocks, encoder.depth)]
+    return anchored, [p.detach().clone() for p in anchored]
+
+
 def anchor_penalty(params, anchors, norm):
-    """Sum over all given parameters of |w - w0| (l1) or (w - w0)^2 (l2), w0 the weights grafting started from."""
+    """Sum over all given parameters of |w - w0| (l1) or (w - w0)^2 (l2), w0 those grafted onto."""
     power = {"l1": torch.abs, "l2": torch.square}[norm]
     return sum(power(w - w0).sum() for w, w0 in zip(params, anchors, strict=True))
 
@@ -421,23 +459,41 @@ def anchor_penalty(params, anchors, norm):
 def feature_stats(features, q, k, rank=0):
     """What shows a collapse before the accuracy does.
 
-    acc: share of q (n, D) whose nearest k (N, D) is its own, row rank * n + i; std: of the normalised q, 1 / sqrt(D)
-    when spread evenly and 0 when collapsed; rank: effective rank of the encoder's features (n, width), the
-    exponential of the entropy of their normalised singular values (Roy & Vetterli, 2007).
+    acc: share of q (n, D) whose nearest k (N, D) is its own, row rank * n + i; std: of the
+    normalised q, 1 / sqrt(D) when spread evenly and 0 when collapsed; rank: effective rank of the
+    features (n, width), exp(entropy of their normalised singular values) (Roy & Vetterli, 2007).
     """
     q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
     own = torch.arange(len(q), device=q.device) + (len(q) * rank if len(k) > len(q) else 0)
     centred = features.float() - features.float().mean(0)
-    gram = (centred.T @ centred).nan_to_num(0, 0, 0)                        # eigvalsh fails on what is not finite
+    gram = (centred.T @ centred).nan_to_num(0, 0, 0)        # eigvalsh fails on what is not finite
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = (singular / singular.sum().clamp_min(1e-12)).clamp_min(1e-12)
     return {"acc": ((q @ k.T).argmax(1) == own).float().mean(), "std": q.std(0).mean(),
             "rank": torch.exp(-(share * share.log()).sum())}
 
 
-# ------------------------------------------------------------------------------------ contrastive models
+def knn_scores(queries, bank, labels, classes, k=20, temperature=0.07, chunk=1024):
+    """DINO's weighted k-NN: (Q, classes) sums of exp(cos / temperature) over the k nearest.
+
+    queries (Q, D), bank (N, D), labels (N,). In chunks of queries, so that memory is chunk x N and
+    not Q x N. k may be a list: then a list is returned.
+    """
+    ks = [k] if isinstance(k, int) else list(k)
+    queries, bank = F.normalize(queries, dim=1), F.normalize(bank, dim=1)
+    scores = [torch.zeros(len(queries), classes, device=queries.device) for _ in ks]
+    for start in range(0, len(queries), chunk):
+        similarity = queries[start:start + chunk] @ bank.T
+        nearest, index = similarity.topk(min(max(ks), len(bank)), dim=1)
+        weights, votes = (nearest / temperature).exp(), labels[index]
+        for score, n in zip(scores, ks):
+            score[start:start + chunk].scatter_add_(1, votes[:, :n], weights[:, :n])
+    return scores[0] if isinstance(k, int) else scores
+
+
+# ------------------------------------------------------------------------------- contrastive models
 def mlp_head(dims, last="batchnorm", bias=False):
-    """Linear, BatchNorm, ReLU, ..., Linear; then a BatchNorm without affine (MoCo v3) or nothing (VICReg)."""
+    """Linear, BatchNorm, ReLU, ..., Linear; then BatchNorm without affine (MoCo v3) or nothing."""
     layers = []
     for i, (a, b) in enumerate(zip(dims[:-1], dims[1:])):
         final = i == len(dims) - 2
@@ -450,18 +506,18 @@ def mlp_head(dims, last="batchnorm", bias=False):
 
 
 def class_tokens(encoder, x1, x2, micro_batch=0):
-    """Features of two views, (n, D) each, both views through the encoder at once, in float32 or better.
+    """Features (n, D) of each of two views (n, C, h, w), both in one batch, in float32 or better.
 
-    x1, x2: anything of length n that gives images when sliced. With micro_batch, activations are kept for that
-    many images per view only and computed again in the backward pass: exact, since nothing in the encoder mixes
-    images (Gao et al., 2021, "Scaling deep contrastive learning batch size under memory limited setup").
+    With micro_batch, activations are kept for that many images per view only and computed again in
+    the backward pass: exact, since nothing in the encoder mixes images (Gao et al., 2021, "Scaling
+    deep contrastive learning batch size under memory limited setup").
     """
     n = len(x1)
     size = micro_batch or n
 
     def run(start):
-        f = encoder.forward_features(torch.cat([x1[start:start + size], x2[start:start + size]]))
-        return f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
+        part = slice(start, start + size)
+        return full(encoder.forward_features(torch.cat([x1[part], x2[part]])))
 
     if size >= n:
         return run(0).chunk(2)
@@ -470,12 +526,29 @@ def class_tokens(encoder, x1, x2, micro_batch=0):
     return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
 
 
-class TwoViews(nn.Module):
-    """One encoder, two views: what MoCo v3, VICReg and SimCLR share. `base_encoder.head` is the projector.
+def mae_loss(encoder, images, noise, mask_ratio, micro_batch=0):
+    """The MAE loss of the whole batch, as the mean of its micro-batches (all mask equally many)."""
+    size = micro_batch or len(images)
 
-    forward(x1, x2) returns the loss over the global batch's share of this process; a dict given as `log` receives
-    the embeddings and the terms of the loss. For multi-task learning, `mim = (images, noise, mask_ratio)` adds
-    mim_weight * the MAE loss of the same encoder, which must then be a MaskedAutoencoder.
+    def run(start):
+        part = slice(start, start + size)
+        return encoder(images[part], mask_ratio, noise[part])[0]
+
+    starts, total = range(0, len(images), size), 0.0
+    for start in starts:
+        loss = run(start) if len(starts) == 1 else checkpoint(run, start, use_reentrant=False,
+                                                              preserve_rng_state=False)
+        total = total + loss * (len(noise[start:start + size]) / len(images))
+    return total
+
+
+class TwoViews(nn.Module):
+    """One encoder, two views: what MoCo v3, VICReg and SimCLR share. `base_encoder.head` projects.
+
+    forward(x1, x2 (n, C, h, w), micro_batch=0, mim=None) returns (loss, log): the mean over
+    processes of the loss is that of the whole batch; log holds tensors without gradient, features,
+    q and k for `feature_stats` and the terms of the loss. For multi-task learning, mim = (images,
+    noise, mask_ratio) adds mim_weight * the MAE loss of the same encoder, a MaskedAutoencoder.
     """
 
     def __init__(self, encoder, head, mim_weight=0.0):
@@ -484,37 +557,12 @@ class TwoViews(nn.Module):
         self.base_encoder.head = head
         self.mim_weight = mim_weight
 
-    def forward(self, x1, x2, micro_batch=0, mim=None, log=None):
-        log = {} if log is None else log
-        f1, f2 = class_tokens(self.base_encoder, x1, x2, micro_batch)
-        loss = self.loss(f1, f2, x1, x2, micro_batch, log)
-        if mim is not None:
-            mim_loss = self.mim_loss(*mim, micro_batch)
-            log.update(contrastive=loss.detach(), mim=mim_loss.detach())
-            loss = loss + self.mim_weight * mim_loss
-        return loss
-
-    def mim_loss(self, images, noise, mask_ratio, micro_batch=0):
-        """The MAE loss of the whole batch, as the mean of its micro-batches (all mask equally many patches)."""
-        size = micro_batch or len(images)
-
-        def run(start):
-            return self.base_encoder(images[start:start + size], mask_ratio, noise[start:start + size])[0]
-
-        starts = range(0, len(images), size)
-        total = 0.0
-        for start in starts:
-            part = run(start) if len(starts) == 1 else checkpoint(run, start, use_reentrant=False,
-                                                                  preserve_rng_state=False)
-            total = total + part * (len(noise[start:start + size]) / len(images))
-        return total
-
     def update_momentum(self, m):
         """Nothing to move: only MoCo v3 has a momentum encoder."""
 
 
 class MoCoV3(TwoViews):
-    """MoCo v3 (Chen et al., 2021), under the official names base_encoder, momentum_encoder and predictor."""
+    """MoCo v3 (Chen et al., 2021), with its names base_encoder, momentum_encoder and predictor."""
 
     def __init__(self, encoder, hidden=4096, out=256, temperature=0.2, mim_weight=0.0):
         super().__init__(encoder, mlp_head([encoder.dim, hidden, hidden, out]), mim_weight)
@@ -523,62 +571,84 @@ class MoCoV3(TwoViews):
         self.momentum_encoder.head = mlp_head([encoder.dim, hidden, hidden, out])
         self.predictor = mlp_head([out, hidden, out])
         base = encoder.state_dict()
-        self.momentum_encoder.load_state_dict({k: base[k] for k in self.momentum_encoder.state_dict()})
+        ours = self.momentum_encoder.state_dict()
+        self.momentum_encoder.load_state_dict({name: base[name] for name in ours})
         self.momentum_encoder.requires_grad_(False)
 
-    def loss(self, f1, f2, x1, x2, micro_batch, log):
-        q1, q2 = (self.predictor(self.base_encoder.head(f)) for f in (f1, f2))
+    def forward(self, x1, x2, micro_batch=0, mim=None):
+        """Algorithm 1 of MoCo v3; `update_momentum` was called before."""
+        base, momentum, tau = self.base_encoder, self.momentum_encoder, self.temperature
+        f1, f2 = class_tokens(base, x1, x2, micro_batch)
+        q1, q2 = self.predictor(base.head(f1)), self.predictor(base.head(f2))
         with torch.no_grad():
-            m1, m2 = class_tokens(self.momentum_encoder, x1, x2, micro_batch)
-            k1, k2 = (gather(self.momentum_encoder.head(f)) for f in (m1, m2))
-        log.update(features=f1.detach(), q=q1.detach(), k=k2)
-        with torch.autocast(q1.device.type, enabled=False):                 # q and k leave a BatchNorm: float32
-            rank = world()[0]
-            return info_nce(q1, k2, self.temperature, rank) + info_nce(q2, k1, self.temperature, rank)
+            m1, m2 = class_tokens(momentum, x1, x2, micro_batch)
+            k1, k2 = gather(momentum.head(m1)), gather(momentum.head(m2))   # of all processes
+        with torch.autocast(x1.device.type, enabled=False):     # q and k leave a BatchNorm: float32
+            loss = info_nce(q1, k2, tau, world()[0]) + info_nce(q2, k1, tau, world()[0])
+        log = dict(features=f1.detach(), q=q1.detach(), k=k2)
+        if mim is not None:
+            reconstruction = mae_loss(base, *mim, micro_batch)
+            log |= dict(contrastive=loss.detach(), mim=reconstruction.detach())
+            loss = loss + self.mim_weight * reconstruction
+        return loss, log
 
     @torch.no_grad()
     def update_momentum(self, m):
-        """momentum <- m * momentum + (1 - m) * base, for encoder and projector. As lerp: equal weights stay equal."""
+        """momentum <- m * momentum + (1 - m) * base. As lerp: equal weights stay equal."""
         base = dict(self.base_encoder.named_parameters())
         names, ours = zip(*self.momentum_encoder.named_parameters())
         torch._foreach_lerp_(list(ours), [base[name] for name in names], 1 - m)
 
 
 class VICReg(TwoViews):
-    """VICReg: expander Linear, BatchNorm, ReLU twice, then Linear; weights 25, 25, 1; batch gathered from all."""
+    """VICReg: expander Linear, BatchNorm, ReLU twice, then Linear; weights 25, 25, 1."""
 
-    def __init__(self, encoder, hidden=8192, out=8192, coefficients=(25.0, 25.0, 1.0), mim_weight=0.0):
-        super().__init__(encoder, mlp_head([encoder.dim, hidden, hidden, out], last="linear", bias=True), mim_weight)
+    def __init__(self, encoder, hidden=8192, out=8192, coefficients=(25.0, 25.0, 1.0),
+                 mim_weight=0.0):
+        head = mlp_head([encoder.dim, hidden, hidden, out], last="linear", bias=True)
+        super().__init__(encoder, head, mim_weight)
         self.coefficients = coefficients
 
-    def loss(self, f1, f2, x1, x2, micro_batch, log):
+    def forward(self, x1, x2, micro_batch=0, mim=None):
+        f1, f2 = class_tokens(self.base_encoder, x1, x2, micro_batch)
         z1, z2 = self.base_encoder.head(f1), self.base_encoder.head(f2)
-        with torch.autocast(f1.device.type, enabled=False):                 # float32: the covariance overflows fp16
+        with torch.autocast(x1.device.type, enabled=False):     # the covariance overflows float16
             z1, z2 = gather_with_grad(z1.to(f1.dtype)), gather_with_grad(z2.to(f1.dtype))
             terms = vicreg_terms(z1, z2)
-            log.update(zip(("invariance", "variance", "covariance"), (term.detach() for term in terms)))
-            log.update(features=f1.detach(), q=z1.detach(), k=z2.detach())
-            return sum(c * term for c, term in zip(self.coefficients, terms))
+            loss = sum(c * term for c, term in zip(self.coefficients, terms))
+        log = dict(zip(("invariance", "variance", "covariance"), (term.detach() for term in terms)))
+        log |= dict(features=f1.detach(), q=z1.detach(), k=z2.detach())
+        if mim is not None:
+            reconstruction = mae_loss(self.base_encoder, *mim, micro_batch)
+            log |= dict(contrastive=loss.detach(), mim=reconstruction.detach())
+            loss = loss + self.mim_weight * reconstruction
+        return loss, log
 
 
 class SimCLR(TwoViews):
-    """SimCLR's loss on MoCo v3's projector, without momentum encoder or predictor: a further contrastive end."""
+    """SimCLR's loss on MoCo v3's projector, without momentum encoder or predictor."""
 
     def __init__(self, encoder, hidden=4096, out=256, temperature=0.2, mim_weight=0.0):
         super().__init__(encoder, mlp_head([encoder.dim, hidden, hidden, out]), mim_weight)
         self.temperature = temperature
 
-    def loss(self, f1, f2, x1, x2, micro_batch, log):
+    def forward(self, x1, x2, micro_batch=0, mim=None):
+        f1, f2 = class_tokens(self.base_encoder, x1, x2, micro_batch)
         z1, z2 = self.base_encoder.head(f1), self.base_encoder.head(f2)
-        with torch.autocast(f1.device.type, enabled=False):
+        with torch.autocast(x1.device.type, enabled=False):
             z1, z2 = gather_with_grad(z1.to(f1.dtype)), gather_with_grad(z2.to(f1.dtype))
-            log.update(features=f1.detach(), q=z1.detach(), k=z2.detach())
-            return nt_xent(z1, z2, self.temperature, *world())
+            loss = nt_xent(z1, z2, self.temperature, *world())
+        log = dict(features=f1.detach(), q=z1.detach(), k=z2.detach())
+        if mim is not None:
+            reconstruction = mae_loss(self.base_encoder, *mim, micro_batch)
+            log |= dict(contrastive=loss.detach(), mim=reconstruction.detach())
+            loss = loss + self.mim_weight * reconstruction
+        return loss, log
 
 
-# ------------------------------------------------------------------------------------ rates and schedules
+# ------------------------------------------------------------------------------ rates and schedules
 def layer_of(name, depth):
-    """Layer number of a parameter name: 0 embeddings, 1..depth blocks, depth + 1 everything after them."""
+    """Layer number of a parameter name: 0 embeddings, 1..depth blocks, depth + 1 all after them."""
     name = name.removeprefix("module.").removeprefix("base_encoder.")
     if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
         return 0
@@ -587,9 +657,22 @@ def layer_of(name, depth):
     return depth + 1
 
 
+def stage_of(layer, depth, stages):
+    """The blocks in equal parts; embeddings go with the first, norm and heads with the last.
+
+    ValueError: the number of stages does not divide the depth.
+    """
+    if depth % stages:
+        raise ValueError(f"{stages} rates given (--lr) for {depth} blocks: the number of stages "
+                         "must divide the depth")
+    return min(max(layer - 1, 0) * stages // depth, stages - 1)
+
+
 def freeze(model, depth, lrs=(1.0,), blocks=0, patch_embed=False):
-    """Exclude from training what must not move: layers whose stage has rate 0, the embeddings and the lowest
-    `blocks` blocks, the patch projection. No gradient is computed for them, nor below the lowest trained layer."""
+    """Excludes from training what must not move: layers whose stage has rate 0, the embeddings and
+    the lowest `blocks` blocks, the patch projection. Nothing is computed for them in the backward
+    pass, nor below the lowest layer that is trained. ValueError: nothing is left to train.
+    """
     for name, p in model.named_parameters():
         layer = layer_of(name, depth)
         if lrs[stage_of(layer, depth, len(lrs))] == 0 or (blocks and layer <= blocks):
@@ -597,22 +680,16 @@ def freeze(model, depth, lrs=(1.0,), blocks=0, patch_embed=False):
         if patch_embed and ".patch_embed." in "." + name:
             p.requires_grad = False
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("nothing is left to train: every rate is 0 (--lr), or every block is frozen (--freeze-blocks)")
-
-
-def stage_of(layer, depth, stages):
-    """The blocks in equal parts; embeddings go with the first, norm and heads with the last."""
-    if depth % stages:
-        raise ValueError(f"{stages} rates given (--lr) for {depth} blocks: the number of stages must divide the depth")
-    return min(max(layer - 1, 0) * stages // depth, stages - 1)
+        raise ValueError("nothing is left to train: every rate is 0 (--lr), or every block is "
+                         "frozen (--freeze-blocks)")
 
 
 def param_groups(model, depth, lrs, weight_decay, decay_all=False, layer_decay=None):
-    """AdamW groups with a base rate each. One table serves MAE (one rate), grafting (a rate per stage) and
-    fine-tuning (one rate times layer_decay ** layers above).
+    """AdamW groups, each with a base rate. One table serves MAE (one rate), grafting (a rate per
+    stage) and fine-tuning (one rate times layer_decay ** layers above).
 
-    1-D parameters get no weight decay unless decay_all. Frozen parameters (requires_grad False) are in no group.
-    Returns a list of dicts with params, names, weight_decay, base_lr and stage.
+    1-D parameters get no weight decay unless decay_all. Frozen parameters (requires_grad False) are
+    in no group. Returns a list of dicts with params, names, weight_decay, base_lr and stage.
     """
     groups = {}
     for name, p in model.named_parameters():
@@ -620,32 +697,47 @@ def param_groups(model, depth, lrs, weight_decay, decay_all=False, layer_decay=N
             continue
         layer = layer_of(name, depth)
         if layer_decay is None:
+            # Layer grafting is these two lines. Trained together, MAE's and the contrastive loss
+            # pull the encoder in opposite directions; what MAE gives best are the lower layers.
+            # They keep a tenth of the rate (1.5e-5, 1.5e-5, 1.5e-4 in the paper) and stay close to
+            # it, while the upper third learns the contrastive loss. One rate for all is MoCo v3
+            # from MAE's weights; 0 below is MIM -> CL grafting with frozen layers.
             stage = stage_of(layer, depth, len(lrs))
             base_lr = lrs[stage]
         else:
             stage = layer
             base_lr = lrs[0] * layer_decay ** (depth + 1 - layer)
         decay = weight_decay if decay_all or p.ndim > 1 else 0.0
-        group = groups.setdefault((stage, decay), dict(params=[], names=[], weight_decay=decay, base_lr=base_lr,
-                                                       stage=stage))
+        new = dict(params=[], names=[], weight_decay=decay, base_lr=base_lr, stage=stage)
+        group = groups.setdefault((stage, decay), new)
         group["params"].append(p)
         group["names"].append(name)
-    placed = [id(p) for g in groups.values() for p in g["params"]]
-    assert sorted(placed) == sorted(id(p) for p in model.parameters() if p.requires_grad), "each parameter once"
+    placed = sorted(id(p) for g in groups.values() for p in g["params"])
+    trained = sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert placed == trained, "each trained parameter in exactly one group"
     return [groups[key] for key in sorted(groups)]
 
 
 def group_table(groups, scale):
-    """Lines that show each group: base rate, rate in force (base * scale), weight decay, tensors, parameters."""
-    lines = [f"{'stage':>5} {'base rate':>10} {'actual':>10} {'decay':>6} {'tensors':>8} {'parameters':>12}  first tensor"]
+    """Lines that show each group: base rate, rate in force (base * scale), decay, sizes, name."""
+    lines = [f"{'stage':>5} {'base rate':>10} {'actual':>10} {'decay':>6} {'tensors':>8} "
+             f"{'parameters':>12}  first tensor"]
     for g in groups:
-        lines.append(f"{g['stage']:>5} {g['base_lr']:>10.3g} {g['base_lr'] * scale:>10.3g} {g['weight_decay']:>6.2g} "
-                     f"{len(g['params']):>8} {sum(p.numel() for p in g['params']):>12,}  {g['names'][0]}")
+        base, size = g["base_lr"], sum(p.numel() for p in g["params"])
+        lines.append(f"{g['stage']:>5} {base:>10.3g} {base * scale:>10.3g} "
+                     f"{g['weight_decay']:>6.2g} {len(g['params']):>8} {size:>12,}  "
+                     f"{g['names'][0]}")
     return lines
 
 
+def set_rates(optimizer, factor):
+    """Each group's rate: its base rate times `factor`, global batch / 256 times `lr_factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
 def lr_factor(step, steps, warmup_steps, floor=0.0):
-    """Linear warm-up from 0, then half a cosine down to `floor`: the factor on every base rate at this step."""
+    """Linear warm-up from 0, then half a cosine down to `floor`: the factor on every base rate."""
     if step < warmup_steps:
         return step / warmup_steps
     progress = (step - warmup_steps) / max(steps - warmup_steps, 1)

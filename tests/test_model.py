@@ -380,7 +380,7 @@ def head_by_hand(head, x):
 def test_moco_equals_its_formula_and_no_gradient_reaches_the_keys():
     net, x1, x2 = contrastive("moco"), rand(6, 3, 16, 16), rand(6, 3, 16, 16, seed=1)
     assert not torch.equal(net.momentum_encoder.cls_token, net.base_encoder.cls_token)
-    loss = net(x1, x2)
+    loss = net(x1, x2)[0]
     loss.backward()
     assert all(p.grad is None for p in net.momentum_encoder.parameters())
     ours = gradients(net)
@@ -420,9 +420,8 @@ def test_momentum_update():
 def test_multi_task_loss_is_the_sum():
     net, x1, x2 = contrastive("moco", mim=True), rand(4, 3, 16, 16), rand(4, 3, 16, 16, seed=1)
     images, noise = rand(4, 3, 16, 16, seed=2), rand(4, 16, seed=3).sigmoid()
-    log = {}
-    loss = net(x1, x2, mim=(images, noise, 0.75), log=log)
-    alone = net(x1, x2)
+    loss, log = net(x1, x2, mim=(images, noise, 0.75))
+    alone = net(x1, x2)[0]
     reconstruction = net.base_encoder(images, 0.75, noise)[0]
     torch.testing.assert_close(loss, alone + 0.7 * reconstruction, **EXACT)
     torch.testing.assert_close(log["contrastive"], alone.detach(), **EXACT)
@@ -438,10 +437,9 @@ def test_the_loss_of_a_fixed_batch_falls(system, mim):
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=2e-3)
     logs = []
     for _ in range(30):
-        logs.append({})
         net.update_momentum(0.9)
-        loss = net(views[0], views[1], mim=(views[2], noise, 0.75) if mim else None, log=logs[-1])
-        logs[-1]["loss"] = loss.detach()
+        loss, log = net(views[0], views[1], mim=(views[2], noise, 0.75) if mim else None)
+        logs.append(log | dict(loss=loss.detach()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -461,7 +459,7 @@ def one_step(case, part=slice(None), micro=0, wrap=lambda net: net):
     wrapped = wrap(net)
     views = [rand(BATCH, 3, 16, 16, seed=s)[part] for s in (1, 2, 3)]
     noise = rand(BATCH, 16, seed=4).sigmoid()[part]
-    loss = wrapped(views[0], views[1], micro, (views[2], noise, 0.75) if mim else None)
+    loss, _ = wrapped(views[0], views[1], micro, (views[2], noise, 0.75) if mim else None)
     if anchor:
         lower = [p for name, p in net.base_encoder.named_parameters()
                  if model.layer_of(name, 3) <= 2 and p.requires_grad]
@@ -682,7 +680,7 @@ def train_a_little(net, groups, steps, decay=0.0):
         group["weight_decay"] = decay
     for _ in range(steps):
         optimizer.zero_grad()
-        net(rand(6, 3, 16, 16), rand(6, 3, 16, 16, seed=1)).backward()
+        net(rand(6, 3, 16, 16), rand(6, 3, 16, 16, seed=1))[0].backward()
         optimizer.step()
 
 

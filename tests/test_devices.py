@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import analyze
 import augment
 import evaluate
-import features
 import finetune
 import model
 
@@ -60,8 +59,8 @@ def test_masked_autoencoder(fake):
 @pytest.mark.parametrize("micro_batch", [0, 3])
 def test_two_views_with_mae_beside(fake, kind, micro_batch):
     net = on_gpu(lambda: kind(model.MaskedAutoencoder(16, 2, 2, **VIT), 16, 8, mim_weight=0.1))
-    log = {}
-    loss = net(fake.images, fake.images, micro_batch, (fake.images, torch.rand(8, 16, device=GPU), 0.75), log)
+    mim = (fake.images, torch.rand(8, 16, device=GPU), 0.75)
+    loss, log = net(fake.images, fake.images, micro_batch, mim)
     net.update_momentum(0.99)
     statistics = model.feature_stats(log["features"], log["q"], log["k"])
     all_there(loss, *log.values(), *statistics.values())
@@ -83,7 +82,7 @@ def test_linear_sweep_and_nearest_neighbours(fake):
         sweep = evaluate.LinearSweep([0.1, 0.2], 24, 3, GPU, batchnorm, 0)
         sweep.step(fake.features, fake.labels, 0.5)
         all_there(sweep.accuracies(fake.features, fake.labels), sweep.scores(fake.features, 0), *sweep.classifier(1))
-    all_there(*features.knn_scores(fake.features, fake.features, fake.labels, 3, [2, 3]))
+    all_there(*model.knn_scores(fake.features, fake.features, fake.labels, 3, [2, 3]))
 
 
 @pytest.mark.parametrize("head", [dict(kind="linear"), dict(kind="projector", width=16, bias=True),
