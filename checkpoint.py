@@ -25,7 +25,7 @@ import zipfile
 import torch
 import torch.nn.functional as F
 
-from model import VisionTransformer
+from model import ARCHS, VisionTransformer
 
 # pickle operations in a file: a ViT-H with its optimizer has some 50,000
 LONGEST = 1_000_000
@@ -658,6 +658,22 @@ def fit(source, img_size=None, in_chans=None):
             state["pos_embed"] = torch.cat([pos[:, :1], grid], 1)
         config["img_size"] = list(img_size)
     return state, config
+
+
+def there(path):
+    """Whether there may be a checkpoint: a file, a folder, or a model's name on the hub."""
+    return os.path.exists(path) or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
+
+
+def start(args):
+    """(source, state, config) of the encoder that a training stage begins with: that of --init, for
+    --img-size and --in-chans, or with --init none the architecture alone, with source None."""
+    if args.init == "none":
+        (patch, dim, depth, heads), _ = ARCHS[args.arch]
+        return None, None, dict(img_size=args.img_size, patch_size=args.patch_size or patch, dim=dim,
+                                in_chans=args.in_chans or 3, depth=depth, heads=args.heads or heads)
+    source = read_encoder(args.init, heads=args.heads, size=args.init_size)
+    return source, *fit(source, args.img_size, args.in_chans)
 
 
 def decoder_config(source, norm_pix_loss=None):

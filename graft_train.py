@@ -39,7 +39,7 @@ def get_args(argv=None):
         "MoCo v3, DINO, timm, transformers; or none")
     add("--arch", choices=ARCHS, help="with --init none")
     add("--patch-size", type=number(int, 1, 256), help="with --init none (default: --arch's)")
-    run.add_options(add, "heads")
+    run.add_options(add, "heads init-size")
     add("--freeze-blocks", type=number(int), default=0, metavar="K",
         help="keep the embeddings and the first K blocks, as in two-stage grafting")
     add("--train-patch-embed", action="store_true", help="MoCo v3 freezes the patch projection")
@@ -60,8 +60,8 @@ def get_args(argv=None):
     add("--epochs", type=number(int, 1), help="passes over the images")
     add("--batch-size", type=number(int, 2), help="global, of all devices")
     run.add_options(add, "micro-batch")
-    add("--lr", type=numbers(), help="base rate for batch 256, one, or one per stage of blocks from "
-        "the lowest up; 0 freezes")
+    add("--lr", type=numbers(), help="base rate for batch 256, one, or one per stage of blocks "
+        "from the lowest up; 0 freezes")
     add("--weight-decay", type=number(), default=0.1, help="not on 1-D ones, but with --init none")
     add("--warmup-epochs", type=number(), help="default 40, or 15 %% of a shorter run")
     add = parser.group("run")

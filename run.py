@@ -77,7 +77,8 @@ class Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         told = action.default in (None, False, "") or "default" in action.help
-        return action.help + ("" if told or not action.option_strings else " (default: %(default)s)")
+        positional = not action.option_strings
+        return action.help + ("" if told or positional else " (default: %(default)s)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,7 +97,8 @@ class Parser(argparse.ArgumentParser):
             name = action.dest
             if name in self.paper and "default" not in action.help:
                 paper, small = (shown(of.get(name)) for of in (self.paper, self.small))
-                action.help += f" (default: {paper}" + f", embedded {small}" * (small != paper) + ")"
+                also = f", embedded {small}" if small != paper else ""
+                action.help += f" (default: {paper}{also})"
         return super().format_help()
 
     def group(self, title):
@@ -175,7 +177,7 @@ OPTIONS = {
     "stats": dict(choices=("imagenet", "data"), help="mean and deviation of the channels (default: "
                   "the checkpoint's, else imagenet)"),
     "range": dict(type=value_range, metavar="LOW,HIGH|auto", help="values of 16-bit and float "
-                  "images that become black and white (default: the checkpoint's, else by file type)"),
+                  "images that become black and white (default: the checkpoint's, or by file type)"),
     "labels-file": dict(metavar="CSV", help="labels of images without class folders: columns file, "
                         "label and, if there, split"),
     "val-share": dict(type=number(float, 0, 0.9), default=0.0,
@@ -185,6 +187,8 @@ OPTIONS = {
     "max-bad": dict(type=number(float, 0, 1), default=0.01,
                     help="stop when this share of the files cannot be read"),
     "heads": dict(type=number(int, 1, 256), help="where --init does not say how many"),
+    "init-size": dict(type=image_size, help="of the images of --init, where it does not say and they "
+                      "are not square"),
     "micro-batch": dict(type=lambda t: 0 if t == "auto" else number(int, 1)(t), default="auto",
                         metavar="M", help="images per device whose activations are kept at once: "
                         "sets the memory, not the result"),
@@ -277,7 +281,8 @@ def check(parser, args):
             while folder and not os.path.lexists(folder):
                 folder = os.path.dirname(folder)
             if folder and not os.path.isdir(folder):
-                parser.error(f"--{name} {getattr(args, name)}: cannot write there, {folder} is a file")
+                parser.error(f"--{name} {getattr(args, name)}: cannot write there ({folder} is a "
+                             "file)")
 
 
 def program(main, get_args):
@@ -397,8 +402,8 @@ def cpu_has_bf16():
 
 
 def grad_scaler(env):
-    """Loss scaling for fp16. Otherwise the scale is a power of two, which is exact; what is used then
-    is that a step with a non-finite gradient is skipped on the device."""
+    """Loss scaling for fp16. Otherwise the scale is a power of two, which is exact; what is used
+    then is that a step with a non-finite gradient is skipped on the device."""
     if env.dtype == torch.float16:
         return torch.amp.GradScaler(env.device.type)
     return torch.amp.GradScaler(env.device.type, init_scale=1.0, backoff_factor=0.5,
@@ -1032,7 +1037,7 @@ class Job:
             files = {}
             if self.encoder_file:
                 meta = self.meta | dict(step=step)
-                files["encoder.pt"] = checkpoint.encoder_file(state["model"], state["config"], meta)
+                files["encoder.pt"] = snapshot(checkpoint.encoder_file(self.net, meta))
             weights = {k: state[k] for k in ("model", "config", "meta", "settings", "step")}
             files |= {name: weights | more for name, more in dict(kept).items()}
             self.failure = None
@@ -1114,8 +1119,8 @@ class Job:
         if k == "epochs":
             stage = os.path.basename(sys.argv[0])
             option = "--checkpoint" if stage.startswith(("finetune", "evaluate")) else "--init"
-            raise UsageError(f"{told}: its rates followed the other schedule. Go on from its weights "
-                             f"with python {stage} {option} {self.out} --out {self.out}-longer, or "
+            raise UsageError(f"{told}: its rates followed the other schedule. Go on from its "
+                             f"weights with python {stage} {option} {self.out} --out {self.out}-longer, or "
                              "start over with --resume never")
         raise UsageError(f"{told}: use another --out, or --resume never to start over")
 
@@ -1232,8 +1237,8 @@ class Job:
                 print(f"warning: rank {self.env.rank}: {what} at step {step}, step skipped; "
                       f"images {names}{', ...' if len(ids) > 8 else ''}", flush=True)
             if self.skipped > self.MOST_SKIPPED:
-                raise RunError(f"loss or gradient was not finite {self.skipped} times, last at step "
-                               f"{step}; {self.way_out()}")
+                raise RunError(f"loss or gradient was not finite {self.skipped} times, last at "
+                               f"step {step}; {self.way_out()}")
 
     def check_scale(self):
         """fp16 works at a loss scale of some thousands. One that falls and falls takes no step."""
