@@ -10,7 +10,7 @@ Writes last.pt (to resume), segmenter.pt, log.jsonl and sheet.png into --out, an
 line of results.jsonl. Sources of the settings: [I] implus/mae_segmentation, upernet_mae_base_12_512_slide_160k_ade20k;
 [M] mmsegmentation, upernet_mae-base_fp16_8x2_512x512_160k_ade20k; [B] BEiT; [iB] iBOT; DINOv2.
 """
-import copy
+import argparse
 import math
 import os
 import time
@@ -38,6 +38,9 @@ SEGMENT = 17                # augment.uniform's key: what a random number is for
 UPERNET = dict(iterations=160000, lr=1e-4, weight_decay=0.05, layer_decay=0.65, drop_path=0.1)
 LINEAR = dict(iterations=40000, lr=1e-3, weight_decay=1e-4, layer_decay=1.0, drop_path=0.0)
 LINEAR4 = dict(iterations=160000, lr=8e-5, weight_decay=0.05, layer_decay=1.0, drop_path=0.0)
+AUXILIARY = 0.4             # weight of the auxiliary head's loss
+# what matters after training alone: it may differ when a run is resumed
+TEST_OPTIONS = ("show", "predict", "segmenter", "test_part", "stride")
 DEFAULTS = dict(upernet=UPERNET, linear=LINEAR, linear4=LINEAR4)
 
 
@@ -316,16 +319,17 @@ CITYSCAPES = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic 
               "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
 
 
-def stems(root, ending=None):
-    """{name without its ending: path} of the files below root; ending: "_x.png", or None for any image's."""
+def stems(root, folder, ending=None):
+    """{name without its ending: path below root} of the files in a folder of root, by ending: "_x.png", or None for any
+    image's."""
     found = {}
-    for name in data.list_files(root):
+    for name in data.list_files(os.path.join(root, folder)):
         key = name.removesuffix(ending) if ending else os.path.splitext(name)[0]
         if ending and key == name:
             continue
         if key in found:
-            raise DataError(f"{root}: two files for {key}: {os.path.basename(found[key])}, {os.path.basename(name)}")
-        found[key] = os.path.join(root, name)
+            raise DataError(f"{root}: two files for {key}: {found[key]}, {os.path.join(folder, name)}")
+        found[key] = os.path.join(folder, name)
     return found
 
 
@@ -334,31 +338,25 @@ def find(root, part):
 
     Layouts: part/images and part/labels; ADE20K's, Cityscapes' and VOC's folders as they are unpacked.
     """
-    def inside(*names):
-        return os.path.join(root, *names)
-
-    if os.path.isdir(inside("JPEGImages")):
-        path = inside("ImageSets", "Segmentation", f"{part}.txt")
-        if not os.path.isfile(path):
-            return {}, {}, "voc", VOC
-        with open(path, encoding="utf-8-sig") as f:
-            names = f.read().split()
-        images, labels = stems(inside("JPEGImages")), stems(inside("SegmentationClass"))
+    if os.path.isdir(os.path.join(root, "JPEGImages")):
+        path = os.path.join(root, "ImageSets", "Segmentation", f"{part}.txt")
+        names = data.read_list(path) if os.path.isfile(path) else []
+        images, labels = stems(root, "JPEGImages"), stems(root, "SegmentationClass")
         missing = [name for name in names if name not in images and name not in labels]
         if missing:
             raise DataError(f"{path}: no image {missing[0]} in JPEGImages")
         return *({k: found[k] for k in names if k in found} for found in (images, labels)), "voc", VOC
-    if os.path.isdir(inside("images", "training")):
+    if os.path.isdir(os.path.join(root, "images", "training")):
         folder = dict(train="training", val="validation", test="testing")[part]
-        return stems(inside("images", folder)), stems(inside("annotations", folder)), "ade20k", ade20k_names(root)
-    if os.path.isdir(inside("leftImg8bit")):
-        images = stems(inside("leftImg8bit", part), "_leftImg8bit.png")
-        labels = stems(inside("gtFine", part), "_gtFine_labelTrainIds.png")
+        return stems(root, f"images/{folder}"), stems(root, f"annotations/{folder}"), "ade20k", ade20k_names(root)
+    if os.path.isdir(os.path.join(root, "leftImg8bit")):
+        images = stems(root, f"leftImg8bit/{part}", "_leftImg8bit.png")
+        labels = stems(root, f"gtFine/{part}", "_gtFine_labelTrainIds.png")
         if images and not labels:
             raise DataError(f"{root}: no *_gtFine_labelTrainIds.png in gtFine/{part}; cityscapesscripts' "
                             "createTrainIdLabelImgs makes them")
         return images, labels, "cityscapes", CITYSCAPES
-    return stems(inside(part, "images")), stems(inside(part, "labels")), "folders", None
+    return stems(root, f"{part}/images"), stems(root, f"{part}/labels"), "folders", None
 
 
 def ade20k_names(root):
@@ -371,8 +369,8 @@ def ade20k_names(root):
     return [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
 
 
-class Pairs:
-    """Images with their labels: `files` and `targets` (paths), `classes` (names), how labels are read.
+class Pairs(data.Dataset):
+    """Images with their labels: `targets`, paths below `root`; `classes`, names.
 
     Every image must have its label and the reverse, of one channel and of the image's size: DataError names the first
     that has not. Ids are looked at when they are read.
@@ -383,82 +381,75 @@ class Pairs:
         for what, have, lack in (("label", images, labels), ("image", labels, images)):
             alone = sorted(set(have) - set(lack))
             if alone:
-                raise DataError(f"{have[alone[0]]}: no {what} goes with it"
+                raise DataError(f"{os.path.join(root, have[alone[0]])}: no {what} goes with it"
                                 + (f" ({len(alone)} such files)" if len(alone) > 1 else ""))
         keys = sorted(images)
-        self.root, self.name, self.part, self.bad = "", root, part, {}
-        self.files, self.targets = [images[k] for k in keys], [labels[k] for k in keys]
-        self.in_chans, self.ignore = in_chans, tuple(ignore)
+        super().__init__(data.FileSource(root, [images[k] for k in keys]), in_chans=in_chans, name=root)
+        self.root, self.part, self.targets = root, part, [labels[k] for k in keys]
+        self.ignore, self.classes = tuple(ignore), classes or names
         self.reduce_zero = layout == "ade20k" if reduce_zero is None else reduce_zero
-        self.classes = classes or names
-        self.mean, self.std = data.channel_stats(in_chans)
-        self.images = data.Dataset(self.files, "", in_chans=in_chans, name=root)
-        progress = run.Progress("headers of images and labels", len(keys))
-        for image, label in zip(self.files, self.targets):
-            check_headers(image, label)
+        progress = run.Progress(f"headers of {part}", len(keys))
+        for i in range(len(keys)):
+            self.check_headers(i)
             progress.step()
-
-    def __len__(self):
-        return len(self.files)
-
-    def file(self, i):
-        return self.files[i]
 
     def select(self, ids):
         """The pairs at these indices, as a set of its own."""
-        part = copy.copy(self)
-        part.files, part.targets = ([paths[i] for i in ids] for paths in (self.files, self.targets))
-        part.images, part.bad = self.images.select(ids), {}
+        part = super().select(ids)
+        part.targets = [self.targets[i] for i in ids]
         return part
+
+    def check_headers(self, i):
+        """Refuse a label of several channels or of another size than its image. What is no image is found later."""
+        path = os.path.join(self.root, self.targets[i])
+        try:
+            with data.open_image(os.path.join(self.root, self.file(i))) as image, data.open_image(path) as label:
+                mode, size = label.mode, label.size
+                shown = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
+        except data.BadFile:
+            return
+        if mode not in ("1", "L", "P", "I", "I;16"):
+            raise DataError(f"{path}: a label of {mode} pixels; needed is one channel of class ids (of a palette PNG the "
+                            "indices count)")
+        if size != shown:
+            raise DataError(f"{path}: the label has {size[0]}x{size[1]} pixels, its image {shown[0]}x{shown[1]}")
+
+    def label(self, i, classes=None):
+        """uint8 (H, W) of class ids below the number of classes, or IGNORED."""
+        path, classes = os.path.join(self.root, self.targets[i]), classes or len(self.classes)
+        with data.or_bad_file(), data.open_image(path) as image:
+            ids = np.array(image).astype(np.int64)
+        ignored = (ids == IGNORED) | np.isin(ids, self.ignore)
+        if self.reduce_zero:
+            ignored |= ids == 0
+            ids = ids - 1
+        wrong = ids[~ignored & ((ids < 0) | (ids >= classes))]
+        if len(wrong):
+            raise DataError(f"{path}: class id {wrong[0] + self.reduce_zero}, and there are {classes} classes, from "
+                            f"{int(self.reduce_zero)}")
+        return np.where(ignored, IGNORED, ids).astype(np.uint8)
+
+    def pair(self, i):
+        """(image, label) as PIL images."""
+        return picture(self.read(i)), Image.fromarray(self.label(i))
 
     def name_classes(self):
         """Where no names are given, numbers up to the largest id in any label."""
         if self.classes is None:
-            progress = run.Progress("class ids", len(self))
-            largest = 0
-            for path in self.targets:
-                ids = read_label(path, IGNORED, self.ignore, self.reduce_zero)
-                largest = max(largest, int(ids[ids != IGNORED].max(initial=0)))
+            progress, largest = run.Progress("class ids", len(self)), 0
+            for i in range(len(self)):
+                try:
+                    ids = self.label(i, IGNORED)
+                    largest = max(largest, int(ids[ids != IGNORED].max(initial=0)))
+                except data.BadFile:
+                    pass
                 progress.step()
             self.classes = [str(i) for i in range(largest + 1)]
 
-    def read(self, i):
-        """(PIL image, its label, a uint8 PIL image of ids below the number of classes, or IGNORED)."""
-        image = self.images.read(i)
-        return image, Image.fromarray(self.label(i))
 
-    def label(self, i):
-        return read_label(self.targets[i], len(self.classes), self.ignore, self.reduce_zero)
-
-
-def check_headers(image_path, label_path):
-    """Refuse, before a pixel is read, a label of several channels or of another size than its image."""
-    with data.or_bad_file(), Image.open(image_path) as image, Image.open(label_path) as label:
-        size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
-        check_label(label_path, label, size)
-
-
-def check_label(path, label, size):
-    if label.mode not in ("1", "L", "P", "I", "I;16"):
-        raise DataError(f"{path}: a label of {label.mode} pixels, not one channel of class ids (of a palette PNG the "
-                        "indices count)")
-    if label.size != size:
-        raise DataError(f"{path}: the label has {label.width}x{label.height} pixels, its image {size[0]}x{size[1]}")
-
-
-def read_label(path, classes, ignore=(), reduce_zero=False):
-    """uint8 (H, W) of a label PNG: ids below `classes`, or IGNORED. reduce_zero: 0 becomes IGNORED, k becomes k - 1."""
-    with data.or_bad_file(), Image.open(path) as image:
-        ids = np.array(image).astype(np.int64)
-    ignored = (ids == IGNORED) | np.isin(ids, ignore)
-    if reduce_zero:
-        ignored |= ids == 0
-        ids = ids - 1
-    wrong = ids[~ignored & ((ids < 0) | (ids >= classes))]
-    if len(wrong):
-        raise DataError(f"{path}: class id {wrong[0] + reduce_zero}, and there are {classes} classes"
-                        f"{', from 1' if reduce_zero else ', from 0'}")
-    return np.where(ignored, IGNORED, ids).astype(np.uint8)
+def picture(pixels):
+    """uint8 (H, W, C) -> PIL image."""
+    return Image.fromarray(pixels.squeeze(2).numpy())
 
 
 # ------------------------------------------------------------------------------------- augmentation and batches
@@ -466,6 +457,12 @@ def fit_short(image, short, factor=1.0):
     """The (width, height) at which a PIL image's short side is factor * short, its long one at most 4 times that."""
     scale = factor * min(short / min(image.size), 4 * short / max(image.size))
     return tuple(max(1, int(side * scale + 0.5)) for side in image.size)
+
+
+def shrunk(image, short):
+    """A PIL image as uint8 (C, h, w), its short side resized."""
+    pixels = np.array(image.resize(fit_short(image, short), Image.BILINEAR))
+    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
 def random_crop(image, label, crop, short, i, *key):
@@ -528,7 +525,7 @@ class Crops(torch.utils.data.Dataset):
         label = np.full(self.crop, IGNORED, np.uint8)
         size, wrong = (0, 0), None
         try:
-            pixels, ids = random_crop(*self.pairs.read(i), self.crop, self.short, i, self.seed, epoch)
+            pixels, ids = random_crop(*self.pairs.pair(i), self.crop, self.short, i, self.seed, epoch)
             size = ids.shape
             image[:size[0], :size[1]] = pixels.reshape(*size, -1)
             label[:size[0], :size[1]] = ids
@@ -542,10 +539,8 @@ class Whole(Crops):
 
     def __getitem__(self, i):
         try:
-            image, label = self.pairs.read(i)
-            image = np.asarray(image.resize(fit_short(image, self.short), Image.BILINEAR))
-            image = torch.from_numpy(image.copy()).reshape(*image.shape[:2], -1).permute(2, 0, 1)
-            return image, torch.from_numpy(np.array(label)), None
+            image, label = self.pairs.pair(i)
+            return shrunk(image, self.short), torch.from_numpy(np.array(label)), None
         except ValueError as error:
             return None, None, error
 
@@ -700,25 +695,25 @@ class Tester:
 
 # ------------------------------------------------------------------------------------------------------- a run
 def get_args(argv=None):
-    parser = run.Parser(description=__doc__.split("\n")[0])
+    parser = run.Parser(__doc__)
     add = parser.group("data")
     run.add_options(add, "data workers max-bad")
     add("--classes", metavar="FILE", help="names of the classes, one a line (default: the layout's, or numbers)")
     add("--ignore", type=number(int, 0, 65535), action="append", metavar="ID", help="a further id that counts for nothing")
-    add("--reduce-zero-label", action=run.argparse.BooleanOptionalAction, help="id 0 counts for nothing, k becomes "
+    add("--reduce-zero-label", action=argparse.BooleanOptionalAction, help="id 0 counts for nothing, k becomes "
         "k - 1 (default: in ADE20K's own folders)")
     add("--labels", help="training images used: 32 or 10%%, drawn by --seed (default: all)")
     add("--test-part", choices=("val", "test"), help="what is tested (default: val, else test)")
     add = parser.group("model")
     add("--init", nargs="+", default=["out/graft"], help="encoders, a row each: a run's folder or a file (ours, MAE, "
         "MoCo v3, DINO, timm), or none for random weights")
-    add("--weights", choices=("base", "momentum"), default="base", help="of a MoCo v3 file that holds both encoders")
+    run.add_options(add, "weights heads")
     add("--arch", choices=ARCHS, default="vit_base", help="of --init none")
     add("--patch-size", type=number(int, 1, 256), help="of --init none; default: the architecture's")
     add("--protocol", choices=DEFAULTS, default="upernet", help="linear, linear4: a linear head on one tap or four of "
         "the frozen encoder")
     add("--channels", type=number(int, 1, 4096), help="of UperNet's convolutions (default: the encoder's width)")
-    add("--relative-positions", action=run.argparse.BooleanOptionalAction, default=True, help="a relative bias per "
+    add("--relative-positions", action=argparse.BooleanOptionalAction, default=True, help="a relative bias per "
         "block beside the positions")
     add("--layer-scale", type=number(float, 0, 10), default=1.0, help="first value of each branch's scale (0: none)")
     add = parser.group("augmentation and test")
@@ -741,8 +736,10 @@ def get_args(argv=None):
     add("--predict", metavar="FOLDER", help="write label PNGs and overlays of these images, and do nothing else")
     add("--segmenter", help="a run's folder or its segmenter.pt (default: --out)")
     add = parser.group("run")
-    run.add_options(add, "out results resume seed device amp compile log-every save-minutes timeout-minutes")
-    args = run.parse(parser, argv)
+    run.add_options(add, "out resume seed device amp compile log-every save-minutes timeout-minutes", out="out/segment")
+    add("--results", help="folder of the results.jsonl that gets the results (default: --out)")
+    args = parser.parse_args(argv)
+    args.data = args.data or os.environ.get("DATA")
     defaults = DEFAULTS[args.protocol]
     run.fill(args, defaults | dict(short_side=min(args.crop_size), stride=min(args.crop_size) * 2 // 3, ignore=[]))
     run.fill(args, dict(warmup_iterations=min(1500, int(0.15 * args.iterations))))
@@ -753,3 +750,204 @@ def get_args(argv=None):
         parser.error(f"--stride {args.stride} is more than the crop's {min(args.crop_size)}: pixels would be left out")
     run.check(parser, args)
     return args
+
+
+def start(args):
+    """(source or None, encoder's state or None, its config) of --init."""
+    if args.init == "none":
+        (patch, dim, depth, heads), _ = ARCHS[args.arch]
+        return None, None, dict(img_size=args.crop_size, patch_size=args.patch_size or patch, in_chans=3, dim=dim,
+                                depth=depth, heads=heads, mlp_ratio=4.0)
+    source = checkpoint.read_encoder(args.init, args.weights, args.heads)
+    patch = source["config"]["patch_size"]
+    if any(side % patch for side in args.crop_size):
+        raise UsageError(f"--crop-size {args.crop_size[0]}x{args.crop_size[1]} is not a multiple of the patch, {patch}")
+    return source, *checkpoint.fit(source, args.crop_size)
+
+
+def images_of(args, in_chans, stats):
+    """(training pairs with the labels that are used, how they were chosen, test pairs)."""
+    names = None
+    if args.classes:
+        with open(args.classes, encoding="utf-8-sig") as f:
+            names = [line.strip() for line in f if line.strip()]
+    rules = dict(ignore=args.ignore, reduce_zero=args.reduce_zero_label)
+    train = Pairs(args.data, "train", in_chans, names, **rules)
+    if not len(train):
+        raise DataError(f"{args.data}: no training images (train/images and train/labels, or ADE20K's, Cityscapes' or "
+                        "VOC's folders)")
+    train.name_classes()
+    if len(train.classes) > IGNORED:
+        raise DataError(f"{args.data}: {len(train.classes)} classes, and no more than {IGNORED} can be told apart")
+    parts = [args.test_part] if args.test_part else ["val", "test"]
+    found = [Pairs(args.data, part, in_chans, train.classes, **rules) for part in parts]
+    test = next((pairs for pairs in found if len(pairs)), None)
+    if test is None:
+        raise DataError(f"{args.data}: no images to test on ({' or '.join(parts)})")
+    used, how = train, "all"
+    if args.labels:
+        text = args.labels.removesuffix("%")
+        try:
+            n = round(len(train) * float(text) / 100) if text != args.labels else int(text)
+        except ValueError:
+            raise UsageError(f"--labels {args.labels!r}: neither a number of images nor a share (10%)") from None
+        if not 0 < n <= len(train):
+            raise UsageError(f"--labels {args.labels}: there are {len(train)} training images")
+        drawn = augment.shuffled(len(train), augment.SUBSET, 3, args.seed)[:n]
+        used, how = train.select(sorted(drawn.tolist())), f"{args.labels}, drawn by seed {args.seed}"
+    for pairs in (used, test):
+        pairs.mean, pairs.std = (tuple(stats.get(k) or getattr(pairs, k)) for k in ("mean", "std"))
+    run.same("numbers of images", f"{len(used)} and {len(test)}")
+    return used, how, test
+
+
+def train_and_test(args, env):
+    """One row: (its result, the test pairs, predicted labels of the images on the sheet)."""
+    # ------------------------------------------------------------- 1. images, network
+    source, state, config = start(args)
+    known = source["meta"] if source else {}
+    pairs, how, test = images_of(args, config["in_chans"], known)
+    args.batch_size = min(args.batch_size, len(pairs) // env.processes * env.processes)
+    local = env.share(args.batch_size)
+    if args.batch_size < 2:
+        raise UsageError("--batch-size 1: the heads' BatchNorm needs at least two images")
+    torch.manual_seed(args.seed)
+    head = describe(args.protocol, config["depth"], len(pairs.classes), args.channels or config["dim"],
+                    args.relative_positions, args.layer_scale)
+    try:
+        net, unused = build(config, head, state, args.drop_path)
+    except ValueError as error:
+        raise UsageError(error) from None
+    loader = Loader(pairs, args.crop_size, args.short_side, local, args.iterations, env, args.seed, args.workers,
+                    args.max_bad)
+    net.to(env.device).train()
+    run.compile_blocks(net, args.compile, env.device)
+    model = run.distribute(net, env, broadcast_buffers=False)
+    forward = env.autocast(model)
+
+    # ------------------------------------------------------------- 2. rates
+    groups = param_groups(net, net.depth, [args.lr], args.weight_decay, layer_decay=args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+    scaler = run.grad_scaler(env)
+    encoder_digest = checkpoint.digest(net, checkpoint.is_encoder)
+
+    # ------------------------------------------------------------- 3. what the run is
+    system = known.get("system") or ("random" if source is None else os.path.basename(os.path.normpath(args.init)))
+    meta = dict(system=f"{system}, {args.protocol}", data=pairs.name, mean=list(pairs.mean), std=list(pairs.std),
+                iterations=args.iterations, seed=args.seed, init=source and source["digest"], commit=run.commit())
+    trained = argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in TEST_OPTIONS})
+    job = run.Job(trained, env, net, optimizer, scaler, loader, meta, source, args.warmup_iterations, encoder_file=False)
+    job.report(groups, 1.0, local, title=f"{args.protocol}, {len(pairs.classes)} classes, labels: {how}; ")
+    if unused:
+        job.say(f"  left out: {', '.join(unused)} (UperNet reads the blocks' outputs as they are)")
+    job.say(f"{len(test)} images of {test.part} to test; id 0 "
+            f"{'counts for nothing, k becomes k - 1' if pairs.reduce_zero else 'is the first class'}")
+
+    # ------------------------------------------------------------- 4. the method
+    for step, batch in job.steps():
+        factor = linear_factor(step, args.iterations, args.warmup_iterations)
+        set_rates(optimizer, factor)
+        # what a step draws (dropped paths and channels) depends on its number, not on restarts
+        torch.manual_seed((args.seed * args.iterations + step) * env.processes + env.rank)
+        logits, auxiliary = forward(batch.images)
+        loss = pixel_loss(logits, batch.labels, args.loss_over)
+        if auxiliary is not None:
+            loss = loss + AUXILIARY * pixel_loss(auxiliary, batch.labels, args.loss_over)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        job.record(loss, batch, [args.lr * factor])
+
+    # ------------------------------------------------------------- 5. the result, of the last step
+    if net.frozen:
+        assert checkpoint.digest(net, checkpoint.is_encoder) == encoder_digest, "training changed frozen weights"
+    tester = Tester(net, env, pairs.mean, pairs.std, args.short_side, args.stride)
+    matrix, tested = tester.confusion(test, env, args.workers, args.max_bad)
+    found = measures(matrix)
+    result = dict(system=system, protocol=args.protocol, miou=found["miou"], accuracy=found["accuracy"],
+                  iou=dict(zip(pairs.classes, found["iou"])), checkpoint=args.init,
+                  digest=source and source["digest"], data=pairs.name, part=test.part, labels=how,
+                  labelled=len(pairs), tested=tested, seed=args.seed, iterations=args.iterations,
+                  batch_size=args.batch_size, lr=args.lr, layer_decay=args.layer_decay,
+                  weight_decay=args.weight_decay, crop_size=list(args.crop_size), short_side=args.short_side,
+                  stride=args.stride, head=head, pretraining={k: known.get(k) for k in ("epochs", "step", "seed", "data")},
+                  seconds=round(job.seconds(), 1), commit=run.commit())
+    shown = []
+    if env.rank == 0:
+        model = {k: v.cpu() for k, v in net.state_dict().items()}
+        checkpoint.save(dict(model=model, config=net.config, head=head, classes=list(pairs.classes),
+                             mean=list(pairs.mean), std=list(pairs.std), short_side=args.short_side,
+                             stride=args.stride, meta=meta), job.path("segmenter.pt"))
+        job.say(f"wrote {job.path('segmenter.pt')}")
+        run.write_result(args.results or args.out, result)
+        for i in on_sheet(test, args.show):
+            image, label = test.pair(i)
+            shown.append(tester.predict(shrunk(image, args.short_side), label.size[::-1]).cpu().numpy())
+    return result, test, shown
+
+
+def on_sheet(pairs, n):
+    """Indices of n images, drawn by hash, that can be read."""
+    readable = [i for i in augment.shuffled(len(pairs), augment.SUBSET, 5).tolist() if i not in pairs.bad]
+    return sorted(readable[:n])
+
+
+def predict(args):
+    """Label PNGs (palette; the ids as trained) and overlays of every image below --predict, in --out/predict."""
+    env = run.setup(args)
+    net, content = load_segmenter(args.segmenter or args.out)
+    files = stems(args.predict, "")
+    if not files:
+        raise DataError(f"{args.predict}: no images in this folder")
+    images = data.Dataset(data.FileSource(args.predict, list(files.values())), in_chans=net.config["in_chans"],
+                          name=args.predict)
+    tester = Tester(net.to(env.device), env, content["mean"], content["std"], content["short_side"], content["stride"])
+    classes, seen = len(content["classes"]), 0
+    progress = run.Progress("images", len(images))
+    for i, name in enumerate(files):
+        try:
+            image = picture(images.read(i))
+        except data.BadFile as error:
+            seen = note(images, i, error, args.max_bad, seen)
+            continue
+        labels = tester.predict(shrunk(image, content["short_side"]), image.size[::-1]).cpu().numpy()
+        overlay = figures.overlay(np.asarray(image.convert("RGB")), labels, classes)
+        for drawn, ending in ((figures.label_image(labels, classes), ""), (Image.fromarray(overlay), "-overlay")):
+            with run.atomic(os.path.join(args.out, "predict", f"{name}{ending}.png")) as path:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                drawn.save(path, format="PNG")
+        progress.step()
+    print(f"wrote {os.path.join(args.out, 'predict')}: {len(images) - len(images.bad)} images", flush=True)
+    return dict(images=len(images) - len(images.bad), classes=content["classes"])
+
+
+def main(args):
+    if args.predict:
+        return predict(args)
+    env = run.setup(args)
+    names = [os.path.basename(os.path.normpath(init)) for init in args.init]
+    if len(set(names)) < len(names):
+        names = [f"{i}-{name}" for i, name in enumerate(names, start=1)]
+    results, columns = [], {}
+    for name, init in zip(names, args.init):
+        alone = {k: v for k, v in vars(args).items() if k != "init"} | dict(init=init)
+        if len(names) > 1:
+            alone |= dict(out=os.path.join(args.out, name), results=args.results or args.out)
+        row = argparse.Namespace(**alone)
+        result, test, shown = train_and_test(row, env)
+        results.append(result)
+        columns[f"{result['system']}: {result['miou']:.1f}"] = shown
+    if env.rank == 0 and args.show:
+        drawn = [test.pair(i) for i in on_sheet(test, args.show)]
+        classes = len(test.classes)
+        sheet = dict(image=[np.asarray(image.convert("RGB")) for image, _ in drawn],
+                     truth=[figures.coloured(np.asarray(label), classes) for _, label in drawn])
+        sheet |= {title: [figures.coloured(labels, classes) for labels in shown] for title, shown in columns.items()}
+        with run.atomic(os.path.join(args.out, "sheet.png")) as path:
+            figures.sheet(path, sheet, test.classes)
+    return results[0] if len(results) == 1 else results
+
+
+if __name__ == "__main__":
+    run.program(main, get_args)

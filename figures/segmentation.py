@@ -108,4 +108,5 @@ def sheet(path, columns, names, width=240, margin=6):
         line = y + (i // per_line) * 19
         pen.rectangle((left, line, left + swatch, line + swatch), fill=tuple(colour), outline="black")
         pen.text((left + swatch + margin, line), name, fill="black", font=text)
-    page.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+    page = page.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    page.save(path, format="PNG", optimize=True)
