@@ -177,7 +177,7 @@ OPTIONS = {
     "stats": dict(choices=("imagenet", "data"), help="mean and deviation of the channels (default: "
                   "the checkpoint's, else imagenet)"),
     "range": dict(type=value_range, metavar="LOW,HIGH|auto", help="values of 16-bit and float "
-                  "images that become black and white (default: the checkpoint's, or by file type)"),
+                  "images that become black and white (default: the checkpoint's, or by type)"),
     "labels-file": dict(metavar="CSV", help="labels of images without class folders: columns file, "
                         "label and, if there, split"),
     "val-share": dict(type=number(float, 0, 0.9), default=0.0,
@@ -187,8 +187,8 @@ OPTIONS = {
     "max-bad": dict(type=number(float, 0, 1), default=0.01,
                     help="stop when this share of the files cannot be read"),
     "heads": dict(type=number(int, 1, 256), help="where --init does not say how many"),
-    "init-size": dict(type=image_size, help="of the images of --init, where it does not say and they "
-                      "are not square"),
+    "init-size": dict(type=image_size, help="of the images of --init, where it does not say and "
+                      "they are not square"),
     "micro-batch": dict(type=lambda t: 0 if t == "auto" else number(int, 1)(t), default="auto",
                         metavar="M", help="images per device whose activations are kept at once: "
                         "sets the memory, not the result"),
@@ -755,7 +755,7 @@ def training_images(args, config, source, env):
 def about(args, system, dataset, source):
     """What a checkpoint says of itself besides its weights."""
     return dict(system=system, data=dataset.name, mean=list(dataset.mean), std=list(dataset.std),
-                range=dataset.range and list(dataset.range), epochs=args.epochs, seed=args.seed,
+                range=getattr(dataset, "range", None), epochs=args.epochs, seed=args.seed,
                 classes=dataset.classes, init=source and source["digest"], commit=commit())
 
 
@@ -1120,7 +1120,8 @@ class Job:
             stage = os.path.basename(sys.argv[0])
             option = "--checkpoint" if stage.startswith(("finetune", "evaluate")) else "--init"
             raise UsageError(f"{told}: its rates followed the other schedule. Go on from its "
-                             f"weights with python {stage} {option} {self.out} --out {self.out}-longer, or "
+                             f"weights with python {stage} {option} {self.out} --out "
+                             f"{self.out}-longer, or "
                              "start over with --resume never")
         raise UsageError(f"{told}: use another --out, or --resume never to start over")
 
