@@ -274,8 +274,10 @@ UNLIKE = (
 
 
 def in_folder(path, name="encoder.pt"):
-    """A run's folder stands for the encoder.pt in it."""
-    return os.path.join(path, name) if os.path.isdir(path) else path
+    """The file that a run's folder stands for; a folder of transformers stays as it is."""
+    inside = os.path.join(path, name)
+    foreign = any(os.path.exists(os.path.join(path, weights)) for weights in HUB_FILES)
+    return inside if os.path.isdir(path) and (os.path.exists(inside) or not foreign) else path
 
 
 def locate(path):
@@ -807,13 +809,11 @@ def hf_settings(source):
     low, high = source["meta"].get("range") or (0, 255)
     vit = dict(model_type="vit", architectures=["ViTModel"], hidden_size=config["dim"],
                num_hidden_layers=config["depth"], num_attention_heads=config["heads"],
-               intermediate_size=int(config["dim"] * config["mlp_ratio"]), hidden_act="gelu",
-               hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, layer_norm_eps=1e-6,
-               image_size=height if height == width else [height, width], qkv_bias=True,
+               intermediate_size=int(config["dim"] * config["mlp_ratio"]), layer_norm_eps=1e-6,
+               image_size=height if height == width else [height, width],
                patch_size=config["patch_size"], num_channels=config["in_chans"])
     # (x - low) / (high - low), then mean and std: the processor knows a factor alone
-    images = dict(image_processor_type="ViTImageProcessor", do_resize=True, resample=3,
-                  size=dict(height=height, width=width), do_rescale=True,
-                  rescale_factor=1 / (high - low), do_normalize=True,
+    images = dict(image_processor_type="ViTImageProcessor", size=dict(height=height, width=width),
+                  resample=3, rescale_factor=1 / (high - low),
                   image_mean=[m + low / (high - low) for m in mean], image_std=list(std))
     return vit, images

@@ -293,7 +293,8 @@ def test_transformers_folders(tmp_path, kind):
     torch.save(net.state_dict(), tmp_path / "memory" / "pytorch_model.bin")
     shutil.copy(tmp_path / "new" / "config.json", tmp_path / "memory")
     for folder in ("new", "memory"):
-        source = checkpoint.read_encoder(str(tmp_path / folder))
+        path = checkpoint.in_folder(str(tmp_path / folder), "last.pt")
+        source = checkpoint.read_encoder(path)
         assert source["config"]["heads"] == 4 and "assumed" not in said(source)
         torch.testing.assert_close(encoder_of(source)(x), expected, rtol=1e-5, atol=1e-5)
         if "decoder_embed.weight" in source["rest"]:
@@ -304,6 +305,8 @@ def test_transformers_folders(tmp_path, kind):
             decoder = {k: v for k, v in source["rest"].items()
                        if k.startswith("decoder_") or k == "mask_token"}
             mae.load_state_dict(source["state"] | decoder, strict=True)
+            pred = mae.eval()(x, 0.0, order["noise"])[1]
+            torch.testing.assert_close(pred, net(x, **order).logits, rtol=1e-4, atol=1e-5)
     assert ("decoder_embed.weight" in source["rest"]) == (kind == "ViTMAEForPreTraining")
     settings = json.loads((tmp_path / "new" / "config.json").read_text())
     with pytest.raises(CheckpointError, match="says 4 heads, not 2"):

@@ -1,4 +1,4 @@
-"""Checkpoints that are out to harm, damaged or cannot be written: one line, at once, nothing run."""
+"""Checkpoints that are out to harm, damaged or cannot be written: one line, and nothing is run."""
 import json
 import os
 import pathlib
@@ -142,7 +142,7 @@ HOSTILE = {
     "safe, short": (safe({"a": PIECE}, bytes(7)), "a claims bytes that are not there"),
     "safe, shared": (safe({str(i): PIECE for i in range(9)}, bytes(8)), "claims bytes that"),
     "safe, shape": (safe({"a": PIECE | dict(shape=[3])}, bytes(8)), "claims bytes"),
-    "safe, signs": (safe({"a": PIECE | dict(shape=[-1, -2])}, bytes(8)), "not a readable checkpoint"),
+    "safe, signs": (safe({"a": PIECE | dict(shape=[-1, -2])}, bytes(8)), "not a readable"),
     "safe, no ViT": (safe({"a": PIECE}, bytes(8)), "no ViT in it.*first keys are a"),
 }
 
