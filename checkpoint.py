@@ -336,7 +336,7 @@ def find(content, weights):
             if anchor:
                 prefix = key.removesuffix(anchor)
                 place = (group + prefix).strip(".")
-                words = set(re.split(r"[._]", place))
+                words = set(re.split(r"[._]", place.lower()))
                 kind = next((k for k in ("ema", "momentum") if k in words), "base")
                 rank = {"ema": 2, "momentum": 3}.get(kind, "student" in words)
                 found[place] = (rank, kind, group, prefix, ANCHORS[anchor])
@@ -368,9 +368,9 @@ def unwrap(content, weights="base"):
         raise CheckpointError(f"holds a {type(content).__name__}, not a dict of tensors")
     place, group, prefix, layout, notes = find(content, weights)
     if layout == "timm":
-        words = set(re.split(r"[.]", place))
-        layout = ("MoCo v3" if words & {"base_encoder", "momentum_encoder"} else
-                  "DINO" if words & {"teacher", "student"} else
+        parts = set(place.split("."))
+        layout = ("MoCo v3" if parts & {"base_encoder", "momentum_encoder"} else
+                  "DINO" if parts & {"teacher", "student"} else
                   "MAE" if group == "model." else "timm")
     state, rest = {}, {}
     for key, value in dict(groups(content))[group].items():
@@ -724,7 +724,9 @@ class Encoder(VisionTransformer):
         self.eval().requires_grad_(False)
 
     def normalise(self, images):
-        """(N, C, H, W) or (C, H, W) in [0, 1] -> what the network takes, float32."""
+        """Floats in [0, 1], (N, C, H, W) or (C, H, W) -> what the network takes, float32."""
+        if not images.is_floating_point():
+            raise ValueError(f"images are floats in [0, 1], not {images.dtype}: divide by 255")
         return (images.float() - self.mean) / self.std
 
 
