@@ -133,13 +133,17 @@ class Dtype:
         self.order = state[1].replace("|", "<")
 
 
-def number(dtype, content):
-    return struct.unpack(dtype.order + FORMATS[dtype.code], content)[0]
+def standing_for(place, found):
+    """`found` under the name of something else in a pickle."""
+    found.__module__, _, found.__name__ = place.rpartition(".")
+    found.__qualname__ = found.__name__
+    return found
 
 
 # the options in MAE's and DINO's own files, and numbers of numpy 1 and 2
-HARMLESS = [argparse.Namespace, (Dtype, "numpy.dtype"), (number, "numpy.core.multiarray.scalar"),
-            (number, "numpy._core.multiarray.scalar")]
+HARMLESS = [argparse.Namespace, standing_for("numpy.dtype", Dtype)] + [
+    standing_for(f"numpy.{core}.multiarray.scalar", lambda dtype, content: struct.unpack(
+        dtype.order + FORMATS[dtype.code], content)[0]) for core in ("core", "_core")]
 
 
 def read(path):
