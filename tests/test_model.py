@@ -312,6 +312,19 @@ def test_anchor_penalty_sums_over_all_parameters():
     assert model.anchor_penalty(now, then, "l2").item() == pytest.approx(sum(d * d for d in distances))
 
 
+def test_nearest_neighbours_equal_a_loop():
+    queries, bank, labels = rand(7, 5), rand(9, 5, seed=1), torch.tensor([0, 1, 2] * 3)
+    expected = torch.zeros(2, 7, 3)
+    for i, k in enumerate((2, 4)):
+        for n, query in enumerate(queries):
+            near = sorted(range(9), key=lambda j: -cosine(query, bank[j]))[:k]
+            for j in near:
+                expected[i, n, labels[j]] += math.exp(cosine(query, bank[j]) / 0.07)
+    found = model.knn_scores(queries.float(), bank.float(), labels, 3, [2, 4], chunk=3)
+    torch.testing.assert_close(torch.stack(found), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.knn_scores(queries.float(), bank.float(), labels, 3, 4), found[1])
+
+
 def test_feature_stats_show_a_collapse():
     spread = torch.cat([torch.eye(8), -torch.eye(8)])
     stats = model.feature_stats(spread, spread, spread)
@@ -650,6 +663,15 @@ def test_layer_decay_scales_each_layer():
             layer = {"blo": 1, "cls": 0, "pat": 0}.get(name[:3], 4)
             layer += int(name.split(".")[1]) if name.startswith("blocks.") else 0
             assert group["base_lr"] == 2.0 * 0.5 ** (4 - layer), name
+            one_dimensional = name.endswith("bias") or "norm" in name
+            assert (group["weight_decay"] == 0) == (one_dimensional or name == "cls_token"), name
+
+
+def test_set_rates():
+    net = vit()
+    optimizer = torch.optim.AdamW(groups_of(net), lr=0.0)
+    model.set_rates(optimizer, 0.5)
+    assert {group["lr"] for group in optimizer.param_groups} == {5e-4, 5e-3, 5e-2}
 
 
 def frozen_by(**options):
