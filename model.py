@@ -23,6 +23,11 @@ ARCHS = {
 }
 
 
+def decoder_of(config):
+    """MAE's decoder (dim, depth, heads) for an encoder of this width; that of ViT-B/16 by default."""
+    return next((d for e, d in ARCHS.values() if e[1] == config["dim"]), (512, 8, 16))
+
+
 # ---------------------------------------------------------------------------------------- processes
 def world():
     """(rank, number of processes); (0, 1) where there is no process group."""
@@ -434,6 +439,14 @@ def vicreg_terms(x, y):
         cov = z.T @ z / (len(z) - 1)
         covariance = covariance + (cov.square().sum() - cov.diagonal().square().sum()) / z.shape[1]
     return invariance, variance, covariance
+
+
+def anchors_of(encoder, blocks):
+    """(parameters, their values now) of the embeddings and the first `blocks` blocks that train;
+    none of them with blocks=None."""
+    anchored = [p for name, p in encoder.named_parameters() if blocks is not None
+                and p.requires_grad and layer_of(name, encoder.depth) <= min(blocks, encoder.depth)]
+    return anchored, [p.detach().clone() for p in anchored]
 
 
 def anchor_penalty(params, anchors, norm):

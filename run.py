@@ -1,7 +1,27 @@
-"""What a training run needs besides its method: options, processes, precision, signals, log, checkpoints.
+"""What a run needs besides its method: options, processes, precision, signals, log, checkpoints.
 
-The loops stay in the stage files; nothing here knows a model.
+    env = run.setup(args)                                   # device, precision, rank, processes
+    job = run.Job(args, env, net, optimizer, scaler, loader, meta)
+    for step, batch in job.steps():                         # resumes, logs, saves and stops
+        ...                                                 # the method, in the stage's file
+        job.record(loss, batch, rates)
+
+Nothing here knows a loss. Several processes agree through the store in which torchrun's processes
+meet, never through the GPU, so that none of it waits for a device.
 """
+import sys
+
+
+def interrupted(kind, error, traceback):
+    """A Ctrl-C before `program` listens, while torch is imported: a line, not a traceback."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, traceback)
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+sys.excepthook = interrupted
+
 import argparse
 import contextlib
 import ctypes
@@ -9,38 +29,100 @@ import fcntl
 import json
 import math
 import os
+import platform
 import resource
 import signal
 import socket
 import subprocess
-import sys
+import threading
 import time
+from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
+import augment
 import checkpoint
 import data
-import peers
-from data import RunError, UsageError
+from model import Block, feature_stats, gather, group_table, knn_scores
 
 
-# ------------------------------------------------------------------------------------------------ options
-MOST = 1e6                  # where an option gives no bound of its own: beyond this a number is a slip of the hand
+class UsageError(ValueError):
+    """What was asked for cannot be done as asked: one line, exit code 2."""
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """The run failed for a reason that the user can mend: one line, exit code 1."""
+    exit_code = 1
+
+
+class Stopped(Exception):
+    """A signal asked for a stop, and the checkpoint is written."""
+
+    def __init__(self, number):
+        self.signal = signal.Signals(number)
+        self.exit_code = 128 + number
+
+
+# ------------------------------------------------------------------------------------------ options
+MOST = 1e6      # where an option gives no bound of its own: beyond, a number is a slip of the hand
+
+
+class Help(argparse.HelpFormatter):
+    """Every default in the help, but those that depend on other options: their help says so."""
+
+    def _get_help_string(self, action):
+        told = action.default in (None, False, "") or "default" in action.help
+        positional = not action.option_strings
+        return action.help + ("" if told or positional else " (default: %(default)s)")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, from the first process alone, and exit code 2. No option may be empty."""
+    """argparse with errors of one line, from the first process alone. No option may be empty.
+
+    small, paper: the defaults without and with --data, by option.
+    """
+
+    def __init__(self, doc, small=None, paper=None, **more):
+        super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
+                         formatter_class=Help, **more)
+        self.small, self.paper = small or {}, paper or {}
+
+    def format_help(self):
+        for action in self._actions:
+            name = action.dest
+            if name in self.paper and "default" not in action.help:
+                paper, small = (shown(of.get(name)) for of in (self.paper, self.small))
+                also = f", embedded {small}" if small != paper else ""
+                action.help += f" (default: {paper}{also})"
+        return super().format_help()
+
+    def group(self, title):
+        """The add_argument of a titled group of options."""
+        return self.add_argument_group(title).add_argument
 
     def parse_args(self, args=None, namespace=None):
         found = super().parse_args(args, namespace)
         for name, value in vars(found).items():
-            if "" in (value if isinstance(value, list) else [value]) and value != self.get_default(name):
+            values = value if isinstance(value, list) else [value]
+            if "" in values and value != self.get_default(name):
                 self.error(f"argument --{name.replace('_', '-')}: it is empty")
         return found
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
+        first = os.environ.get("RANK", "0") == "0"
+        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
+
+
+def shown(value):
+    """A default as it is typed: 1.5e-5,1.5e-5,1.5e-4."""
+    if isinstance(value, list) and all(isinstance(v, int) for v in value):
+        return "x".join(map(str, dict.fromkeys(value)))
+    return ",".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
 
 
 def number(kind=float, low=0.0, high=MOST, above=False):
@@ -49,10 +131,12 @@ def number(kind=float, low=0.0, high=MOST, above=False):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+            what = "a whole" if kind is int else "a"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} number") from None
         if not math.isfinite(value) or value < low or value > high or (above and value == low):
             bounds = f"above {low:g}" if above else f"at least {low:g}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds} and at most {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds} and at "
+                                             f"most {high:g}")
         return value
     return parse
 
@@ -68,26 +152,110 @@ def image_size(text):
     parse = number(int, 1, 4096)
     sides = [parse(part) for part in text.lower().split("x")]
     if len(sides) > 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a side (224) nor height x width (192x256)")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side (224) nor height x width "
+                                         "(192x256)")
     return sides * 2 if len(sides) == 1 else sides
 
 
-def check(parser, args):
-    """What no script can do ends here, before a model is built or a file written."""
-    source = getattr(args, "data", None)
-    if source and source not in data.DOWNLOADS and not os.path.exists(source):
-        parser.error(f"--data {source}: no such folder or list file")
-    if getattr(args, "device", None) == "cpu" and getattr(args, "amp", None) == "fp16":
-        parser.error("--amp fp16 needs a GPU; on a CPU use bf16 or off")
-    if getattr(args, "epochs", None) and (getattr(args, "warmup_epochs", None) or 0) > args.epochs:
-        parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
-    for name in ("out", "results"):
-        folder = getattr(args, name, None)
-        if isinstance(folder, str):
-            while folder and not os.path.lexists(folder):
-                folder = os.path.dirname(folder)
-            if folder and not os.path.isdir(folder):
-                parser.error(f"--{name} {getattr(args, name)}: cannot write there ({folder} is a file)")
+def value_range(text):
+    """An argparse type: auto, or LOW,HIGH -> (low, high)."""
+    if text == "auto":
+        return text
+    found = numbers(low=-1e9, high=1e9)(text)
+    if len(found) != 2 or found[0] >= found[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor LOW,HIGH")
+    return tuple(found)
+
+
+# what several stages have in common; a stage names what it takes of it, with add_options
+OPTIONS = {
+    "data": dict(help="folder, list file or tar of images, cifar10 or cifar100 (default: $DATA, "
+                 "else an embedded set)"),
+    "img-size": dict(type=image_size, help="224 or HEIGHTxWIDTH (default: the checkpoint's)"),
+    "in-chans": dict(type=int, choices=(1, 3, 4), help="1 grey, 3 RGB, 4 RGBA (default: that of "
+                     "--init, else 3)"),
+    "stats": dict(choices=("imagenet", "data"), help="mean and deviation of the channels (default: "
+                  "the checkpoint's, else imagenet)"),
+    "range": dict(type=value_range, metavar="LOW,HIGH|auto", help="values of 16-bit and float "
+                  "images that become black and white (default: the checkpoint's, or by file type)"),
+    "labels-file": dict(metavar="CSV", help="labels of images without class folders: columns file, "
+                        "label and, if there, split"),
+    "val-share": dict(type=number(float, 0, 0.9), default=0.0,
+                      help="share of each class to test on, where there is no val/ or test/"),
+    "workers": dict(type=number(int, 0, 256), default=min(os.cpu_count(), 10),
+                    help="reading processes per device"),
+    "max-bad": dict(type=number(float, 0, 1), default=0.01,
+                    help="stop when this share of the files cannot be read"),
+    "heads": dict(type=number(int, 1, 256), help="where --init does not say how many"),
+    "init-size": dict(type=image_size, help="of the images of --init, where it does not say and they "
+                      "are not square"),
+    "micro-batch": dict(type=lambda t: 0 if t == "auto" else number(int, 1)(t), default="auto",
+                        metavar="M", help="images per device whose activations are kept at once: "
+                        "sets the memory, not the result"),
+    "weights": dict(choices=("base", "momentum", "ema"), default="base",
+                    help="which of the encoders that a checkpoint may hold"),
+    "out": dict(help="folder of this run"),
+    "resume": dict(choices=("auto", "never"), default="auto",
+                   help="go on from last.pt in --out, or start over"),
+    "seed": dict(type=number(int, 0, 2 ** 31), default=0, help="of weights, order, crops, masks"),
+    "device": dict(default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU, if any"),
+    "amp": dict(choices=("auto", "bf16", "fp16", "off"), default="auto",
+                help="auto: bf16 if the hardware has it"),
+    "compile": dict(choices=("auto", "on", "off"), default="auto",
+                    help="torch.compile the blocks; auto: on a GPU"),
+    "log-every": dict(type=number(int, 1), default=20, help="steps between lines of the log"),
+    "save-minutes": dict(type=number(float, 0, above=True), default=10.0,
+                         help="between checkpoints; the last step and a signal save too"),
+    "knn-every": dict(type=number(int), default=0,
+                      help="epochs between k-NN accuracies on held-out labels; 0: never"),
+    "every-epochs": dict(type=number(int), default=0,
+                         help="epochs between weights kept as epochNNNN.pt; 0: none"),
+    "timeout-minutes": dict(type=number(float, 0, 1440, above=True), default=10.0,
+                            help="for a process that hangs"),
+    "deterministic": dict(action="store_true", help="the same bits on every run, on a GPU too "
+                          "(slower there)"),
+    "tensorboard": dict(action="store_true", help="write the log for tensorboard too"),
+}
+
+
+def add_options(add, names, **defaults):
+    """Add options of the table above; `defaults` by their names with underscores."""
+    for name in names.split():
+        entry = dict(OPTIONS[name])
+        if name.replace("-", "_") in defaults:
+            entry["default"] = defaults[name.replace("-", "_")]
+        add(f"--{name}", **entry)
+
+
+# options that change how a run goes, not what it computes: they may differ when it is resumed
+RUNTIME = ("out", "resume", "device", "workers", "compile", "accum", "micro_batch", "log_every",
+           "save_minutes", "mode", "every_epochs", "knn_every", "eval_every", "results", "max_bad",
+           "timeout_minutes", "deterministic", "tensorboard", "bf16_gradients")
+
+
+def parse(parser, argv):
+    """(options, defaults for those that were not given) of a training stage. With --init the file
+    decides what the encoder is."""
+    args = parser.parse_args(argv)
+    args.data = args.data or os.environ.get("DATA")
+    defaults = dict(parser.paper if args.data else parser.small)
+    if args.init != "none":
+        if args.arch or args.patch_size:
+            parser.error("--arch and --patch-size go with --init none: otherwise its file says "
+                         "what the encoder is")
+        if not checkpoint.there(args.init):
+            parser.error(f"no checkpoint {args.init}: run `python mae_pretrain.py` first, or give "
+                         "--init FILE or none")
+        del defaults["arch"], defaults["img_size"]
+    return args, defaults
+
+
+def complete(parser, args, defaults):
+    """The options of a training stage, filled and checked."""
+    fill(args, defaults)
+    fill(args, dict(warmup_epochs=min(40, 0.15 * args.epochs)))
+    check(parser, args)
+    return args
 
 
 def fill(args, defaults):
@@ -97,54 +265,96 @@ def fill(args, defaults):
             setattr(args, name, value)
 
 
+def check(parser, args):
+    """What no script can do ends here, before a model is built or a file written."""
+    source = getattr(args, "data", None)
+    if source and source not in data.DOWNLOADS and "{" not in source and not os.path.exists(source):
+        parser.error(f"--data {source}: no such folder or list file")
+    if getattr(args, "device", None) == "cpu" and getattr(args, "amp", None) == "fp16":
+        parser.error("--amp fp16 needs a GPU; on a CPU use bf16 or off")
+    epochs = getattr(args, "epochs", None)
+    if epochs and (getattr(args, "warmup_epochs", None) or 0) > epochs:
+        parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {epochs}")
+    for name in ("out", "results"):
+        folder = getattr(args, name, None)
+        if isinstance(folder, str):
+            while folder and not os.path.lexists(folder):
+                folder = os.path.dirname(folder)
+            if folder and not os.path.isdir(folder):
+                parser.error(f"--{name} {getattr(args, name)}: cannot write there ({folder} is a "
+                             "file)")
+
+
 def program(main, get_args):
-    """Run a stage from the command line: what the user can mend ends in one line and exit code 2 (asked for
-    something impossible) or 1 (the run failed); a signal that asked for a stop ends in 128 + its number."""
+    """Run a stage from the command line. What the user can mend ends in one line and the exit code
+    that its exception carries; a signal that asked for a stop ends in 128 + its number."""
     code = 0
     try:
         main(get_args())
     except Stopped as stopped:
         print(f"stopped by {stopped.signal.name}; the same command goes on from here", flush=True)
-        code = 128 + stopped.signal
-    except RuntimeError as error:                                           # RunError is one
-        error = error if isinstance(error, RunError) else peers.blame(error)
-        if error is None:
-            raise
-        code = complain(error, 1)
-    except UsageError as error:
-        code = complain(error, 2)
-    except BrokenPipeError:                                                 # `... | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # else Python tries once more at its end
+        code = stopped.exit_code
+    except KeyboardInterrupt:
+        code = complain("interrupted", 128 + signal.SIGINT)
+    except BrokenPipeError:                             # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
-    if peers.store is not None:
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            error = peers.blame(error) if peers is not None else None
+            if error is None:
+                raise
+        code = complain(error, error.exit_code)
+    if peers is not None:
         sys.stdout.flush()
         if code in (1, 2, 128 + signal.SIGPIPE):
             peers.leave()
-            os._exit(code)                                                  # to leave the group would be to wait for all
+            os._exit(code)                              # to leave the group would be to wait
         peers.part()
     sys.exit(code)
 
 
 def complain(error, code):
     """Print an error in one line, from one process, and return the exit code."""
-    if peers.speaks():
-        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if peers.speaks() if peers is not None else os.environ.get("RANK", "0") == "0":
+        line = " ".join(str(error).split())
+        print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
     return code
 
 
-# ------------------------------------------------------------------------------------- processes, precision
-def setup(device, timeout_minutes=10.0, deterministic=False):
-    """(device, rank, processes) from --device and torchrun's environment; one process needs no process group.
+# ------------------------------------------------------------------------------- device, precision
+class Env(NamedTuple):
+    """Where a run takes place; dtype: of autocast, None for float32."""
+    device: torch.device
+    dtype: torch.dtype = None
+    rank: int = 0
+    processes: int = 1
 
-    deterministic: torch computes the same bits on every run; on a CPU it does in any case.
-    """
+    def autocast(self, function):
+        """The function (or module) with its matrix products in self.dtype."""
+        enabled = self.dtype is not None
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)(function)
+
+    def share(self, batch_size):
+        """This process's part of a global batch."""
+        if batch_size % self.processes:
+            raise UsageError(f"--batch-size {batch_size} is not divided by {self.processes} "
+                             "processes")
+        return batch_size // self.processes
+
+
+def setup(args):
+    """Env from --device, --amp, --deterministic and torchrun's environment. One process needs no
+    process group, so that `python stage.py` and `torchrun stage.py` both work."""
+    global peers
+    deterministic = getattr(args, "deterministic", False)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # cuBLAS reads it when it first starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read as cuBLAS starts
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, False
-    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
     if cuda and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: no CUDA device here")
+        raise UsageError(f"--device {args.device}: no CUDA device here")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if processes > 1 else 0)
@@ -154,29 +364,27 @@ def setup(device, timeout_minutes=10.0, deterministic=False):
         device = torch.device("cpu")
         keep_memory()
     if processes > 1 and not dist.is_initialized():
-        peers.connect("nccl" if cuda else "gloo", timeout_minutes)
-    return device, int(os.environ.get("RANK", 0)), processes
+        peers = Peers("nccl" if cuda else "gloo", getattr(args, "timeout_minutes", 10.0))
+    dtype = precision(getattr(args, "amp", "off"), device)
+    return Env(device, dtype, int(os.environ.get("RANK", 0)), processes)
 
 
-def keep_memory(keep=True):
-    """Have glibc keep the memory that a step frees: given back, it is mapped and zeroed anew at every step.
-
-    With keep=False as glibc comes: at the thresholds that it works up to by itself when large arrays are freed.
-    """
-    m_trim_threshold, m_mmap_threshold = -1, -3                             # glibc's malloc.h
-    most = 32 << 20                                                         # of the second, before glibc 2.35
-    with contextlib.suppress(OSError, AttributeError):                      # other C libraries do as they do
+def keep_memory():
+    """Have glibc keep the memory that a step frees: given back, it is zeroed anew at every step."""
+    m_trim_threshold, m_mmap_threshold = -1, -3                         # glibc's malloc.h
+    with contextlib.suppress(OSError, AttributeError):                  # another C library
         libc = ctypes.CDLL("libc.so.6")
-        if not (keep and libc.mallopt(m_mmap_threshold, 1 << 30)):
-            libc.mallopt(m_mmap_threshold, most)
-        libc.mallopt(m_trim_threshold, -1 if keep else 2 * most)
+        if not libc.mallopt(m_mmap_threshold, 1 << 30):
+            libc.mallopt(m_mmap_threshold, 32 << 20)                    # the most before glibc 2.35
+        libc.mallopt(m_trim_threshold, -1)
 
 
 def precision(choice, device):
-    """The autocast type for --amp, or None for float32: bf16 where the hardware has it, fp16 on older GPUs."""
+    """The autocast type for --amp, or None: bf16 where the hardware has it, fp16 on older GPUs."""
+    if choice == "auto" and device.type == "cuda":
+        ampere = torch.cuda.get_device_capability(device)[0] >= 8
+        return torch.bfloat16 if ampere else torch.float16
     if choice == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
         return torch.bfloat16 if cpu_has_bf16() else None
     if choice == "fp16" and device.type == "cpu":
         raise UsageError("--amp fp16 needs a GPU; on a CPU use bf16 or off")
@@ -184,7 +392,7 @@ def precision(choice, device):
 
 
 def cpu_has_bf16():
-    """Whether this CPU multiplies bf16 matrices in hardware (AMX or AVX-512 BF16), as Linux tells."""
+    """Whether this CPU multiplies bf16 matrices in hardware (AMX, AVX-512 BF16), as Linux tells."""
     try:
         with open("/proc/cpuinfo") as f:
             flags = f.read()
@@ -193,12 +401,63 @@ def cpu_has_bf16():
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def grad_scaler(device, dtype):
-    """Loss scaling for fp16. Otherwise the scale is 1, or a power of two after a skipped step: exact. What is used
-    then is that a step with a non-finite gradient is skipped on the device, without synchronisation."""
-    if dtype == torch.float16:
-        return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0, backoff_factor=0.5, growth_interval=1 << 30)
+def grad_scaler(env):
+    """Loss scaling for fp16. Otherwise the scale is a power of two, which is exact; what is used
+    then is that a step with a non-finite gradient is skipped on the device."""
+    if env.dtype == torch.float16:
+        return torch.amp.GradScaler(env.device.type)
+    return torch.amp.GradScaler(env.device.type, init_scale=1.0, backoff_factor=0.5,
+                                growth_interval=1 << 30)
+
+
+def distribute(net, env, **more):
+    """The network, in DistributedDataParallel if there are several processes."""
+    if env.processes == 1:
+        return net
+    return DistributedDataParallel(net, gradient_as_bucket_view=True, **more)
+
+
+def slices(model, n, size):
+    """Slices of at most `size` of n images; processes exchange gradients in the last one alone."""
+    for start in range(0, n, size):
+        if isinstance(model, DistributedDataParallel):
+            model.require_backward_grad_sync = start + size >= n        # what its no_sync() sets
+        yield slice(start, min(start + size, n))
+
+
+def micro_batch(asked, step, n, env, params=()):
+    """Images whose activations are kept at once: as asked, else all n, or as many as fit.
+
+    step(k): forward and backward of k images. From the bytes that autograd keeps for one image
+    more, half of the memory that is free, and on a GPU room for AdamW's moments of `params`.
+    """
+    if asked:
+        return min(asked, n)
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    bytes_of = []
+    for k in (1, 3):
+        kept.clear()
+        with uncompiled(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            step(k)
+        bytes_of.append(sum(kept.values()))
+    per_image = max((bytes_of[1] - bytes_of[0]) / 2, 1.0)
+    if env.device.type == "cuda":
+        torch.cuda.empty_cache()
+        moments = sum(2 * p.numel() * p.element_size() for p in params if p.requires_grad)
+        free = torch.cuda.mem_get_info(env.device)[0] - moments
+    else:
+        free = available_memory() / env.processes
+    most = max(min(int(0.5 * free / per_image), n), 1)
+    if env.processes > 1:
+        smallest = torch.tensor([most], device=env.device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        most = int(smallest)
+    return math.ceil(n / math.ceil(n / most))                           # in equal parts
 
 
 def available_memory():
@@ -211,88 +470,38 @@ def available_memory():
         return 4 << 30
 
 
-def micro_batch(asked, step, n, device, processes, params, share=0.5):
-    """Images per micro-batch: as asked, else the largest of n, n/2, n/4, ... that fits the device of every process.
-
-    step(k) is one forward and backward of k images. On CUDA found by trying, with room left for AdamW's moments of
-    `params`. On a CPU, where a try that fails would kill the process, from the bytes that autograd keeps for one
-    image and `share` of the memory that is free.
-    """
-    if asked:
-        return min(asked, n)
-    size = n
-    if device.type == "cuda":
-        moments = [torch.empty_like(p) for p in params if p.requires_grad for _ in range(2)]
-        while True:
-            try:
-                step(size)
-                break
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise RunError("not even one image fits the memory of this device") from None
-            torch.cuda.empty_cache()
-            size = (size + 1) // 2
-        del moments
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        kept = {}
-
-        def note(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        probe = min(n, 2)
-        with uncompiled(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            step(probe)
-        while size > 1 and size * sum(kept.values()) / probe > share * available_memory() / processes:
-            size = (size + 1) // 2
-    if processes > 1:
-        smallest = torch.tensor([size], device=device)
-        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-        size = int(smallest)
-    return size
+GRAPHS = 32     # that torch.compile may keep of a block: by role, gradient and shape; 8 are too few
 
 
-GRAPHS = 32                 # that torch.compile may keep of a block: by role, gradient, shape; torch's 8 are too few
+def compile_blocks(net, choice, device, dynamic=None):
+    """torch.compile every block of a network: with --compile on, or auto on a GPU if it can.
 
-
-def compile_blocks(blocks, choice, device, dynamic=None):
-    """torch.compile each of the blocks: with --compile on, or auto on a GPU, where auto goes without if it cannot.
-
-    dynamic=False: a graph a shape, where shapes are few. Left to torch, the second shape that it meets (MAE's decoder,
-    after its encoder) gets a graph for any size, whose kernels know less.
+    dynamic=False: a graph a shape, where shapes are few. Left to torch, the second shape that it
+    meets (MAE's decoder, after its encoder) gets a graph for any size, whose kernels know less.
     """
     if choice == "off" or (choice == "auto" and device.type != "cuda"):
         return
     try:
-        torch._dynamo.config.cache_size_limit = GRAPHS                      # recompile_limit, by the name of torch 2.6
+        torch._dynamo.config.cache_size_limit = GRAPHS                  # its name in torch 2.6
         torch.compile(torch.nn.functional.gelu)(torch.ones(2, device=device))
-    except Exception as error:                                              # whatever is missing: Triton, a compiler
+    except Exception as error:                                          # no Triton, no compiler
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if choice == "on":
-            raise RunError(f"--compile on: torch.compile does not work here ({reason}); go without: --compile off") from None
-        if peers.speaks():
-            print(f"warning: torch.compile does not work here ({reason}): the run goes on without it", flush=True)
+            raise RunError(f"--compile on: torch.compile does not work here ({reason}); go "
+                           "without: --compile off") from None
+        if peers is None or peers.speaks():
+            print(f"warning: torch.compile does not work here ({reason}): the run goes on "
+                  "without it", flush=True)
         return
-    for block in blocks:
-        block.compile(dynamic=dynamic)
+    for module in net.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=dynamic)
 
 
 def uncompiled():
-    """A context in which compiled blocks run as they are written: for sizes that no training step has."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-
-
-# options that change how a run goes, not what it computes: they may differ when it is resumed
-RUNTIME = ("out", "resume", "device", "workers", "compile", "accum", "micro_batch", "log_every", "save_minutes",
-           "mode", "every_epochs", "knn_every", "eval_every", "results", "max_bad", "decode", "timeout_minutes",
-           "deterministic")
-
-
-def settings(args, **more):
-    """What a run computes depends on: the options but those of RUNTIME, and `more`. Kept in its checkpoint."""
-    return {k: v for k, v in vars(args).items() if k not in RUNTIME} | more
+    """A context in which compiled blocks run as they are written: for sizes that no step has."""
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
 
 
 def peak_memory(device):
@@ -302,6 +511,157 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+# --------------------------------------------------------------------------------------- processes
+GLANCE_SECONDS = 1.0                    # between looks at whether another process met a failure
+SIGN_IN_SECONDS = 3 * GLANCE_SECONDS    # that a living process gets to say so then
+STORE_GONE = "rank 0 died or hangs: the store in which the processes meet does not answer"
+peers = None                            # the Peers of this process; None where a run is one process
+
+
+class Peers:
+    """The processes of a run: they compare what they see, vote, and name the one that fails."""
+
+    def __init__(self, backend, timeout_minutes):
+        """Join the other processes, whom torchrun's environment names."""
+        limit = timedelta(minutes=timeout_minutes)
+        self.rank, self.n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.seconds, self.questions, self.gone = 60 * timeout_minutes, 0, set()
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        try:
+            store, _, _ = next(rendezvous("env://", timeout=limit))
+            # torchrun's agent keeps its store from one attempt to the next
+            self.store = dist.PrefixStore(f"attempt {attempt}", store)
+            # NCCL's own watchdog ends a process without naming who is missing: it gets more time
+            dist.init_process_group(backend, store=dist.PrefixStore("default", self.store),
+                                    rank=self.rank, world_size=self.n,
+                                    timeout=limit * (2 if backend == "nccl" else 1))
+        except (RuntimeError, ValueError) as error:
+            said = str(error).splitlines()[0]
+            raise RunError(f"rank {self.rank}: the {self.n} processes did not meet within "
+                           f"{timeout_minutes:g} minutes ({said})") from None
+        self.over = threading.Event()
+        self.listener = threading.Thread(target=self.listen, daemon=True)
+        self.listener.start()
+
+    def ask(self, question, value):
+        """What every process answers to the same question, by rank (JSON values): rank 0 collects
+        the answers, the others read one key. A RunError names those that do not answer."""
+        self.questions += 1
+        key = f"answers {self.questions}"
+        keys = [f"{key}/{r}" for r in range(self.n)]
+        end = time.monotonic() + self.seconds
+        try:
+            self.store.set(keys[self.rank], json.dumps(value))
+            while not self.arrived(keys if self.rank == 0 else [key], GLANCE_SECONDS):
+                if time.monotonic() > end or self.store.check(["failure"]):
+                    raise self.roll_call() or RunError("the processes lost each other while they "
+                                                       f"compared {question}")
+            if self.rank == 0:
+                answers = [json.loads(self.store.get(k)) for k in keys]
+                self.store.set(key, json.dumps(answers))
+                for k in keys:
+                    self.store.delete_key(k)
+                return answers
+            return json.loads(self.store.get(key))
+        except dist.DistError:
+            raise RunError(STORE_GONE) from None
+
+    def arrived(self, keys, seconds):
+        """Whether all these keys are in the store, after waiting at most so long. Asks again and
+        again: the store's own waiting writes lines to the screen when its time is over."""
+        end, pause = time.monotonic() + seconds, 0.0005
+        while not self.store.check(keys):
+            if time.monotonic() > end:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        return True
+
+    def listen(self):
+        """Sign in when another process calls, even while stuck in a collective; then end."""
+        try:
+            while not self.store.check(["failure"]):
+                if self.over.wait(GLANCE_SECONDS):
+                    return
+            self.store.set(f"alive/{self.rank}", "")
+            time.sleep(4 * SIGN_IN_SECONDS)
+        except RuntimeError:                                            # the store went with rank 0
+            return
+        os._exit(1)
+
+    def roll_call(self):
+        """A RunError that names the processes that do not answer any more, or None if all do.
+
+        One that died or was stopped does not sign in. One that hangs by itself is alive and does
+        not wait for the others, as they do.
+        """
+        self.store.set("failure", "")
+        for word in ("alive", "waiting"):
+            self.store.set(f"{word}/{self.rank}", "")
+        self.arrived([f"waiting/{r}" for r in range(self.n)], SIGN_IN_SECONDS)
+        for word in ("alive", "waiting"):
+            lost = [r for r in range(self.n) if not self.store.check([f"{word}/{r}"])]
+            if lost:
+                self.gone.update(lost)
+                return RunError(f"{ranks(lost)} of {self.n} died or hangs, the others went on "
+                                "waiting for it. What was saved is intact; the same command goes "
+                                "on from it")
+        return None
+
+    def blame(self, error):
+        """After the error of a collective: the RunError that names who is missing, or None."""
+        said = str(error).lower()
+        if not isinstance(error, RuntimeError) or not (
+                isinstance(error, dist.DistError) or "gloo" in said or "nccl" in said):
+            return None
+        try:
+            if self.store.check(["errors"]):                            # one has said what is wrong
+                return RunError("another process has failed")
+            return self.roll_call()
+        except RuntimeError:
+            return RunError(STORE_GONE)
+
+    def part(self):
+        """The run is done. A thread that asks the store while Python shuts down would abort it."""
+        self.over.set()
+        self.listener.join()
+        dist.destroy_process_group()
+
+    def leave(self):
+        """Before this process ends with an error: rank 0, who may have the store, goes last."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"left/{self.rank}", "")
+            if self.rank == 0:
+                others = [f"left/{r}" for r in range(self.n) if r not in self.gone]
+                self.arrived(others, SIGN_IN_SECONDS)
+
+    def speaks(self):
+        """Whether this process is to print what several may have to say: the first to come."""
+        try:
+            return self.store.add("errors", 1) == 1
+        except RuntimeError:
+            return True
+
+
+def ranks(found):
+    """rank 3, or ranks 1, 2."""
+    return f"rank{'s' if len(found) > 1 else ''} {', '.join(map(str, found))}"
+
+
+def same(what, value):
+    """Every process must see the same value; a UsageError names those that do not."""
+    if peers is None:
+        return
+    seen = {}
+    for r, answer in enumerate(peers.ask(what, value)):
+        seen.setdefault(answer, []).append(r)
+    if len(seen) > 1:
+        found = "; ".join(f"{answer} on {ranks(who)}" for answer, who in seen.items())
+        raise UsageError(f"the processes see different {what}: {found}. Give all of them the same "
+                         "files")
+
+
+# ------------------------------------------------------------------------------- results, progress
 def commit():
     """The commit of this code, with + if it was changed since; None where git does not know."""
     here = os.path.dirname(os.path.abspath(__file__))
@@ -313,219 +673,208 @@ def commit():
     return head.stdout.strip() or None
 
 
-def write_result(out, entry, once=False):
-    """Print a result as one JSON line and append it to results.jsonl in the folder `out`.
+@contextlib.contextmanager
+def atomic(path):
+    """A temporary name to write to, renamed to `path` at the end: always whole, old or new."""
+    temporary = f"{path}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
-    once: unless the same result is there already, but for the time it took: a finished run was started again.
-    """
+
+def write_result(out, entry):
+    """Print a result as one JSON line and append it to results.jsonl in the folder `out`, unless
+    the same is there already, but for the time it took: a finished run was started again."""
     line, path = json.dumps(entry), os.path.join(out, "results.jsonl")
 
     def essence(result):
-        return {k: v for k, v in json.loads(json.dumps(result)).items() if k not in ("seconds", "commit")}
+        return {k: v for k, v in result.items() if k not in ("seconds", "commit")}
 
     try:
         os.makedirs(out, exist_ok=True)
-        if not (once and os.path.exists(path) and essence(entry) in map(essence, read_results(path))):
-            with open(path, "a") as f:
-                f.write(line + "\n")
+        there = read_results(path) if os.path.exists(path) else []
+        if essence(json.loads(line)) not in map(essence, there):
+            with open(path, "a+b") as f:
+                torn = f.tell() and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n"
+                f.write(b"\n" * bool(torn) + line.encode() + b"\n")
     except OSError as error:
-        raise RunError(f"cannot write {out}/results.jsonl ({error.strerror}); the result was {line}") from None
+        raise RunError(f"cannot write {path} ({error.strerror}); the result was {line}") from None
     print(line, flush=True)
 
 
 def read_results(path):
-    """The entries of a results.jsonl."""
+    """The entries of a results.jsonl. A line that a kill has torn is passed over with a warning."""
     try:
-        with open(path) as f:
-            return [json.loads(line) for line in f if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as results, one JSON object a line ({error})") from None
+        with open(path, encoding="utf-8", errors="replace") as f:
+            lines = [line for line in f if line.strip()]
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read as results ({error.strerror})") from None
+    entries = []
+    for i, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            print(f"warning: {path}: line {i} is torn, passed over", file=sys.stderr, flush=True)
+            continue
+        if not isinstance(entry, dict):
+            raise UsageError(f"{path}: line {i} is not a result (one JSON object a line)")
+        entries.append(entry)
+    return entries
 
 
-# ----------------------------------------------------------------------------------------------- the run
+def duration(seconds):
+    """1:02:03 or 2:03."""
+    hours, rest = divmod(int(seconds + 0.5), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def training_images(args, config, source, env):
+    """The dataset of a training stage. Statistics and range of the channels are those that the file
+    of --init was trained with, unless others are asked for."""
+    known = source["meta"] if source else {}
+    dataset = data.load(args.data, True, config["in_chans"], args.stats or "imagenet", args.max_bad,
+                        args.range or known.get("range"), args.labels_file)
+    if known.get("mean") and not args.stats:
+        dataset.mean, dataset.std = tuple(known["mean"]), tuple(known["std"])
+    same("numbers of images", len(dataset))
+    if args.batch_size > len(dataset):
+        raise UsageError(f"--batch-size {args.batch_size} is more than the {len(dataset)} images "
+                         f"of {dataset.name}")
+    if args.knn_every and (dataset.labels is None or len(dataset) < 10):
+        why = "no class folders" if dataset.labels is None else "fewer than 10 images"
+        raise UsageError(f"--knn-every needs labels, {dataset.name} has {why}")
+    return dataset.hold(env.device)
+
+
+def about(args, system, dataset, source):
+    """What a checkpoint says of itself besides its weights."""
+    return dict(system=system, data=dataset.name, mean=list(dataset.mean), std=list(dataset.std),
+                range=dataset.range and list(dataset.range), epochs=args.epochs, seed=args.seed,
+                classes=dataset.classes, init=source and source["digest"], commit=commit())
+
+
+class Progress:
+    """How far a long job has come, its rate and the time left, after its first five seconds: on a
+    terminal one line that is rewritten, elsewhere a line every 30 seconds."""
+
+    def __init__(self, what, total, unit="images", quiet=False):
+        self.what, self.total, self.unit, self.done, self.quiet = what, total, unit, 0, quiet
+        self.started = time.perf_counter()
+        self.next = self.started + 5
+
+    def step(self, n=1):
+        self.done += n
+        now, terminal = time.perf_counter(), sys.stderr.isatty()
+        if self.quiet or now < self.next:
+            return
+        self.next = now + (0.5 if terminal else 30)
+        rate = self.done / (now - self.started)
+        left = duration((self.total - self.done) / rate)
+        line = f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.3g}/s, left {left}"
+        done = self.done >= self.total
+        print(f"\r{line}\033[K" if terminal else line, end="" if terminal and not done else "\n",
+              file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------- features
+@torch.no_grad()
+def extract(encoder, dataset, env, batch_size=256, workers=0, mean=None, std=None, function=None,
+            what=None, max_bad=0.01):
+    """(features (N, D) float32 of every image in order on the device, readable (N,) bool).
+
+    Features: the class token of the centre crop, or function(encoder, images). Rows of images that
+    cannot be read are zeros. Several processes share the work and all get the whole. The encoder is
+    put into evaluation mode for it.
+    """
+    share = math.ceil(len(dataset) / env.processes)
+    mine = (torch.arange(share) + env.rank * share).clamp_max(len(dataset) - 1)     # or the last
+    part = dataset if env.processes == 1 else dataset.select(mine)
+    loader = data.Loader(part, [augment.TEST_VIEW], encoder.config["img_size"], batch_size, 0,
+                         workers, env.device, shuffle=False, mean=mean, std=std, max_bad=max_bad)
+    compute = env.autocast(function or (lambda net, images: net.forward_features(images)))
+    training = encoder.training
+    encoder.eval()
+    progress = Progress(what or f"features of {dataset.name}", len(part), quiet=env.rank > 0)
+    features, readable = [], []
+    for batch in loader.epoch(0):
+        x = compute(encoder, batch.view(0)).float()
+        good = batch.readable
+        features.append(x if good.all() else x * good[:, None].to(x.device))
+        readable.append(good)
+        progress.step(len(batch))
+    encoder.train(training)
+    features, readable = torch.cat(features), torch.cat(readable)
+    if env.processes > 1:
+        features = gather(features)[:len(dataset)]
+        readable = gather(readable.to(env.device))[:len(dataset)].cpu()
+    return features, readable
+
+
+def online_knn(encoder, dataset, env, workers, most=10000):
+    """k-NN accuracy (percent) while training: a tenth of at most 10,000 training images against the
+    others. Their labels are held out of pre-training; test images are not looked at."""
+    chosen = dataset.select(augment.shuffled(len(dataset), 2, augment.SUBSET)[:most])
+    alone = Env(env.device, env.dtype)
+    with uncompiled():
+        features, readable = extract(encoder, chosen, alone, workers=workers, max_bad=1.0)
+    labels, n = chosen.labels.to(env.device), len(chosen) // 10
+    queries, bank = readable.clone().to(env.device), readable.clone().to(env.device)
+    queries[n:], bank[:n] = False, False
+    scores = knn_scores(features[queries], features[bank], labels[bank], len(chosen.classes))
+    return (scores.argmax(1) == labels[queries]).float().mean().item() * 100
+
+
+# --------------------------------------------------------------------------------------- the job
 LOCKS = set()
-# a process forked to read pictures outlives a killed run by seconds; it must not keep the folder locked
+# a process forked to read images outlives a killed run by seconds and must not keep the lock
 os.register_at_fork(after_in_child=lambda: [lock.close() for lock in LOCKS])
 
 
-class Stopped(Exception):
-    """A signal asked for a stop, and the checkpoint is written."""
+class Job:
+    """The folder of a run: lock, signals, log.jsonl, args.json, last.pt, previous.pt, encoder.pt.
 
-    def __init__(self, number):
-        self.signal = signal.Signals(number)
-
-
-class Run:
-    """The folder of a run: lock, signals, log.jsonl, last.pt and previous.pt. Use as `with Run(...) as run`."""
+    args: of the stage; meta: what encoder.pt says of itself; source: of checkpoint.read_encoder,
+    what the run started from; encoder_file: whether encoder.pt is written beside last.pt; chance:
+    the loss that guessing has, and warmup: steps after which it should be left behind.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    VOTE_SECONDS = 1.0                                                      # between votes of several processes
-    PATIENCE = 3                                                            # lines of the log that show a collapse
+    VOTE_SECONDS = 1.0                                      # between votes of several processes
+    PATIENCE = 3                                            # lines of the log that show a collapse
+    MOST_SKIPPED = 5                                        # steps that were not finite
     NEEDED = {"model", "optimizer", "scaler", "step", "settings", "skipped"}
 
-    def __init__(self, out, rank, processes, device, log_every, steps, batch_size, save_minutes=10.0, max_skipped=5):
-        self.out, self.rank, self.processes, self.device = out, rank, processes, device
-        self.log_every, self.steps, self.batch_size = log_every, steps, batch_size
-        self.save_minutes = save_minutes
-        self.max_skipped, self.skipped = max_skipped, 0
-        self.window = []                                        # (step, loss, ids, overflow) since the last log
-        self.optimizer = self.scaler = self.dtype = self.chance = None
-        self.warmup, self.collapsed, self.warned = 0, 0, set()
-        self.signal = None
-        self.lock = None
+    def __init__(self, args, env, net, optimizer, scaler, loader, meta, source=None, warmup=0,
+                 chance=None, encoder_file=True):
+        self.args, self.env, self.net, self.loader = args, env, net, loader
+        self.optimizer, self.scaler = optimizer, scaler
+        self.meta, self.source, self.encoder_file = meta, source, encoder_file
+        self.chance, self.warmup = chance, warmup
+        self.encoder = getattr(net, "base_encoder", net)
+        self.epoch_steps = len(loader)
+        self.total = args.epochs * len(loader) if "epochs" in args else args.iterations
+        self.out, self.images = args.out, loader.batch_size * env.processes
+        self.settings = {k: v for k, v in vars(args).items() if k not in RUNTIME} | dict(
+            source=source and source["digest"], files=getattr(loader.dataset, "digest", None))
+        self.window, self.skipped, self.collapsed, self.warned = [], 0, 0, set()
+        self.entry, self.signal, self.lock, self.writer, self.board = None, None, None, None, None
+        self.before = 0.0                                   # seconds before the run was resumed
+        self.started = time.perf_counter()
+        # GradScaler tells a fused optimizer on the device whether to skip its step
+        self.overflow = torch.zeros((), device=env.device)
+        optimizer.register_step_pre_hook(lambda o, *_: setattr(self, "overflow", o.found_inf))
 
     def path(self, name):
         return os.path.join(self.out, name)
 
-    def __enter__(self):
-        if self.rank == 0:
-            try:
-                os.makedirs(self.out, exist_ok=True)
-                self.lock = open(self.path("lock"), "a+")
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.lock.seek(0)
-                raise UsageError(f"--out {self.out} is in use by {self.lock.read().strip()}") from None
-            except OSError as error:
-                raise UsageError(f"--out {self.out}: cannot write there ({error.strerror})") from None
-            self.lock.truncate(0)
-            self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            self.lock.flush()
-            LOCKS.add(self.lock)
-        try:
-            self.previous = {s: signal.signal(s, self.on_signal) for s in self.SIGNALS}
-        except ValueError:                                                  # not the main thread: no signals then
-            self.previous = {}
-        self.started = self.marked = self.saved = self.voted = time.perf_counter()
-        self.vote_at, self.last_vote = 0, None
-        return self
-
-    def __exit__(self, *exception):
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)
-        if self.lock is not None:
-            LOCKS.discard(self.lock)
-            self.lock.close()
-
-    def on_signal(self, number, frame):
-        if self.signal == number == signal.SIGINT:
-            os._exit(128 + number)                                          # a second Ctrl-C: at once
-        self.signal = number
-
-    def watch(self, optimizer, scaler, dtype=None, warmup=0, chance=None):
-        """Look after gradients, the loss scale and, with `warmup` steps over, a loss that stays at `chance`."""
-        self.optimizer, self.scaler, self.dtype, self.warmup, self.chance = optimizer, scaler, dtype, warmup, chance
-        # GradScaler tells a fused optimizer on the device, without synchronisation, whether to skip its step
-        optimizer.register_step_pre_hook(lambda optimizer, *_: setattr(self, "overflow", optimizer.found_inf))
-        self.overflow = torch.zeros((), device=self.device)
-
-    def asked(self, step):
-        """(number of a signal that arrived on any process, or 0; whether --save-minutes are over).
-
-        One process looks at each step. Several vote about once a second, and agree when the next vote is.
-        """
-        now = time.perf_counter()
-        due = now - self.saved > 60 * self.save_minutes
-        if self.processes == 1:
-            return self.signal or 0, due
-        if step < self.vote_at and step % self.log_every:
-            return 0, False
-        pace = (now - self.voted) / (step - self.last_vote) if self.last_vote is not None else self.VOTE_SECONDS
-        signals, dues, paces = zip(*peers.ask("signals", [self.signal or 0, due, pace]))
-        self.voted, self.last_vote = now, step
-        self.vote_at = step + max(1, int(self.VOTE_SECONDS / max(*paces, 1e-6)))
-        return max(signals), dues[0]
-
-    # -- checkpoints
-    def save(self, state, before=()):
-        """Write last.pt; the one before stays as previous.pt, and is only replaced once the new one was read back.
-
-        before: files written ahead of it, {name: content}: a kill between them leaves them newer than last.pt, and
-        they are written again as the run goes on from it. Weights that are not finite are never written: no step
-        brings them back.
-        """
-        broken = [name for name, tensor in state["model"].items() if not tensor.isfinite().all()]
-        if broken:
-            raise RunError(f"{broken[0]} is not finite at step {state['step']}; {self.way_out()}")
-        if self.rank == 0:
-            for name, content in dict(before).items():
-                checkpoint.save(content, self.path(name))
-            fresh, last, previous = self.path("fresh.pt"), self.path("last.pt"), self.path("previous.pt")
-            checkpoint.save(state, fresh)
-            checkpoint.read(fresh)
-            try:
-                if os.path.exists(last):
-                    os.replace(last, previous)
-                os.replace(fresh, last)
-            except OSError as error:
-                raise RunError(f"cannot write {last}: {error.strerror}") from None
-        self.saved = time.perf_counter()
-
-    def load(self, settings):
-        """The state in last.pt, or in previous.pt if that is damaged, or None. It must come from the same settings."""
-        state = None
-        for name in ("last.pt", "previous.pt"):
-            path = self.path(name)
-            if not os.path.exists(path):
-                continue
-            try:
-                state = checkpoint.read(path)
-                if not isinstance(state, dict) or not self.NEEDED <= set(state):
-                    raise UsageError(f"{path}: not a checkpoint to resume from")
-            except UsageError as error:
-                self.say(f"warning: {error}; trying the checkpoint before it")
-                state = None
-                continue
-            changed = [k for k, v in settings.items() if state["settings"].get(k) != v]
-            if changed:
-                k = changed[0]
-                raise UsageError(f"{path} was written with {k} {state['settings'].get(k)}, now {k} is {settings[k]}: "
-                                 f"use another --out, or --resume never to start over")
-            self.say(f"resumed {path} at step {state['step']} of {self.steps}")
-            break
-        peers.same("steps to go on from in --out", state["step"] if state else 0)
-        self.cut_log(state["step"] if state else 0)
-        self.skipped = state["skipped"] if state else 0
-        return state
-
-    def restore(self, state, net):
-        """Put a loaded state back into the network, and the optimizer and scaler being watched; returns its step."""
-        try:
-            net.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{self.path('last.pt')} is not of this run ({str(error).splitlines()[0]}): use another "
-                             "--out, or --resume never to start over") from None
-        return state["step"]
-
-    def cut_log(self, step):
-        """Drop what log.jsonl says of steps after `step`: they are run again."""
-        path = self.path("log.jsonl")
-        if self.rank or not os.path.exists(path):
-            return
-
-        def step_of(line):
-            """The step that a line is of; no step is as late as that of half a line."""
-            try:
-                return json.loads(line)["step"] if line.endswith("\n") else math.inf
-            except (ValueError, KeyError, TypeError):
-                return math.inf
-
-        try:
-            with open(path) as f:
-                lines = [line for line in f if step_of(line) <= step]
-            with open(path + ".tmp", "w") as f:
-                f.writelines(lines)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(path + ".tmp", path)
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror}") from None
-
-    # -- log
     def say(self, line):
-        if self.rank == 0:
+        if self.env.rank == 0:
             print(line, flush=True)
 
     def warn(self, line):
@@ -534,42 +883,376 @@ class Run:
             self.warned.add(line.split(":")[0])
             self.say(f"warning: {line}")
 
-    def record(self, step, loss, ids):
-        """Note the loss of a step; it is read, without stalling the device before, when it is logged."""
-        self.window.append((step, loss.detach(), ids, self.overflow if self.optimizer else torch.zeros(())))
+    def report(self, groups, scale, at_once, taken=(), title=""):
+        """What the run will do: what was loaded, images, batch, steps, precision, rates."""
+        env, dataset, batch = self.env, self.loader.dataset, self.loader.batch_size
+        for line in checkpoint.report(self.source, taken) if self.source else []:
+            self.say(line)
+        self.say(f"{title}{len(dataset)} images of {dataset.name}, {dataset.in_chans} channels of "
+                 f"mean {rounded(dataset.mean)} and deviation {rounded(dataset.std)}")
+        self.say(f"global batch {self.images} = {batch} x {env.processes} processes, {at_once} at "
+                 f"once; {self.total} steps, {self.warmup} of warm-up; {env.device}, "
+                 f"{env.dtype or torch.float32}")
+        for line in group_table(groups, scale):
+            self.say(line)
+        if self.chance is not None:
+            self.say(f"chance level of the loss: {self.chance:.3f}")
 
-    def check(self, losses, pictures):
-        """Stop when more than a few losses or gradients since the start were not finite (their steps were skipped).
+    # -- the loop
+    def steps(self):
+        """Yields (step, batch) until the run is done; goes on from last.pt. After each step: the
+        log, the checkpoint when it is time, and the end when a signal has asked for it."""
+        self.enter()
+        try:
+            step = self.resume()
+            while step < self.total:
+                epoch = step // self.epoch_steps
+                for batch in self.loader.epoch(epoch, start=step % self.epoch_steps):
+                    self.step = step
+                    if self.board is not None and step == 0:
+                        self.show(batch)
+                    yield step, batch
+                    step += 1
+                    self.after(step)
+        finally:
+            self.leave()
 
-        losses: means over all processes, so that all of them stop together; gradients are such means already.
+    def ends_epoch(self, every):
+        """Whether the step under way ends an epoch that is a multiple of `every` (0: never)."""
+        epoch, rest = divmod(self.step + 1, self.epoch_steps)
+        return bool(every) and rest == 0 and epoch % every == 0
+
+    def record(self, loss, batch, rates, **log):
+        """Note a step: its loss, its rates, and what else the log shows, read when it is written.
+        The tensors `features`, `q` and `k` become feature_stats there."""
+        self.window.append((self.step + 1, loss.detach(), batch.ids, self.overflow))
+        self.rates, self.noted = rates, log
+
+    def after(self, step):
+        stop, due = self.vote(step)
+        epoch, rest = divmod(step, self.epoch_steps)
+        every = getattr(self.args, "every_epochs", 0)
+        keep = every and rest == 0 and epoch % every == 0
+        kept = {f"epoch{epoch:04}.pt": dict(epoch=epoch)} if keep else {}
+        last = step == self.total
+        if stop or due or rest == 0 or step % self.args.log_every == 0:
+            self.log(step)
+        if stop or due or last or kept:
+            self.save(step, kept)
+        if stop or last:
+            self.written()
+        if stop:
+            raise Stopped(stop)
+
+    def seconds(self):
+        """Seconds that the run has taken, those before it was resumed counted in."""
+        return self.before + time.perf_counter() - self.started
+
+    def result(self):
+        """The last entry of the log, with the file to go on with under "path"."""
+        path = self.path("encoder.pt" if self.encoder_file else "last.pt")
+        self.say(f"wrote {path}")
+        return (self.entry or {}) | dict(path=path)
+
+    # -- lock and signals
+    def enter(self):
+        if self.env.rank == 0:
+            try:
+                os.makedirs(self.out, exist_ok=True)
+                self.lock = open(self.path("lock"), "a+")
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.lock.seek(0)
+                owner = self.lock.read().strip()
+                raise UsageError(f"--out {self.out} is in use by {owner}") from None
+            except OSError as error:
+                why = error.strerror
+                raise UsageError(f"--out {self.out}: cannot write there ({why})") from None
+            self.lock.truncate(0)
+            self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self.lock.flush()
+            LOCKS.add(self.lock)
+        try:
+            self.handlers = {s: signal.signal(s, self.on_signal) for s in self.SIGNALS}
+        except ValueError:                                  # not the main thread: no signals then
+            self.handlers = {}
+        self.marked = self.saved = self.voted = time.perf_counter()
+        self.vote_at, self.last_vote = 0, None
+
+    def leave(self):
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+        if self.writer is not None:
+            self.writer.join()
+        if self.lock is not None:
+            LOCKS.discard(self.lock)
+            self.lock.close()
+
+    def on_signal(self, number, frame):
+        if self.signal == number == signal.SIGINT:
+            os._exit(128 + number)                          # a second Ctrl-C: at once
+        self.signal = number
+
+    def vote(self, step):
+        """(number of a signal that arrived on any process, or 0; whether --save-minutes are over).
+
+        One process looks at each step. Several vote about once a second, and agree on when.
         """
-        overflows = torch.stack([overflow.to(self.device) for *_, overflow in self.window]).tolist()
+        now = time.perf_counter()
+        due = now - self.saved > 60 * self.args.save_minutes
+        if peers is None:
+            return self.signal or 0, due
+        if step < self.vote_at and step % self.args.log_every:
+            return 0, False
+        first = self.last_vote is None
+        pace = self.VOTE_SECONDS if first else (now - self.voted) / (step - self.last_vote)
+        signals, dues, paces = zip(*peers.ask("signals", [self.signal or 0, due, pace]))
+        self.voted, self.last_vote = now, step
+        self.vote_at = step + max(1, int(self.VOTE_SECONDS / max(*paces, 1e-6)))
+        return max(signals), dues[0]
+
+    # -- checkpoints
+    def state(self, step):
+        """The checkpoint: what a run is resumed from, and what rebuilds its model."""
+        return dict(model=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
+                    scaler=self.scaler.state_dict(), step=step, config=self.encoder.config,
+                    meta=self.meta, settings=self.settings, skipped=self.skipped,
+                    seconds=self.seconds())
+
+    def save(self, step, kept=()):
+        """Write last.pt; the one before stays as previous.pt, and is only replaced once the new one
+        was read back. The state is copied here and written by a thread, while training goes on.
+
+        kept: names of further files of the weights, and what they say besides. Weights that are
+        not finite are never written: no step brings them back.
+        """
+        self.written()
+        weights = self.net.state_dict()
+        broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+        if broken:
+            raise RunError(f"{broken[0]} is not finite at step {step}; {self.way_out()}")
+        if self.env.rank == 0:
+            state = snapshot(self.state(step))
+            # ahead of last.pt: a kill between them leaves them newer, and they are written again
+            files = {}
+            if self.encoder_file:
+                meta = self.meta | dict(step=step)
+                files["encoder.pt"] = snapshot(checkpoint.encoder_file(self.net, meta))
+            weights = {k: state[k] for k in ("model", "config", "meta", "settings", "step")}
+            files |= {name: weights | more for name, more in dict(kept).items()}
+            self.failure = None
+            self.writer = threading.Thread(target=self.write, args=(state, files))
+            self.writer.start()
+        self.saved = time.perf_counter()
+
+    def write(self, state, files):
+        try:
+            for name, content in files.items():
+                checkpoint.save(content, self.path(name))
+            fresh, last, previous = map(self.path, ("fresh.pt", "last.pt", "previous.pt"))
+            checkpoint.save(state, fresh)
+            checkpoint.read(fresh)
+            try:
+                if os.path.exists(last):
+                    os.replace(last, previous)
+                os.replace(fresh, last)
+            except OSError as error:
+                raise RunError(f"cannot write {last}: {error.strerror}") from None
+        except BaseException as error:                      # raised by `written`, in the main one
+            self.failure = error
+
+    def written(self):
+        """Wait until the last checkpoint is on the disk; what went wrong with it is raised here."""
+        if self.writer is not None:
+            self.writer.join()
+            self.writer = None
+            if self.failure is not None:
+                raise self.failure
+
+    def resume(self):
+        """Put back what last.pt holds, or previous.pt if that is damaged; returns the step. It must
+        come from the same settings."""
+        state = None
+        for name in ("last.pt", "previous.pt") if self.args.resume == "auto" else ():
+            path = self.path(name)
+            if not os.path.exists(path):
+                continue
+            try:
+                state = checkpoint.read(path)
+                whole = isinstance(state, dict) and self.NEEDED <= set(state)
+                if not whole or not isinstance(state["settings"], dict) or not (
+                        type(state["step"]) is int and 0 <= state["step"] <= self.total
+                        or state["settings"].get("epochs") != self.settings.get("epochs")):
+                    raise UsageError(f"{path}: not a checkpoint to resume from")
+            except ValueError as error:
+                self.say(f"warning: {error}; trying the checkpoint before it")
+                state = None
+                continue
+            self.refuse_changes(path, state["settings"])
+            self.say(f"resumed {path} at step {state['step']} of {self.total}")
+            break
+        step = state["step"] if state else 0
+        same("steps to go on from in --out", step)
+        self.cut_log(step)
+        if state:
+            try:
+                self.net.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.scaler.load_state_dict(state["scaler"])
+                self.skipped, self.before = int(state["skipped"]), float(state.get("seconds", 0.0))
+            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+                why = str(error).splitlines()[0]
+                raise UsageError(f"{path} is not of this run ({why}): use another --out, or "
+                                 "--resume never to start over") from None
+            broken = [k for k, v in state["model"].items() if not v.isfinite().all()]
+            if broken:
+                raise UsageError(f"{path}: {broken[0]} is not finite; --resume never starts over")
+        self.describe()
+        return step
+
+    def refuse_changes(self, path, settings):
+        changed = [k for k, v in self.settings.items() if k in settings and settings[k] != v]
+        if not changed:
+            return
+        k = changed[0]
+        told = f"{path} was written with {k} {settings[k]}, now {k} is {self.settings[k]}"
+        if k == "epochs":
+            stage = os.path.basename(sys.argv[0])
+            option = "--checkpoint" if stage.startswith(("finetune", "evaluate")) else "--init"
+            raise UsageError(f"{told}: its rates followed the other schedule. Go on from its "
+                             f"weights with python {stage} {option} {self.out} --out {self.out}-longer, or "
+                             "start over with --resume never")
+        raise UsageError(f"{told}: use another --out, or --resume never to start over")
+
+    def describe(self):
+        """args.json: what was asked, what was filled in, which code, versions and hardware."""
+        if self.env.rank:
+            return
+        cuda = self.env.device.type == "cuda"
+        about = dict(command=sys.argv, options=vars(self.args), commit=commit(),
+                     torch=torch.__version__, python=platform.python_version(),
+                     machine=platform.platform(), cpus=os.cpu_count(),
+                     gpu=torch.cuda.get_device_name(self.env.device) if cuda else None,
+                     processes=self.env.processes)
+        with atomic(self.path("args.json")) as name, open(name, "w") as f:
+            json.dump(about, f, indent=1, default=str)
+        if getattr(self.args, "tensorboard", False):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(self.out)
+            except ImportError:
+                self.warn("--tensorboard: pip install tensorboard first; log.jsonl has the same")
+
+    def show(self, batch):
+        """The views of the first images of a batch, as tensorboard's image."""
+        rows = []
+        for k in range(len(self.loader.views)):
+            images = (batch.view(k)[:8] * self.loader.std + self.loader.mean).clamp(0, 1)
+            rows.append(torch.cat(list(images[:, :3]), 2))
+        self.board.add_image("views", torch.cat(rows, 1), 0)
+
+    # -- log
+    def cut_log(self, step):
+        """Drop what log.jsonl says of steps after `step`: they are run again."""
+        path = self.path("log.jsonl")
+        if self.env.rank or not os.path.exists(path):
+            return
+
+        def step_of(line):
+            """The step that a line is of; no step is as late as that of half a line."""
+            try:
+                return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+            except (ValueError, KeyError, TypeError):
+                return math.inf
+
+        try:
+            with open(path, encoding="utf-8", errors="replace") as f:
+                lines = [line for line in f if step_of(line) <= step]
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror}") from None
+        with atomic(path) as name, open(name, "w") as f:
+            f.writelines(lines)
+            f.flush()
+            os.fsync(f.fileno())
+        self.entry = json.loads(lines[-1]) if lines else None
+
+    def log(self, step):
+        """Write a line of log.jsonl and the progress line: means since the last, over processes."""
+        env, epoch = self.env, step / self.epoch_steps
+        losses = torch.stack([loss.float() for _, loss, *_ in self.window]).to(env.device)
+        if env.processes > 1:
+            dist.all_reduce(losses)
+            losses /= env.processes
+        self.check_finite(losses)
+        loss = losses[losses.isfinite()].mean().item()
+        more = dict(self.noted)
+        if "features" in more:
+            tensors = [more.pop(name) for name in ("features", "q", "k")]
+            more = feature_stats(*tensors, env.rank) | more
+        more = {k: float(v) for k, v in more.items()}
+        if env.dtype == torch.float16:
+            more["scale"] = self.check_scale()
+        self.check_collapse(step, loss, more)
+        now = time.perf_counter()
+        seconds = (now - self.marked) / len(self.window)
+        wait = round(min(self.loader.waited / (now - self.marked), 1.0), 4)
+        entry = dict(step=step, epoch=round(epoch, 4), loss=loss, lr=self.rates,
+                     images_per_second=round(self.images / seconds, 1),
+                     seconds=round(now - self.marked, 3), data_wait=wait, **more)
+        # JSON has no word for what is not a number
+        self.entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                      for k, v in entry.items()}
+        self.marked, self.loader.waited = now, 0.0
+        self.window = []
+        if env.rank:
+            return
+        try:
+            with open(self.path("log.jsonl"), "a") as f:
+                f.write(json.dumps(self.entry) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {self.path('log.jsonl')}: {error.strerror}") from None
+        scalars = dict(loss=loss, images_per_second=entry["images_per_second"], data_wait=wait)
+        scalars |= more | {f"lr/{i}": rate for i, rate in enumerate(self.rates, start=1)}
+        for k, v in scalars.items() if self.board is not None else ():
+            self.board.add_scalar(k, v, step)
+        extra = "".join(f" {k} {v:.3g}" for k, v in more.items())
+        rates = ",".join(f"{rate:.2g}" for rate in self.rates)
+        print(f"epoch {epoch:.2f} step {step}/{self.total} loss {loss:.4f} lr {rates}{extra} "
+              f"{entry['images_per_second']:.0f} images/s wait {100 * wait:.0f}% peak "
+              f"{peak_memory(env.device) / 2 ** 30:.1f} GiB left "
+              f"{duration((self.total - step) * seconds)}", flush=True)
+
+    def check_finite(self, losses):
+        """Stop when more than a few losses or gradients since the start were not finite (their
+        steps were skipped). losses: means over all processes, so that all of them stop together."""
+        overflows = torch.stack([o.to(self.env.device) for *_, o in self.window]).tolist()
         for (step, own, ids, _), loss, overflow in zip(self.window, losses.tolist(), overflows):
             # with fp16, finding the scale of the loss costs a step now and then
-            if math.isfinite(loss) and (not overflow or self.dtype == torch.float16):
+            if math.isfinite(loss) and (not overflow or self.env.dtype == torch.float16):
                 continue
             self.skipped += 1
             if not math.isfinite(own) or math.isfinite(loss):
                 what = "gradient is not finite" if math.isfinite(loss) else f"loss is {own.item()}"
-                names = ", ".join(pictures.file(i) for i in ids.tolist()[:8])
-                print(f"warning: rank {self.rank}: {what} at step {step}, step skipped; "
-                      f"pictures {names}{', ...' if len(ids) > 8 else ''}", flush=True)
-            if self.skipped > self.max_skipped:
-                raise RunError(f"loss or gradient was not finite {self.skipped} times, last at step {step}; "
-                               f"{self.way_out()}")
+                names = ", ".join(self.loader.dataset.file(i) for i in ids.tolist()[:8])
+                print(f"warning: rank {self.env.rank}: {what} at step {step}, step skipped; "
+                      f"images {names}{', ...' if len(ids) > 8 else ''}", flush=True)
+            if self.skipped > self.MOST_SKIPPED:
+                raise RunError(f"loss or gradient was not finite {self.skipped} times, last at "
+                               f"step {step}; {self.way_out()}")
 
     def check_scale(self):
-        """fp16 works at a loss scale of some thousands. One that falls and falls means that no step is taken."""
+        """fp16 works at a loss scale of some thousands. One that falls and falls takes no step."""
         scale = self.scaler.get_scale()
         if scale < 2 ** -16:
-            raise RunError(f"the loss scale of fp16 has collapsed to {scale:.2g}, no step is taken; {self.way_out()}")
+            raise RunError(f"the loss scale of fp16 has collapsed to {scale:.2g}, no step is "
+                           f"taken; {self.way_out()}")
         if scale < 1:
-            self.warn(f"the loss scale of fp16 has fallen below 1: it is {scale:.2g}, gradients overflow again and "
-                      "again. Try --amp bf16 or off, or a lower --lr")
+            self.warn(f"the loss scale of fp16 has fallen below 1: it is {scale:.2g}, gradients "
+                      "overflow again and again. Try --amp bf16 or off, or a lower --lr")
         return scale
 
     def check_collapse(self, step, loss, more):
-        """Say once when features have collapsed to a point or a line, or the loss stays what it is by chance."""
+        """Say once when features have collapsed, or the loss stays what it is by chance."""
         signs = []
         if self.chance and more.get("contrastive", loss) >= 0.99 * self.chance:
             signs.append(f"the loss is at its chance level, {self.chance:.3f}")
@@ -579,52 +1262,27 @@ class Run:
             signs.append(f"the spread of the embeddings is {more['std']:.1e}")
         self.collapsed = self.collapsed + 1 if signs and step > self.warmup else 0
         if self.collapsed == self.PATIENCE:
-            self.warn(f"the features may have collapsed: {' and '.join(signs)} at step {step}. Try a lower --lr, a "
-                      "longer --warmup-epochs or a larger --batch-size, and see that the pictures differ")
+            self.warn(f"the features may have collapsed: {' and '.join(signs)} at step {step}. Try "
+                      "a lower --lr, a longer --warmup-epochs or a larger --batch-size, and see "
+                      "that the images differ")
 
     def way_out(self):
         """What to do when a run has gone wrong."""
         last = self.path("last.pt")
-        kept = f"the last good checkpoint is {last}" if os.path.exists(last) else "nothing saved yet"
+        there = os.path.exists(last)
+        kept = f"the last good checkpoint is {last}" if there else "nothing saved yet"
         return f"{kept}. Try a lower --lr, a longer warm-up or --amp off"
 
-    def log(self, step, epoch, lrs, loader, **more):
-        """Write a line of log.jsonl and the progress line: means since the last one, over all processes."""
-        losses = torch.stack([loss.float() for _, loss, *_ in self.window]).to(self.device)
-        if self.processes > 1:
-            dist.all_reduce(losses)
-            losses /= self.processes
-        self.check(losses, loader.pictures)
-        loss = losses[losses.isfinite()].mean().item()
-        more = {k: float(v) for k, v in more.items()}
-        if self.dtype == torch.float16:
-            more["scale"] = self.check_scale()
-        self.check_collapse(step, loss, more)
-        now = time.perf_counter()
-        seconds = (now - self.marked) / len(self.window)
-        entry = dict(step=step, epoch=round(epoch, 4), loss=loss, lr=lrs,
-                     images_per_second=round(self.batch_size / seconds, 1), seconds=round(now - self.marked, 3),
-                     data_wait=round(min(loader.waited / (now - self.marked), 1.0), 4), **more)
-        self.marked, loader.waited = now, 0.0
-        self.window = []
-        # JSON has no word for what is not a number
-        line = json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()})
-        if self.rank == 0:
-            try:
-                with open(self.path("log.jsonl"), "a") as f:
-                    f.write(line + "\n")
-            except OSError as error:
-                raise RunError(f"cannot write {self.path('log.jsonl')}: {error.strerror}") from None
-            left = (self.steps - step) * seconds
-            extra = "".join(f" {k} {v:.3g}" for k, v in more.items())
-            rates = ",".join(f"{lr:.2g}" for lr in lrs)
-            print(f"epoch {epoch:.2f} step {step}/{self.steps} loss {loss:.4f} lr {rates}{extra} "
-                  f"{entry['images_per_second']:.0f} images/s wait {100 * entry['data_wait']:.0f}% "
-                  f"peak {peak_memory(self.device) / 2 ** 30:.1f} GiB left {duration(left)}", flush=True)
-        return entry
+
+def snapshot(state):
+    """A copy of nested tensors on the CPU, which later steps do not change."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {k: snapshot(v) for k, v in state.items()}
+    return [snapshot(v) for v in state] if isinstance(state, list) else state
 
 
-def duration(seconds):
-    """1:02:03 or 2:03."""
-    hours, rest = divmod(int(seconds + 0.5), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+def rounded(values):
+    """Numbers of a report: 0.485, 0.456, 0.406."""
+    return ", ".join(f"{v:.3f}" for v in values)
