@@ -227,10 +227,11 @@ class Names:
 
     def __init__(self, names=(), text=None, first=None, last=None):
         if text is None:
-            encoded = [name if isinstance(name, bytes) else os.fsencode(name) for name in names]
-            ends = np.zeros(len(encoded) + 1, np.int64)
-            np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), out=ends[1:])
-            text, first, last = b"".join(encoded), ends[:-1], ends[1:]
+            text = os.fsencode("\0".join(names))    # at once: a tenth of the time of one by one
+            ends = np.flatnonzero(np.frombuffer(text + b"\0", np.uint8) == 0)
+            first, last = np.append(0, ends[:-1] + 1), ends
+            if not text:
+                first = last = ends[:0]
         self.text, self.first, self.last = text, first, last
 
     def __len__(self):
@@ -247,6 +248,13 @@ class Names:
         """The names at ids, without their first `cut` bytes."""
         ids = np.asarray(ids, np.int64)
         return Names(text=self.text, first=self.first[ids] + cut, last=self.last[ids])
+
+    def folders(self):
+        """The bytes before the first / of each name, b"" where there is none."""
+        slashes = np.flatnonzero(np.frombuffer(self.text, np.uint8) == ord("/"))
+        slashes = np.append(slashes, len(self.text))[np.searchsorted(slashes, self.first)]
+        ends = np.where(slashes < self.last, slashes, self.first)
+        return [self.text[a:b] for a, b in zip(self.first.tolist(), ends.tolist())]
 
     def below(self, folder):
         """Indices of the names that begin with folder/."""
@@ -344,11 +352,11 @@ class Dataset:
 
     def label_by_folders(self, train):
         """Labels from the first folder of each name, if all have one; a training set several."""
-        folders = [file[:max(file.find("/"), 0)] for file in self.files]
-        known = {name: unicodedata.normalize("NFC", name) for name in set(folders)}
+        folders = self.files.folders()
+        known = {name: unicodedata.normalize("NFC", os.fsdecode(name)) for name in set(folders)}
         classes = sorted(set(known.values()) - {""})
-        if "" in known and classes:
-            stray = self.file(folders.index(""))
+        if b"" in known and classes:
+            stray = self.file(folders.index(b""))
             self.unlabelled = f"{stray} lies beside the class folders"
         elif len(classes) == 1 and train:
             self.unlabelled = f"it has one class folder only, {classes[0]}"
@@ -396,47 +404,48 @@ def list_files(root, warn=False):
     Hidden ones are left out, and every real folder is visited once, however many links lead there.
     Files of other endings are taken if it is images that they hold; warn: say what is passed over.
     """
-    blocks, seen, todo, links = {}, set(), [((), root)], []
+    blocks, other, seen, todo, links = {}, {}, set(), [("", root)], []
     while todo or links:
-        parts, folder = todo.pop() if todo else links.pop()
+        prefix, folder = todo.pop() if todo else links.pop()
+        files, found = [], []
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            files, found = [], []
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
+                    name = entry.name
+                    if name[0] == ".":
                         continue
-                    if entry.is_dir(follow_symlinks=False):
-                        todo.append(((*parts, entry.name), entry.path))
+                    if entry.is_file(follow_symlinks=False):
+                        files.append(name)
+                    elif entry.is_dir(follow_symlinks=False):
+                        todo.append((f"{prefix}{name}/", entry.path))
                     elif entry.is_symlink() and entry.is_dir():
-                        found.append(((*parts, entry.name), entry.path))
+                        found.append((f"{prefix}{name}/", entry.path))
                     else:
-                        files.append(entry.name)
+                        files.append(name)
         except OSError as error:
             raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
         links += sorted(found, reverse=True)        # after the real folders, the first at the end
-        if files:
-            blocks[parts] = sorted(files)
-    other = {}                                      # ending: names
-    for parts, files in blocks.items():
-        for name in files:
-            if not name.lower().endswith(EXTENSIONS):
-                other.setdefault(ending_of(name), []).append("/".join((*parts, name)))
-    taken = tuple(ending for ending, names in other.items() if are_images(root, names))
-    passed = Counter({ending: len(names) for ending, names in other.items() if ending not in taken})
+        blocks[prefix] = [name for name in files if name.lower().endswith(EXTENSIONS)]
+        if len(blocks[prefix]) < len(files):
+            for name in set(files).difference(blocks[prefix]):
+                other.setdefault(ending_of(name), []).append((prefix, name))
+    passed = Counter()
+    for ending, names in other.items():
+        if are_images(root, sorted(prefix + name for prefix, name in names)):
+            for prefix, name in names:
+                blocks[prefix].append(name)
+        else:
+            passed[ending] = len(names)
     if warn and passed:
         note(f"{root}: passed over {sum(passed.values())} files that are no images: "
-            + ", ".join(f"{n} {ending or 'without an ending'}"
-                        for ending, n in passed.most_common(8)))
-    names = []
-    for parts in sorted(blocks):
-        prefix = "".join(f"{part}/" for part in parts)
-        names += [os.fsencode(prefix + name) for name in blocks[parts]
-                  if name.lower().endswith(EXTENSIONS) or taken and ending_of(name) in taken]
-    return Names(names)
+             + ", ".join(f"{n} {ending or 'without an ending'}"
+                         for ending, n in passed.most_common(8)))
+    order = sorted(blocks, key=lambda prefix: prefix.split("/"))
+    return Names(prefix + name for prefix in order for name in sorted(blocks[prefix]))
 
 
 def ending_of(name):
@@ -661,7 +670,8 @@ def listed_images(source, table, root, parts, train):
     # numbers for folders, as in ImageNet's lists, are known by the folders' names
     folders = [file.split("/")[-2] if "/" in file else None for file in files]
     pairs = len(set(zip(folders, labels)))
-    if None not in folders and pairs == len(set(folders)) == len(set(labels)):
+    numbers = all(label.isdecimal() for label in set(labels))
+    if numbers and None not in folders and pairs == len(set(folders)) == len(set(labels)):
         labels = folders
     return source, [labels[row] for row in mine], parts
 
@@ -1278,7 +1288,8 @@ def draw(ids, side=32):
 # ---------------------------------------------------------------------------- python data.py check
 NAMED = 20                  # bad files named on the screen; --out names them all
 # what a BadFile says: the kind it is counted under; the first that fits
-KINDS = (("DecompressionBomb", "decompression bomb"), ("PermissionError", "no permission"),
+KINDS = (("empty: ", "empty"), ("DecompressionBomb", "decompression bomb"),
+         ("PermissionError", "no permission"),
          ("FileNotFoundError", "vanished"), ("UnidentifiedImageError", "no image"),
          ("not a regular file", "not a regular file"), ("NaN", "NaN"),
          ("truncated", "truncated"), ("Truncated", "truncated"), ("EOF", "truncated"))
@@ -1352,8 +1363,7 @@ def check(args):
         found = pool.imap(functools.partial(look_or_trouble, dataset), range(n), chunksize=16)
         for i, what in enumerate(found):
             if isinstance(what, str):
-                kind = "empty" if what.startswith("empty: ") else "damaged"
-                kind = next((name for words, name in KINDS if words in what), kind)
+                kind = next((name for words, name in KINDS if words in what), "damaged")
                 bad.append((dataset.file(i), kind, what))
                 if len(bad) <= NAMED:
                     say(f"{os.path.join(args.folder, dataset.file(i))}: {kind} ({what})")
