@@ -236,10 +236,11 @@ class Names:
 
     def __init__(self, names=(), text=None, first=None, last=None):
         if text is None:
-            encoded = [name if isinstance(name, bytes) else os.fsencode(name) for name in names]
-            ends = np.zeros(len(encoded) + 1, np.int64)
-            np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), out=ends[1:])
-            text, first, last = b"".join(encoded), ends[:-1], ends[1:]
+            text = os.fsencode("\0".join(names))    # at once: a tenth of the time of one by one
+            ends = np.flatnonzero(np.frombuffer(text + b"\0", np.uint8) == 0)
+            first, last = np.append(0, ends[:-1] + 1), ends
+            if not text:
+                first = last = ends[:0]
         self.text, self.first, self.last = text, first, last
 
     def __len__(self):
@@ -256,6 +257,13 @@ class Names:
         """The names at ids, without their first `cut` bytes."""
         ids = np.asarray(ids, np.int64)
         return Names(text=self.text, first=self.first[ids] + cut, last=self.last[ids])
+
+    def folders(self):
+        """The bytes before the first / of each name, b"" where there is none."""
+        slashes = np.flatnonzero(np.frombuffer(self.text, np.uint8) == ord("/"))
+        slashes = np.append(slashes, len(self.text))[np.searchsorted(slashes, self.first)]
+        ends = np.where(slashes < self.last, slashes, self.first)
+        return [self.text[a:b] for a, b in zip(self.first.tolist(), ends.tolist())]
 
     def below(self, folder):
         """Indices of the names that begin with folder/."""
@@ -327,8 +335,8 @@ class Progress:
         if self.total:
             left = clock((self.total - self.done) / rate)
             line = f"{self.what}: {self.done} of {self.total} images, {rate:.3g}/s, left {left}"
-        print(f"\r{line}\033[K" if terminal else line, end="" if terminal else "\n",
-              file=sys.stderr, flush=True)
+        end = "" if terminal and self.done != self.total else "\n"
+        print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------- tar files
@@ -629,7 +637,7 @@ def open_tars(path, tars):
     """
     status = [os.stat(tar) for tar in tars]
     made = [[tar, s.st_size, s.st_mtime_ns] for tar, s in zip(map(os.path.basename, tars), status)]
-    made = json.dumps([1, EXTENSIONS, made]).encode()
+    made = json.dumps([2, EXTENSIONS, made]).encode()
     full = os.path.abspath(path)
     cache = os.path.join(tempfile.gettempdir(), f"tar-index-{os.getuid()}")
     places = (os.path.join(full, "tars.index.npz") if os.path.isdir(path) else f"{full}.index.npz",
@@ -641,7 +649,7 @@ def open_tars(path, tars):
             os.makedirs(cache, mode=0o700, exist_ok=True)
         index = kept | dict(made=np.frombuffer(made, np.uint8))
         any(write_index(place, index) for place in places)
-    names = Names(text=kept["names"].tobytes(), first=np.append(0, kept["ends"])[:-1],
+    names = Names(text=kept["names"].tobytes(), first=np.append(0, kept["ends"] + 1)[:-1],
                   last=kept["ends"])
     classes, tops = json.loads(kept["lists"].tobytes())
     return TarSource(path, names, Tars(tars, [s.st_size for s in status]), kept["places"],
@@ -722,11 +730,11 @@ class Dataset:
 
     def label_by_folders(self, train):
         """Labels from the first folder of each name, if all have one; a training set several."""
-        folders = [file[:max(file.find("/"), 0)] for file in self.files]
-        known = {name: unicodedata.normalize("NFC", name) for name in set(folders)}
+        folders = self.files.folders()
+        known = {name: unicodedata.normalize("NFC", os.fsdecode(name)) for name in set(folders)}
         classes = sorted(set(known.values()) - {""})
-        if "" in known and classes:
-            stray = self.file(folders.index(""))
+        if b"" in known and classes:
+            stray = self.file(folders.index(b""))
             self.unlabelled = f"{stray} lies beside the class folders"
         elif len(classes) == 1 and train:
             self.unlabelled = f"it has one class folder only, {classes[0]}"
@@ -774,46 +782,47 @@ def list_files(root, warn=False):
     Hidden ones are left out, and every real folder is visited once, however many links lead there.
     Files of other endings are taken if it is images that they hold; warn: say what is passed over.
     """
-    blocks, seen, todo, links = {}, set(), [((), root)], []
+    blocks, other, seen, todo, links = {}, {}, set(), [("", root)], []
     while todo or links:
-        parts, folder = todo.pop() if todo else links.pop()
+        prefix, folder = todo.pop() if todo else links.pop()
+        files, found = [], []
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            files, found = [], []
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
+                    name = entry.name
+                    if name[0] == ".":
                         continue
-                    if entry.is_dir(follow_symlinks=False):
-                        todo.append(((*parts, entry.name), entry.path))
+                    if entry.is_file(follow_symlinks=False):
+                        files.append(name)
+                    elif entry.is_dir(follow_symlinks=False):
+                        todo.append((f"{prefix}{name}/", entry.path))
                     elif entry.is_symlink() and entry.is_dir():
-                        found.append(((*parts, entry.name), entry.path))
+                        found.append((f"{prefix}{name}/", entry.path))
                     else:
-                        files.append(entry.name)
+                        files.append(name)
         except OSError as error:
             raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
         links += sorted(found, reverse=True)        # after the real folders, the first at the end
-        if files:
-            blocks[parts] = sorted(files)
-    other = {}                                      # ending: names
-    for parts, files in blocks.items():
-        for name in files:
-            if not name.lower().endswith(EXTENSIONS):
-                other.setdefault(ending_of(name), []).append("/".join((*parts, name)))
-    taken = tuple(ending for ending, names in other.items() if are_images(FileSource(
-        root, sorted({names[0], names[len(names) // 2], names[-1]}))))
-    passed = Counter({ending: len(names) for ending, names in other.items() if ending not in taken})
+        blocks[prefix] = [name for name in files if name.lower().endswith(EXTENSIONS)]
+        if len(blocks[prefix]) < len(files):
+            for name in set(files).difference(blocks[prefix]):
+                other.setdefault(ending_of(name), []).append((prefix, name))
+    passed = Counter()
+    for ending, names in other.items():
+        files = sorted(prefix + name for prefix, name in names)
+        if are_images(FileSource(root, sorted({files[0], files[len(files) // 2], files[-1]}))):
+            for prefix, name in names:
+                blocks[prefix].append(name)
+        else:
+            passed[ending] = len(names)
     if warn:
         say_passed(root, passed)
-    names = []
-    for parts in sorted(blocks):
-        prefix = "".join(f"{part}/" for part in parts)
-        names += [os.fsencode(prefix + name) for name in blocks[parts]
-                  if name.lower().endswith(EXTENSIONS) or taken and ending_of(name) in taken]
-    return Names(names)
+    order = sorted(blocks, key=lambda prefix: prefix.split("/"))
+    return Names(prefix + name for prefix in order for name in sorted(blocks[prefix]))
 
 
 def say_passed(path, passed):
@@ -1059,7 +1068,8 @@ def listed_images(source, table, root, parts, train):
     # numbers for folders, as in ImageNet's lists, are known by the folders' names
     folders = [file.split("/")[-2] if "/" in file else None for file in files]
     pairs = len(set(zip(folders, labels)))
-    if None not in folders and pairs == len(set(folders)) == len(set(labels)):
+    numbers = all(label.isdecimal() for label in set(labels))
+    if numbers and None not in folders and pairs == len(set(folders)) == len(set(labels)):
         labels = folders
     return source, [labels[row] for row in mine], parts
 
@@ -1677,7 +1687,8 @@ def draw(ids, side=32):
 # ---------------------------------------------------------------------------- python data.py check
 NAMED = 20                  # bad files named on the screen; --out names them all
 # what a BadFile says: the kind it is counted under; the first that fits
-KINDS = (("DecompressionBomb", "decompression bomb"), ("PermissionError", "no permission"),
+KINDS = (("empty: ", "empty"), ("DecompressionBomb", "decompression bomb"),
+         ("PermissionError", "no permission"),
          ("FileNotFoundError", "vanished"), ("UnidentifiedImageError", "no image"),
          ("not a regular file", "not a regular file"), ("NaN", "NaN"),
          ("truncated", "truncated"), ("Truncated", "truncated"), ("EOF", "truncated"))
@@ -1742,24 +1753,19 @@ def check(args):
     if not n:
         raise DataError(f"{args.folder}: no images found (looked for {', '.join(EXTENSIONS)})")
     bad, special, ranges = [], Counter(), []
-    started = told = time.perf_counter()
+    started, progress = time.perf_counter(), Progress(f"checking {args.folder}", n)
     with ThreadPool(args.workers) as pool:  # pillow decodes outside Python's lock
         found = pool.imap(functools.partial(look_or_trouble, dataset), range(n), chunksize=16)
         for i, what in enumerate(found):
             if isinstance(what, str):
-                kind = "empty" if what.startswith("empty: ") else "damaged"
-                kind = next((name for words, name in KINDS if words in what), kind)
+                kind = next((name for words, name in KINDS if words in what), "damaged")
                 bad.append((dataset.file(i), kind, what))
                 if len(bad) <= NAMED:
                     say(f"{os.path.join(args.folder, dataset.file(i))}: {kind} ({what})")
             else:
                 special.update(what[0])
                 ranges += [what[1]] if what[1] else []
-            now = time.perf_counter()
-            if now - told > 5:
-                told, left = now, (now - started) / (i + 1) * (n - i - 1)
-                print(f"{i + 1}/{n} read, {len(bad)} bad, left {clock(left)}", file=sys.stderr,
-                      flush=True)
+            progress.step()
     if len(bad) > NAMED:
         say(f"... and {len(bad) - NAMED} more")
     among = f", among them {counted(special)}" if special else ""
