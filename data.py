@@ -404,8 +404,8 @@ class Tars:
 def find_tars(path):
     """Paths of the tars that a file, a pattern such as shard-{000..146}.tar or a folder stands for.
 
-    None where path is something else: a folder of images, or a list file. DataError: a compressed
-    tar, a pack of an older version, a tar of a pattern that is not there.
+    None where path is something else: a folder of images, or a list file. DataError: a pack of an
+    older version, a tar of a pattern that is not there.
     """
     if os.path.isdir(path):
         return tars_below(path)
@@ -415,7 +415,8 @@ def find_tars(path):
         if head.startswith(OLD_PACK):
             raise DataError(f"{path} is a pack of an older version; make a tar, which any tool can "
                             "read, from the folder again: python data.py pack FOLDER FILE.tar")
-        return [path] if head[257:262] == b"ustar" or path.lower().endswith(".tar") else None
+        named = path.lower().endswith(".tar") and not head.startswith(tuple(NOT_LISTS))
+        return [path] if named or head[257:262] == b"ustar" else None
     braces = re.search(r"\{([^{}]*)\}", path)
     if braces is None:
         return None
@@ -433,24 +434,27 @@ def find_tars(path):
     return found
 
 
-def tars_below(folder):
+def tars_below(folder, depth=3):
     """Tars in a folder and in those below it, sorted; None if there are images or other folders."""
     tars, folders = [], []
-    with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or entry.is_symlink():
-                continue
-            if entry.name.lower().endswith(EXTENSIONS):
-                return None
-            if entry.is_dir():
-                folders.append(entry.path)
-            elif entry.name.lower().endswith(".tar"):
-                tars.append(entry.path)
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name.lower()
+                if name.endswith(EXTENSIONS):
+                    return None
+                if name.endswith(".tar") and not name.startswith("."):
+                    tars.append(entry.path)
+                elif entry.is_dir() and not name.startswith("."):
+                    folders.append(entry.path)
+    except OSError:                         # said when it is listed
+        return None
     tars.sort()
-    for inner in map(tars_below, sorted(folders)):
-        if inner is None:
+    for inner in sorted(folders):
+        more = tars_below(inner, depth - 1) if depth else None
+        if more is None:
             return None
-        tars += inner
+        tars += more
     return tars or None
 
 
@@ -536,7 +540,8 @@ def tar_images(path, labels):
                 else:
                     yield name, offset, size
     if links:
-        say(f"warning: {path}: passed over {links} links; tar --dereference packs the files")
+        say(f"warning: {path}: passed over {links} links; tar -h "
+            "--hard-dereference packs the files")
 
 
 def label_of(name, labels):
@@ -547,7 +552,7 @@ def label_of(name, labels):
 
 
 def index_tars(path, tars):
-    """{names, ends, places, labels, classes, tops}: arrays with all that open_tars needs."""
+    """{names, ends, places, labels, lists}: arrays with all that open_tars needs."""
     names, places, labels, other = [], array("q"), [], {}
     progress = Progress(f"indexing {path}")
     for number, tar in enumerate(tars):
@@ -564,22 +569,22 @@ def index_tars(path, tars):
     passed = {ending: ids for ending, ids in other.items() if not are_images(files.select(
         sorted({ids[0], ids[len(ids) // 2], ids[-1]})))}
     say_passed(path, Counter({ending: len(ids) for ending, ids in passed.items()}))
-    left_out = set().union(*passed.values())
+    rows = sorted(set(range(len(names))).difference(*passed.values()))
+    names, labels, places = [names[i] for i in rows], [labels[i] for i in rows], places[rows]
     if len(tars) > 1:
         names = in_folders(path, tars, names, places[:, 0].tolist(), any(labels))
     else:
         names = without_top(path, names)
     keys = [walk_order(name) for name in names]
-    order = sorted(set(range(len(names))) - left_out, key=keys.__getitem__)
+    order = sorted(range(len(names)), key=keys.__getitem__)
     order = [i for i, j in zip(order, order[1:] + [-1])     # the last of one name, as when unpacked
              if j < 0 or names[i] != names[j]]
-    texts = [labels[i] for i in order]
-    classes = sorted_classes(set(texts) - {""})
+    classes = sorted_classes(set(labels) - {""})
     numbers = {text: i for i, text in enumerate(classes)} | {"": -1}
     found = Names([names[i] for i in order])
     tops = sorted({names[i].split("/", 1)[0] for i in order if "/" in names[i]})
     return dict(names=np.frombuffer(found.text, np.uint8), ends=found.last, places=places[order],
-                labels=np.array([numbers[text] for text in texts], np.int64),
+                labels=np.array([numbers[labels[i]] for i in order], np.int64),
                 lists=np.frombuffer(json.dumps([classes, tops]).encode(), np.uint8))
 
 
@@ -635,10 +640,10 @@ def open_tars(path, tars):
     Their index is read, or made and kept: beside them, or where that cannot be written in the
     temporary folder. It holds as long as names, sizes and times of the tars do.
     """
-    status = [os.stat(tar) for tar in tars]
-    made = [[tar, s.st_size, s.st_mtime_ns] for tar, s in zip(map(os.path.basename, tars), status)]
-    made = json.dumps([2, EXTENSIONS, made]).encode()
-    full = os.path.abspath(path)
+    status, full = [os.stat(tar) for tar in tars], os.path.abspath(path)
+    made = [[os.path.relpath(tar, os.path.dirname(full)), s.st_size, s.st_mtime_ns]
+            for tar, s in zip(tars, status)]
+    made = json.dumps([1, EXTENSIONS, made]).encode()
     cache = os.path.join(tempfile.gettempdir(), f"tar-index-{os.getuid()}")
     places = (os.path.join(full, "tars.index.npz") if os.path.isdir(path) else f"{full}.index.npz",
               os.path.join(cache, f"{hashlib.sha256(os.fsencode(full)).hexdigest()[:32]}.npz"))
@@ -1769,7 +1774,8 @@ def check(args):
     if len(bad) > NAMED:
         say(f"... and {len(bad) - NAMED} more")
     among = f", among them {counted(special)}" if special else ""
-    say(f"{n - len(bad)} of {n} images are good{among}; {clock(time.perf_counter() - started)}")
+    took = clock(time.perf_counter() - progress.started)
+    say(f"{n - len(bad)} of {n} images are good{among}; {took}")
     if ranges:
         say_range(dataset, min(low for low, _ in ranges), max(high for _, high in ranges))
     if args.out:
@@ -1885,7 +1891,7 @@ def go_on(f, part, head, source, keep):
 
 def fill(f, dataset, todo, keep, workers, max_bad):
     """Append the images `todo` to a tar; those that cannot be read go into dataset.bad."""
-    seen, synced = 0, f.tell()
+    synced = f.tell()
 
     def prepare(i):
         try:
@@ -1905,7 +1911,7 @@ def fill(f, dataset, todo, keep, workers, max_bad):
         progress.step()
         if isinstance(content, str):
             dataset.bad[i] = content
-            seen = report_bad(dataset, max_bad, seen)
+            report_bad(dataset, max_bad, len(dataset.bad) - 1)
             continue
         f.write(tar_header(dataset.file(i), len(content)))
         f.write(content)
