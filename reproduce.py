@@ -424,7 +424,7 @@ def write_long_tail(source, out):
             ids = (dataset.labels == c).nonzero()[:, 0].tolist()
             place = os.path.join(out, part, dataset.classes[c])
             os.makedirs(place, exist_ok=True)
-            for i in ids[:int(share * len(ids))] if train else ids:
+            for i in ids[:max(1, int(share * len(ids)))] if train else ids:
                 pixels = dataset.images[i].permute(1, 2, 0).cpu().numpy()
                 Image.fromarray(pixels).save(os.path.join(place, f"{i:05}.png"))
                 names += [f"{dataset.classes[c]}/{i:05}.png"] * train
