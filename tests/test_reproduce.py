@@ -16,7 +16,7 @@ import data
 import model
 import reproduce
 
-SCRIPTS = ("mae_pretrain", "graft_train", "evaluate", "finetune", "analyze")
+SCRIPTS = ("mae_pretrain", "graft_train", "evaluate", "finetune", "segment", "analyze")
 
 
 def arguments(tmp_path, *options, preset="demo"):
@@ -50,7 +50,7 @@ def stubs(monkeypatch):
                 os.makedirs(out, exist_ok=True)
                 open(os.path.join(out, "encoder.pt"), "w").close()
             n = float(len(calls))
-            return dict(protocol=name, top1=n, held_out_top1=-n, balanced=n / 2, seed=0)
+            return dict(protocol=name, top1=n, held_out_top1=-n, balanced=n / 2, miou=n + 40, seed=0)
         return main
 
     for name in SCRIPTS:
@@ -100,14 +100,15 @@ def test_every_command_is_accepted_by_its_stage(tmp_path, preset, monkeypatch):
     monkeypatch.setattr(reproduce.mae_pretrain.run.checkpoint, "there", lambda path: True)
     never = reproduce.PRESETS[preset].get("never", ())
     args = arguments(tmp_path, "--only", ",".join(set(reproduce.TABLES) - set(never)),
-                     preset=preset)
+                     *["--ade20k", str(tmp_path)] * ("table6" not in never), preset=preset)
     p = reproduce.plan(args)
     (tmp_path / "longtail").mkdir()
     for name in reproduce.systems(p):
         stage, options = command_of(args, name)
         stage.get_args(options)
     for script, options in reproduce.jobs(p, [0]).values():
-        script.get_args([*reproduce.command(p, 0, options), "--checkpoint", str(tmp_path)])
+        start = "--init" if script is reproduce.segment else "--checkpoint"
+        script.get_args([*reproduce.command(p, 0, options), start, str(tmp_path)])
 
 
 def test_every_row_of_a_column_has_the_same_settings(tmp_path):
@@ -169,6 +170,18 @@ def test_tables_show_mean_and_deviation(tmp_path):
     assert "| Layer grafted | 51.0 ± 1.4 (77.7) |" in text
     assert "| 5e-4 | 33.3 |" in text[text.index("| linear, third stage 1.5e-3 |"):]
     assert "| 5e-4 | 44.4 |" in text[text.index("| fine-tune, third stage 1.5e-3 |"):]
+
+
+def test_segmentation_starts_from_each_system(tmp_path, stubs):
+    assert "table6" not in arguments(tmp_path, preset="imagenet").only
+    folder = str(tmp_path / "ade")
+    os.makedirs(folder)
+    reproduce.main(arguments(tmp_path, "--only", "table6", "--ade20k", folder, preset="imagenet"))
+    found = [pairs(argv) for script, argv in stubs if script == "segment"]
+    assert [os.path.basename(options["--init"]) for options in found] == [
+        "mae", "moco-v3", "layer-grafted"]
+    assert {options["--data"] for options in found} == {folder}
+    assert "| Layer grafted | 46.0 (48.7) |" in open(tmp_path / "results.md").read()
 
 
 # ---------------------------------------------------------------------------------- operations
@@ -312,6 +325,7 @@ def test_images_are_read_once(tmp_path, stubs, monkeypatch):
     (["--only", "table9"], "--only table9"), (["--preset", "huge"], "choice"),
     (["--preset", "imagenet", "--only", "tuning"], "preset imagenet has none of it"),
     (["--preset", "imagenet"], "needs --data"), (["--mae", "nowhere.pth"], "no such file"),
+    (["--preset", "imagenet", "--data", ".", "--only", "table6"], "needs --ade20k"),
     (["--data", "nowhere"], "no such folder")])
 def test_bad_arguments(options, message, capsys, monkeypatch):
     monkeypatch.delenv("DATA", raising=False)
