@@ -27,7 +27,7 @@ import zipfile
 import torch
 import torch.nn.functional as F
 
-from model import ARCHS, VisionTransformer
+from model import ARCHS, Classifier, VisionTransformer
 
 # pickle operations in a file: a ViT-H with its optimizer has some 50,000
 LONGEST = 1_000_000
@@ -712,6 +712,37 @@ def encoder_file(model, meta):
     state = {k: v.detach().cpu() for k, v in encoder.state_dict().items()
              if is_encoder(k) or k.startswith("head.")}
     return {"model": state, "config": encoder.config, "meta": meta}
+
+
+def load_classifier(path):
+    """(Classifier in evaluation mode, what classifier.pt holds besides) of finetune.py: images
+    (N, C, H, W) normalised with its "mean" and "std" -> logits (N, classes), ordered as "classes"."""
+    path = in_folder(path, "classifier.pt")
+    content = read(path)
+    kinds = dict(model=dict, config=dict, head=dict, classes=(list, tuple), mean=(list, tuple),
+                 std=(list, tuple))
+    found = content if isinstance(content, dict) else {}
+    wrong = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
+    if wrong:
+        raise CheckpointError(f"{path}: not a classifier that finetune.py wrote ({wrong[0]})")
+    state, config, head, classes = (content[k] for k in ("model", "config", "head", "classes"))
+    check_config(config, state, path)
+    check_meta(content, config, path)
+    tensors = all(torch.is_tensor(v) for v in state.values())
+    widest = max((n for v in state.values() for n in v.shape), default=0) if tensors else 0
+    claims = [head.get("width", 1), len(classes)]
+    if head.get("kind") not in ("linear", "projector") or not all(
+            type(n) is int and 0 < n <= widest for n in claims):
+        raise CheckpointError(f"{path}: refused, it claims a head {head!r:.80}")
+    try:
+        net = Classifier(config, head, len(classes))
+        net.load_state_dict(state)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a classifier that finetune.py wrote "
+                              f"({str(error).splitlines()[0]})") from None
+    with naming(path):
+        check_weights(state)
+    return net.eval(), content
 
 
 # ------------------------------------------------------------------------------ use and export
