@@ -483,23 +483,22 @@ def check_config(config, state, path):
     """Refuse what no ViT is, before one of that size is made: a file may claim any width."""
     sides = config.get("img_size")
     sides = sides if isinstance(sides, (list, tuple)) else [sides, sides]
-    ratio = config.get("mlp_ratio", 4.0)
     claims = [("img_size", side) for side in sides]
     claims += [(k, v) for k, v in config.items() if k in LARGEST]
-    for name, value in claims:
-        if type(value) is not int or not 1 <= value <= LARGEST.get(name, 16384):
-            raise CheckpointError(f"{path}: refused, it claims a ViT with {name} {value!r:.40}")
-    if len(sides) != 2 or not isinstance(ratio, (int, float)) or not 0 < ratio <= 64:
-        raise CheckpointError(f"{path}: refused, it claims a ViT with img_size {sides!r:.40} and "
-                              f"mlp_ratio {ratio!r:.40}")
+    wrong = [f"{k} {v!r:.40}" for k, v in claims
+             if type(v) is not int or not 1 <= v <= LARGEST.get(k, 16384)]
+    if len(sides) != 2:
+        wrong.append(f"img_size {sides!r:.40}")
+    if not finite([config.get("mlp_ratio", 4.0)], 1e-3, 64):
+        wrong.append(f"mlp_ratio {config['mlp_ratio']!r:.40}")
     blocks = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
     if config.get("depth", blocks) != blocks:
-        raise CheckpointError(f"{path}: refused, it claims {config['depth']} blocks and has "
-                              f"{blocks}")
-    lengths = [state[k].numel() for k in ("cls_token", "norm.weight") if k in state]
-    if any(n != config.get("dim", n) for n in lengths):
-        raise CheckpointError(f"{path}: refused, it claims a width of {config['dim']} and has "
-                              f"{lengths[0]}")
+        wrong.append(f"{config['depth']} blocks and has {blocks}")
+    for n in (state[k].numel() for k in ("cls_token", "norm.weight") if k in state):
+        if config.get("dim", n) != n:
+            wrong.append(f"a width of {config['dim']} and has {n}")
+    if wrong:
+        raise CheckpointError(f"{path}: refused, it claims a ViT with {wrong[0]}")
 
 
 def finite(values, low, high):
@@ -510,15 +509,17 @@ def finite(values, low, high):
 def check_meta(meta, config, path):
     """Mean, std (a number a channel) and range (low, high) that a file gives for its images."""
     channels = config.get("in_chans", 3)
-    for name, low, high, n in (("mean", -1e4, 1e4, channels), ("std", 1e-6, 1e4, channels),
-                               ("range", -1e30, 1e30, 2)):
-        values = meta.get(name)
-        if values is not None and not (finite(values, low, high) and len(values) == n):
-            raise CheckpointError(f"{path}: refused, its {name} of the images is {values!r:.60}")
-    if meta.get("range") is not None and meta["range"][0] >= meta["range"][1]:
-        raise CheckpointError(f"{path}: refused, its range of the images is {meta['range']!r:.60}")
+    wrong = [name for name, low, high, n in (("mean", -1e4, 1e4, channels),
+                                             ("std", 1e-6, 1e4, channels),
+                                             ("range", -1e30, 1e30, 2))
+             if meta.get(name) is not None
+             and not (finite(meta[name], low, high) and len(meta[name]) == n)]
+    if not wrong and meta.get("range") is not None and meta["range"][0] >= meta["range"][1]:
+        wrong = ["range"]
     if not isinstance(meta.get("system", ""), str):
-        raise CheckpointError(f"{path}: refused, its system is {meta['system']!r:.40}, no name")
+        wrong.append("system")
+    if wrong:
+        raise CheckpointError(f"{path}: refused, its {wrong[0]} is {meta[wrong[0]]!r:.60}")
 
 
 def check_weights(state):
@@ -715,21 +716,27 @@ def encoder_file(model, meta):
 
 
 def load_classifier(path):
-    """(Classifier in evaluation mode, what classifier.pt holds besides) of finetune.py: images
-    (N, C, H, W) normalised with its "mean" and "std" -> logits (N, classes), ordered as "classes"."""
+    """(Classifier in evaluation mode, what classifier.pt holds besides) of finetune.py.
+
+    Images (N, C, H, W) normalised with its "mean" and "std" -> logits (N, classes), as "classes".
+    """
     path = in_folder(path, "classifier.pt")
     content = read(path)
+    found = content if isinstance(content, dict) else {}
     kinds = dict(model=dict, config=dict, head=dict, classes=(list, tuple), mean=(list, tuple),
                  std=(list, tuple))
-    found = content if isinstance(content, dict) else {}
     wrong = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
+    if not wrong:
+        state, config, head, classes = (content[k] for k in ("model", "config", "head", "classes"))
+        if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+            wrong = ["model"]
+        elif not all(isinstance(name, str) for name in classes):
+            wrong = ["classes"]
     if wrong:
         raise CheckpointError(f"{path}: not a classifier that finetune.py wrote ({wrong[0]})")
-    state, config, head, classes = (content[k] for k in ("model", "config", "head", "classes"))
     check_config(config, state, path)
     check_meta(content, config, path)
-    tensors = all(torch.is_tensor(v) for v in state.values())
-    widest = max((n for v in state.values() for n in v.shape), default=0) if tensors else 0
+    widest = max((n for v in state.values() for n in v.shape), default=0)
     claims = [head.get("width", 1), len(classes)]
     if head.get("kind") not in ("linear", "projector") or not all(
             type(n) is int and 0 < n <= widest for n in claims):
