@@ -969,7 +969,7 @@ class Job:
         """Note a step: its loss, its rates, and what else the log shows, read when it is written.
         The tensors `features`, `q` and `k` become feature_stats there."""
         self.window.append((self.step + 1, loss.detach(), batch.ids, self.overflow))
-        self.rates, self.noted = rates, log
+        self.rates, self.noted = rates, {k: torch.as_tensor(v).detach() for k, v in log.items()}
 
     def after(self, step):
         if self.writer is not None and not self.writer.is_alive():
