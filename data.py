@@ -1,95 +1,764 @@
-"""Pictures: where they come from, how they are read, how they become batches on the device.
+"""Images: where they come from, how they are read, how they become batches on the device.
 
-Order and augmentation are functions of (seed, epoch, picture) alone: see augment.py. Needs torch, numpy, pillow;
-torchvision only for `--data cifar10|cifar100`.
+Order and augmentation are functions of (seed, epoch, image) alone: see augment.py. Needs torch,
+numpy and pillow; torchvision, where it is there, decodes JPEGs faster and fetches CIFAR.
 
-    python data.py pack PICTURES PICTURES.pack      # one file instead of many, for --data: see pack.py
-    python data.py check PICTURES                   # read every picture beforehand, and name the bad ones: see check.py
+    python data.py check IMAGES                 # read every image beforehand, and name the bad ones
+    python data.py pack IMAGES IMAGES.tar       # one tar of many files, which is read as the folder
 
-Shapes: N images, C channels, (H, W) source, (h, w) output pixels.
+Shapes: N images, C channels, (H, W) source, (h, w) output pixels; boxes (top, left, height, width).
 """
-import math
+import argparse
+import contextlib
+import copy
+import csv
+import fcntl
+import functools
+import hashlib
+import io
+import json
 import os
+import re
+import stat
 import sys
+import tarfile
+import tempfile
 import time
+import unicodedata
+import warnings
+import zipfile
+from array import array
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central_boxes, grey, per_picture, random_boxes,
-                     resample, shuffled, uniform, upload)
-from decode import BadFile, Encoded, device_decoder, or_bad_file, to_channels
-from reader import Reader, whole
+from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central_boxes, grey,
+                     per_image, random_bits, random_boxes, resample, shuffled, uniform, upload)
 
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-DOWNLOADS = ("cifar10", "cifar100")         # the sets that --data fetches by name: all that ever uses the network
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2")
-MEMORY_LIMIT = 4 << 30      # bytes of uint8 pixels up to which pictures of one size are held in memory
-MEMORY_SIDE = 128           # and up to which side: larger ones are cropped by workers as they are read
-PACK_MAGIC = b"\x89picture pack 1\n"                                       # the first 16 bytes of a pack: see pack.py
+DOWNLOADS = ("cifar10", "cifar100")     # fetched by name: all that uses the network
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff",
+              ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")  # no helper programs
+MOST_PIXELS = 1 << 27       # of one image: what claims more is refused before it is allocated
+LARGE_FILE = 64 << 20       # bytes: beyond, a file's header is read before the rest is allocated
+MEMORY_LIMIT = 4 << 30      # bytes of pixels up to which images of one size are held in memory
+MEMORY_SIDE = 128           # and up to which side: larger ones are cropped by workers
+CHUNK = 512                 # images of a view that are augmented at once, which bounds the memory
+OLD_PACK = b"\x89picture pack 1\n"    # how the packs of older versions begin
+OPEN_TARS = 256             # tars a process keeps open; what is beyond is opened for each image
+SYNC = 64 << 20             # bytes between flushes to the disk while a tar is written
+FILTERS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
 
-class UsageError(ValueError):
-    """What was asked for cannot be done as asked: one line, exit code 2."""
+class DataError(ValueError):
+    """Data that cannot be used as asked (exit_code 2), or fails in a run (1): one line."""
+
+    def __init__(self, message, exit_code=2):
+        super().__init__(printable(message))
+        self.exit_code = exit_code
+
+    def __reduce__(self):                   # with its code, from a worker process
+        return DataError, (str(self), self.exit_code)
 
 
-class RunError(RuntimeError):
-    """The run failed for a reason the user can mend: one line, exit code 1."""
+def printable(text):
+    """A text of which a console can show every name of a file, also one that is not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
-# ---------------------------------------------------------------------------------------- sources of pictures
-class Pictures:
-    """A set of pictures: `files` under `root`, or uint8 `images` (N, C, H, W) in memory, or both.
+def say(text):
+    """Print a line, in the first process of a run alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(text), flush=True)
 
-    packed: where the files' bytes are when they lie in one file (pack.Packed), in the order of `files`.
-    labels: (N,) int64 or None; classes: names; mean, std: of the channels, after scaling to [0, 1].
+
+@functools.cache
+def note(text):
+    """Say once what was assumed or left out."""
+    say(f"note: {text}")
+
+
+class BadFile(ValueError):
+    """An image file that cannot be read: what is wrong with it, in one line."""
+
+
+@contextlib.contextmanager
+def or_bad_file():
+    """Whatever goes wrong within is a BadFile: pillow raises a dozen kinds."""
+    try:
+        yield
+    except BadFile:
+        raise
+    except Exception as error:
+        raise BadFile(f"{type(error).__name__}: {error}") from None
+
+
+# ------------------------------------------------------------------------------------- image files
+def open_image(file):
+    """An image file, a path or file object, opened by pillow and not yet decoded, or a BadFile."""
+    with or_bad_file(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # its limit is not ours
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:      # its words name an object in memory
+            raise UnidentifiedImageError("not an image that pillow can read") from None
+    if image.width * image.height > MOST_PIXELS:
+        image.close()
+        raise BadFile(f"DecompressionBombError: it claims {image.width} x {image.height} pixels")
+    return image
+
+
+@functools.cache
+def jpeg_decoder():
+    """torchvision's decode(content, in_chans) -> uint8 (C, H, W); None without torchvision.
+
+    The same library as in pillow and the same pixels, without the copies around it: 0.8 of the
+    time.
+    """
+    try:
+        from torchvision.io import ImageReadMode
+    except (ImportError, OSError, RuntimeError):
+        return None
+    modes = {1: ImageReadMode.GRAY.value, 3: ImageReadMode.RGB.value}
+
+    def decode(content, in_chans):
+        # the operation under torchvision.io.decode_jpeg, which from 0.29 on looks for whom to warn
+        # at every call
+        content = torch.frombuffer(content, dtype=torch.uint8)
+        return torch.ops.image.decode_jpeg(content, modes[in_chans], False)
+
+    return decode
+
+
+class Encoded:
+    """An image file's bytes, a bytearray, with the header read, or a BadFile.
+
+    is_jpeg: whether it can be decoded at 1/2, 1/4 or 1/8 of its size. size: (H, W), for a JPEG as
+    it is shown, turned by its EXIF orientation; of others what the header says, which is only right
+    when they are not turned. bits: 8, 16 or 32 a value (32: integers or floats).
     """
 
-    def __init__(self, files=None, root=None, images=None, labels=None, classes=None, in_chans=3, name="", packed=None):
-        self.files, self.root, self.images, self.packed = files, root, images, packed
+    def __init__(self, content):
+        self.content, self.image = content, open_image(io.BytesIO(content))
+        form, mode = self.image.format, self.image.mode
+        self.is_jpeg = form in ("JPEG", "MPO")
+        with or_bad_file():
+            orientation = self.image.getexif().get(0x0112, 1) if self.is_jpeg else 1
+        self.size = self.image.size if orientation > 4 else self.image.size[::-1]
+        self.channels = {"L": 1, "RGB": 3}.get(mode) if self.is_jpeg and orientation == 1 else None
+        is_16 = mode.startswith("I;16") or mode == "I" and form in ("PNG", "PPM")
+        self.bits = 16 if is_16 else 32 if mode in ("I", "F") else 8
+
+    def decode(self, factor=1):
+        """The PIL image, upright, of ceil(size / factor) pixels; factor 2, 4 or 8 for JPEGs."""
+        with or_bad_file():
+            if factor > 1:
+                width, height = self.image.size
+                self.image.draft(None, (width // factor, height // factor))
+            return ImageOps.exif_transpose(self.image)
+
+    def pixels(self, in_chans, factor=1, value_range=None):
+        """The same as a uint8 tensor (H, W, C) with in_chans channels; see `to_channels`."""
+        decode = jpeg_decoder() if self.channels and factor == 1 else None
+        if decode and in_chans in (3, self.channels):
+            try:
+                return decode(self.content, in_chans).permute(1, 2, 0)
+            except RuntimeError:            # pillow decodes more, or says what is wrong
+                pass
+        with or_bad_file():
+            if self.bits == 32 and value_range is None:
+                raise BadFile("values of 32 bits in a set of 8 or 16 bits: give --range")
+            image = to_channels(self.decode(factor), in_chans, value_range)
+        return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
+
+
+    def extremes(self):
+        """(least, largest) of the values of an image, a BadFile where some are none."""
+        with or_bad_file():
+            values = np.asarray(self.decode())
+        if not np.isfinite(values).all():
+            raise BadFile("NaN or infinite values")
+        return float(values.min()), float(values.max())
+
+
+def to_channels(image, in_chans, value_range=None):
+    """Any PIL image with in_chans channels of 8 bits: palette, CMYK, alpha, 16 bits, floats.
+
+    value_range (low, high): of values of more than 8 bits, what becomes black and white; None: the
+    range of 16 bits.
+    """
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        low, high = value_range or (0, 65535)
+        values = (np.asarray(image).astype(np.float64) - low) * (255 / (high - low))
+        if not np.isfinite(values).all():
+            raise BadFile("NaN or infinite values")
+        image = Image.fromarray((values + 0.5).clip(0, 255).astype(np.uint8))
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[in_chans]
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def crop(pixels, box, size, mode):
+    """A box, in whole pixels, of uint8 pixels (H, W, C) resized to size (h, w): uint8 (C, h, w).
+
+    torch's antialiasing kernels for 8 bits: pillow's resize of the box cut out, but for rounding,
+    in a quarter of the time.
+    """
+    top, left, height, width = map(int, box)
+    # the batch axis comes first, so that torch knows channels to be last: it then leaves them
+    # there, and saves a third
+    part = pixels[top:top + height, left:left + width][None].permute(0, 3, 1, 2)
+    return F.interpolate(part, size, mode=mode, antialias=True, align_corners=False)[0]
+
+
+def exact_crop(pixels, box, size, mode):
+    """As `crop`, by pillow's resize, for the fractional boxes of evaluations."""
+    top, left, height, width = box
+    image = Image.fromarray(pixels.squeeze(2).numpy())
+    corners = (left, top, left + width, top + height)
+    image = image.resize(size[::-1], FILTERS[mode], box=corners)
+    return torch.from_numpy(np.array(image)).reshape(*size, -1).permute(2, 0, 1)
+
+
+# --------------------------------------------------------------------------------- sources of bytes
+class Names:
+    """Strings as one run of bytes, a sequence: in a worker a million neither cost nor grow.
+
+    Name i lies in `text` from first[i] to last[i].
+    """
+
+    def __init__(self, names=(), text=None, first=None, last=None):
+        if text is None:
+            text = os.fsencode("\0".join(names))    # at once: a tenth of the time of one by one
+            ends = np.flatnonzero(np.frombuffer(text + b"\0", np.uint8) == 0)
+            first, last = np.append(0, ends[:-1] + 1), ends
+            if not text:
+                first = last = ends[:0]
+        self.text, self.first, self.last = text, first, last
+
+    def __len__(self):
+        return len(self.first)
+
+    def __iter__(self):
+        for first, last in zip(self.first.tolist(), self.last.tolist()):
+            yield os.fsdecode(self.text[first:last])
+
+    def __getitem__(self, i):
+        return os.fsdecode(self.text[self.first[i]:self.last[i]])
+
+    def select(self, ids, cut=0):
+        """The names at ids, without their first `cut` bytes."""
+        ids = np.asarray(ids, np.int64)
+        return Names(text=self.text, first=self.first[ids] + cut, last=self.last[ids])
+
+    def folders(self):
+        """The bytes before the first / of each name, b"" where there is none."""
+        slashes = np.flatnonzero(np.frombuffer(self.text, np.uint8) == ord("/"))
+        slashes = np.append(slashes, len(self.text))[np.searchsorted(slashes, self.first)]
+        ends = np.where(slashes < self.last, slashes, self.first)
+        return [self.text[a:b] for a, b in zip(self.first.tolist(), ends.tolist())]
+
+    def below(self, folder):
+        """Indices of the names that begin with folder/."""
+        start = os.fsencode(folder) + b"/"
+        places = zip(self.first.tolist(), self.last.tolist())
+        return [i for i, (a, b) in enumerate(places)
+                if b - a > len(start) and self.text.startswith(start, a)]
+
+
+class FileSource:
+    """Image files: `names` below the folder `root`. Any source of bytes has `names`, these methods,
+    and, where it knows labels, labels (N,) with -1 for none, and classes."""
+
+    labels = classes = None
+
+    def __init__(self, root, names):
+        self.root = root
+        self.names = names if isinstance(names, Names) else Names(names)
+
+    def __len__(self):
+        return len(self.names)
+
+    def name(self, i):
+        """The name below what --data names, with / between its parts."""
+        return self.names[i]
+
+    def content(self, i):
+        """The bytes of file i, a bytearray; OSError or BadFile when it cannot be read."""
+        path = os.path.join(self.root, self.names[i])
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):        # a pipe or device may wait or never end
+            raise BadFile("not a regular file")
+        if status.st_size > LARGE_FILE:             # perhaps sparse: allocated if it is an image
+            with open_image(path) as image:
+                if status.st_size > LARGE_FILE + 32 * image.width * image.height:
+                    raise BadFile(f"{status.st_size / 2 ** 30:.1f} GiB are more than an image of "
+                                  f"{image.width} x {image.height} pixels has")
+        with open(path, "rb") as f:
+            content = bytearray(status.st_size)
+            del content[f.readinto(content):]
+        return content
+
+    def select(self, ids):
+        """The files at ids, indices."""
+        return FileSource(self.root, self.names.select(ids))
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+class Progress:
+    """After five seconds how many images are done, on the error stream: on a terminal in one line
+    that is rewritten, elsewhere in a line every 30 seconds."""
+
+    def __init__(self, what, total=None):
+        self.what, self.total, self.done = what, total, 0
+        self.started = time.perf_counter()
+        self.due = self.started + 5
+
+    def step(self):
+        self.done += 1
+        now = time.perf_counter()
+        if now < self.due:
+            return
+        terminal, rate = sys.stderr.isatty(), self.done / (now - self.started)
+        self.due = now + (0.5 if terminal else 30)
+        line = f"{self.what}: {self.done} images, {rate:.3g}/s"
+        if self.total:
+            left = clock((self.total - self.done) / rate)
+            line = f"{self.what}: {self.done} of {self.total} images, {rate:.3g}/s, left {left}"
+        end = "" if terminal and self.done != self.total else "\n"
+        print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------- tar files
+class TarSource(FileSource):
+    """Images in tars, named and ordered as in the folder that the tars unpack to.
+
+    tars: their paths, with their sizes when indexed. places (N, 3): number of the tar, offset and
+    length of each image. labels, classes: from WebDataset's .cls files. tops: the first folders.
+    """
+
+    def __init__(self, root, names, tars, places, labels=None, classes=None, tops=()):
+        self.root, self.names, self.tars, self.places = root, names, tars, places
+        self.labels, self.classes, self.tops = labels, classes, tops
+
+    def content(self, i):
+        """The bytes of image i, a bytearray. OSError when its tar is not what it was."""
+        which, at, length = self.places[i].tolist()
+        return self.tars.read(which, at, length)
+
+    def select(self, ids, cut=0):
+        """The images at ids, indices, without the first `cut` bytes of their names."""
+        ids = np.asarray(ids, np.int64)
+        labels = None if self.labels is None else self.labels[ids]
+        return TarSource(self.root, self.names.select(ids, cut), self.tars, self.places[ids],
+                         labels, self.classes)
+
+    def part(self, name):
+        """The images in a first folder, by their names in it, and the classes that they have."""
+        part = self.select(self.names.below(name), len(os.fsencode(name)) + 1)
+        if part.labels is not None:
+            used, part.labels = np.unique(part.labels, return_inverse=True)
+            part.classes = [self.classes[i] for i in used if i >= 0]
+            part.labels = part.labels - len(used) + len(part.classes)
+        return part
+
+
+class Tars:
+    """Tar files, opened by whoever reads first: each process by itself, and pickled unopened."""
+
+    def __init__(self, paths, sizes):
+        self.paths, self.sizes, self.fds = paths, sizes, {}
+
+    def __getstate__(self):
+        return self.__dict__ | dict(fds={})
+
+    def __del__(self):
+        for fd in self.fds.values():
+            os.close(fd)
+
+    def read(self, which, at, length):
+        content, kept = bytearray(length), self.fds.get(which)
+        fd = os.open(self.paths[which], os.O_RDONLY) if kept is None else kept
+        if len(self.fds) < OPEN_TARS:
+            kept = self.fds.setdefault(which, fd)           # another thread may have been faster
+        try:
+            size = os.fstat(fd).st_size
+            if os.preadv(fd, [content], at) < length or size != self.sizes[which]:
+                raise OSError(f"{self.paths[which]} has changed since it was opened")
+            return content
+        finally:
+            if fd != kept:
+                os.close(fd)
+
+
+def find_tars(path):
+    """Paths of the tars that a file, a pattern such as shard-{000..146}.tar or a folder stands for.
+
+    None where path is something else: a folder of images, or a list file. DataError: a pack of an
+    older version, a tar of a pattern that is not there.
+    """
+    if os.path.isdir(path):
+        return tars_below(path)
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            head = f.read(512)
+        if head.startswith(OLD_PACK):
+            raise DataError(f"{path} is a pack of an older version; make a tar, which any tool can "
+                            "read, from the folder again: python data.py pack FOLDER FILE.tar")
+        named = path.lower().endswith(".tar") and not head.startswith(tuple(NOT_LISTS))
+        return [path] if named or head[257:262] == b"ustar" else None
+    braces = re.search(r"\{([^{}]*)\}", path)
+    if braces is None:
+        return None
+    ends = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+    parts = braces[1].split(",")
+    if ends:
+        numbers = range(int(ends[1]), int(ends[2]) + 1)
+        parts = [str(i).zfill(len(ends[1])) for i in numbers]
+    found = []
+    for one in (path[:braces.start()] + part + path[braces.end():] for part in parts):
+        tars = find_tars(one)
+        if tars is None:
+            raise DataError(f"{one}: no such tar")
+        found += tars
+    return found
+
+
+def tars_below(folder, depth=3):
+    """Tars in a folder and in those below it, sorted; None if there are images or other folders."""
+    tars, folders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name.lower()
+                if name.endswith(EXTENSIONS):
+                    return None
+                if name.endswith(".tar") and not name.startswith("."):
+                    tars.append(entry.path)
+                elif entry.is_dir() and not name.startswith("."):
+                    folders.append(entry.path)
+    except OSError:                         # said when it is listed
+        return None
+    tars.sort()
+    for inner in sorted(folders):
+        more = tars_below(inner, depth - 1) if depth else None
+        if more is None:
+            return None
+        tars += more
+    return tars or None
+
+
+def tar_number(field):
+    """A number of a tar header: octal or, with its first bit set, the bytes themselves."""
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.rstrip(b"\0 ") or b"0", 8)
+
+
+def pax_records(content):
+    """{key: value} of a pax header, whose records are "length key=value\\n"."""
+    found = {}
+    while content:
+        length = int(content.split(b" ", 1)[0])
+        key, value = content[:length - 1].split(b" ", 1)[1].split(b"=", 1)
+        found[key] = value
+        content = content[length:]
+    return found
+
+
+def tar_members(fd, at, end, where):
+    """(type, name, offset, size) of each member of the tar between two places of a file.
+
+    Types and names are bytes; reads headers alone, in a quarter of tarfile's time. DataError: the
+    tar is damaged or cut short, or has sparse files, which do not lie in one place.
+    """
+    special = {}
+    while True:
+        head = os.pread(fd, 512, at) if at + 512 <= end else b""
+        if head == bytes(512):
+            if os.pread(fd, min(10240, end - at), at).strip(b"\0"):
+                raise DataError(f"{where}: another tar begins after byte {at}; tar -A joins tars")
+            return
+        kind, data, size = head[156:157], at + 512, 0
+        try:
+            if head and tar_number(head[148:156]) != sum(head[:148]) + sum(head[156:]) + 8 * 32:
+                raise ValueError
+            if head and kind not in (b"1", b"2", b"3", b"4", b"5", b"6"):   # all without content
+                size = int(special.get(b"size") or tar_number(head[124:136]))
+            if size < 0:
+                raise ValueError
+            if kind == b"x":
+                special |= pax_records(os.pread(fd, min(size, 1 << 20), data))
+        except ValueError:
+            raise DataError(f"{where}: damaged, there is no header at byte {at}") from None
+        at = data + -(-size // 512) * 512
+        if at > end:
+            raise DataError(f"{where}: cut short, this tar has no end; copy or pack it again")
+        if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in special):
+            raise DataError(f"{where}: has sparse files; make it again without --sparse")
+        if kind == b"L":
+            special[b"path"] = os.pread(fd, min(size, 1 << 20), data).rstrip(b"\0")
+        elif kind not in (b"x", b"g", b"K"):
+            name = head[:100].split(b"\0", 1)[0]
+            if head[257:263] == b"ustar\0" and head[345]:
+                name = head[345:500].split(b"\0", 1)[0] + b"/" + name
+            yield kind, special.get(b"path", name), data, size
+            special = {}
+
+
+def tar_images(path, labels):
+    """(name, offset, size) of each file in a tar that is not hidden, and of those of tars in it, in
+    a folder of the inner tar's name; {KEY: label} of .cls files goes into labels."""
+    with open(path, "rb") as f:
+        todo, links = [(0, os.fstat(f.fileno()).st_size, "")], 0
+        while todo:
+            start, end, folder = todo.pop()
+            for kind, name, offset, size in tar_members(f.fileno(), start, end, path):
+                name = os.fsdecode(name)
+                parts = [part for part in name.split("/") if part not in ("", ".")]
+                if name.startswith("/") or ".." in parts:
+                    raise DataError(f"{path}: refused, {name!r} in this tar leads out of it")
+                links += kind in (b"1", b"2")
+                if kind not in (b"0", b"\0", b"7") or any(part[0] == "." for part in parts):
+                    continue
+                name = folder + "/".join(parts)
+                if name.endswith(".tar"):
+                    todo.append((offset, offset + size, name[:-4] + "/"))
+                elif name.endswith(".cls"):
+                    text = os.pread(f.fileno(), min(size, 4096), offset)
+                    labels[name[:-4]] = text.decode("utf-8", "replace").strip()
+                else:
+                    yield name, offset, size
+    if links:
+        say(f"warning: {path}: passed over {links} links; tar -h "
+            "--hard-dereference packs the files")
+
+
+def label_of(name, labels):
+    """The text of KEY.cls, where KEY is the name to its ending or to its file's first dot."""
+    folder, slash, file = name.rpartition("/")
+    return labels.get(os.path.splitext(name)[0]) or labels.get(
+        folder + slash + file.split(".", 1)[0], "")
+
+
+def index_tars(path, tars):
+    """{names, ends, places, labels, lists}: arrays with all that open_tars needs."""
+    names, places, labels, other = [], array("q"), [], {}
+    progress = Progress(f"indexing {path}")
+    for number, tar in enumerate(tars):
+        texts, first = {}, len(names)
+        for name, *place in tar_images(tar, texts):
+            if not name.lower().endswith(EXTENSIONS):
+                other.setdefault(ending_of(name), []).append(len(names))
+            names.append(name)
+            places.extend((number, *place))
+            progress.step()
+        labels += [label_of(name, texts) if texts else "" for name in names[first:]]
+    places = np.frombuffer(places, np.int64).reshape(-1, 3)
+    files = TarSource(path, Names(names), Tars(tars, list(map(os.path.getsize, tars))), places)
+    passed = {ending: ids for ending, ids in other.items() if not are_images(files.select(
+        sorted({ids[0], ids[len(ids) // 2], ids[-1]})))}
+    say_passed(path, Counter({ending: len(ids) for ending, ids in passed.items()}))
+    rows = sorted(set(range(len(names))).difference(*passed.values()))
+    names, labels, places = [names[i] for i in rows], [labels[i] for i in rows], places[rows]
+    if len(tars) > 1:
+        names = in_folders(path, tars, names, places[:, 0].tolist(), any(labels))
+    else:
+        names = without_top(path, names)
+    keys = [walk_order(name) for name in names]
+    order = sorted(range(len(names)), key=keys.__getitem__)
+    order = [i for i, j in zip(order, order[1:] + [-1])     # the last of one name, as when unpacked
+             if j < 0 or names[i] != names[j]]
+    classes = sorted_classes(set(labels) - {""})
+    numbers = {text: i for i, text in enumerate(classes)} | {"": -1}
+    found = Names([names[i] for i in order])
+    tops = sorted({names[i].split("/", 1)[0] for i in order if "/" in names[i]})
+    return dict(names=np.frombuffer(found.text, np.uint8), ends=found.last, places=places[order],
+                labels=np.array([numbers[labels[i]] for i in order], np.int64),
+                lists=np.frombuffer(json.dumps([classes, tops]).encode(), np.uint8))
+
+
+def walk_order(name):
+    """The key that sorts names as list_files: in each folder its files, then its folders."""
+    folder, _, file = name.rpartition("/")
+    return folder.replace("/", "\0") + "\0\0" + file
+
+
+def without_top(path, names):
+    """The names in one tar without the folder that was packed, if all begin with its name: one that
+    the tar is named after, or one with train/ and the like in it."""
+    top = names[0].split("/")[0] + "/" if names else ""
+    if not all(name.startswith(top) for name in names) or part_kind(top[:-1]):
+        return names
+    inner = {name.split("/")[1] for name in names}
+    if top[:-1] == os.path.basename(path)[:-4] or any(map(part_kind, inner)):
+        return [name[len(top):] for name in names]
+    return names
+
+
+def in_folders(path, tars, names, tar, labelled):
+    """The names of images in several tars, with the folders that their tars stand for.
+
+    Tars below a folder keep the folders they lie in. Where each is named as train, val or test and
+    not all the same, these are the parts. Images without folders and .cls files have the tar's name
+    as their class, but for numbered shards, unless images are named after the tar as ImageNet's.
+    """
+    stems = [os.path.splitext(os.path.basename(one))[0] for one in tars]
+    folders = [""] * len(tars)
+    if os.path.isdir(path):
+        folders = [os.path.relpath(os.path.dirname(one), path) + "/" for one in tars]
+        folders = ["" if folder == "./" else folder for folder in folders]
+    parts = [next(filter(None, map(part_kind, re.split(r"[^a-z]+", stem.lower()))), None)
+             for stem in stems]
+    if None not in parts and len(set(parts)) > 1:
+        folders = [f"{folder}{part}/" for folder, part in zip(folders, parts)]
+    elif not labelled and not any("/" in name for name in names):
+        shards = len({re.sub(r"\d+", "", stem) for stem in stems}) == 1
+        if not shards or all(name.startswith(stems[t]) for t, name in zip(tar, names)):
+            folders = [f"{folder}{stem}/" for folder, stem in zip(folders, stems)]
+    names = [folders[t] + name for t, name in zip(tar, names)]
+    if len(set(names)) < len(set(zip(tar, names))):         # keys that begin anew in each shard
+        split = map(os.path.split, names)
+        names = [os.path.join(folder, f"{stems[t]}_{file}")
+                 for t, (folder, file) in zip(tar, split)]
+    return names
+
+
+def open_tars(path, tars):
+    """TarSource of every image in the tars that `path` stands for.
+
+    Their index is read, or made and kept: beside them, or where that cannot be written in the
+    temporary folder. It holds as long as names, sizes and times of the tars do.
+    """
+    status, full = [os.stat(tar) for tar in tars], os.path.abspath(path)
+    made = [[os.path.relpath(tar, os.path.dirname(full)), s.st_size, s.st_mtime_ns]
+            for tar, s in zip(tars, status)]
+    made = json.dumps([1, EXTENSIONS, made]).encode()
+    cache = os.path.join(tempfile.gettempdir(), f"tar-index-{os.getuid()}")
+    places = (os.path.join(full, "tars.index.npz") if os.path.isdir(path) else f"{full}.index.npz",
+              os.path.join(cache, f"{hashlib.sha256(os.fsencode(full)).hexdigest()[:32]}.npz"))
+    kept = next(filter(None, (read_index(place, made) for place in places)), None)
+    if kept is None:
+        kept = index_tars(path, tars)
+        with contextlib.suppress(OSError):
+            os.makedirs(cache, mode=0o700, exist_ok=True)
+        index = kept | dict(made=np.frombuffer(made, np.uint8))
+        any(write_index(place, index) for place in places)
+    names = Names(text=kept["names"].tobytes(), first=np.append(0, kept["ends"] + 1)[:-1],
+                  last=kept["ends"])
+    classes, tops = json.loads(kept["lists"].tobytes())
+    return TarSource(path, names, Tars(tars, [s.st_size for s in status]), kept["places"],
+                     *(kept["labels"], classes) if classes else (None, None), tops)
+
+
+def read_index(place, made):
+    """The arrays of an index, or None where there is none, or a damaged one or that of others."""
+    try:
+        with np.load(place, allow_pickle=False) as kept:
+            if kept["made"].tobytes() == made:
+                return {key: kept[key] for key in ("names", "ends", "places", "labels", "lists")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def write_index(place, arrays):
+    """Whether the index could be written; a reader finds it whole or not at all."""
+    part = f"{place}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as f:
+            np.savez(f, **arrays)
+        os.replace(part, place)
+        return True
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        return False
+
+
+class Dataset:
+    """A set of images: a `source` of their files' bytes, or uint8 `images` (N, C, H, W) in memory,
+    or both.
+
+    labels: (N,) int64 or None, and `unlabelled` says why; classes: their names. mean, std: of the
+    channels, after scaling to [0, 1]. range: (low, high) of values of more than 8 bits, what
+    becomes black and white; None: all have 8. bad: {index: what is wrong}, as far as is known.
+    """
+
+    def __init__(self, source=None, images=None, labels=None, classes=None, in_chans=3, name=""):
+        self.source, self.images = source, images
         self.labels, self.classes, self.in_chans, self.name = labels, classes, in_chans, name
-        self.bad = {}                                                       # index: what is wrong with the file
+        self.range, self.unlabelled, self.bad = None, "it has no class folders", {}
         self.mean, self.std = channel_stats(in_chans)
 
     def __len__(self):
-        return len(self.files) if self.images is None else len(self.images)
+        return len(self.source) if self.images is None else len(self.images)
+
+    @property
+    def files(self):
+        """The names of all files, a sequence, or None."""
+        return self.source and self.source.names
 
     def file(self, i):
-        return self.files[i] if self.files is not None else f"{self.name}/{i}"
+        return self.source.name(i) if self.source else f"{self.name}/{i}"
 
     def open(self, i):
-        """Picture i with its bytes in memory and its header read (decode.Encoded)."""
+        """Image i with its bytes in memory and its header read (`Encoded`), or a BadFile."""
         with or_bad_file():
-            if self.packed is not None:
-                return Encoded(self.packed.content(i))
-            with open(os.path.join(self.root, self.files[i]), "rb") as f:
-                content = bytearray(os.fstat(f.fileno()).st_size)
-                del content[f.readinto(content):]
-            return Encoded(content)
+            return Encoded(self.source.content(i))
 
-    def read(self, i, shrink_to=None):
-        """Picture i as a PIL image with in_chans channels of 8 bits; shrink_to(H, W) -> factor allows a smaller one.
+    def read(self, i):
+        """Image i, upright, as uint8 (H, W, C), of several frames the first, or a BadFile."""
+        return self.open(i).pixels(self.in_chans, value_range=self.range)
 
-        Of an animation or several pages the first. Whatever is wrong with the file is a BadFile.
-        """
-        with or_bad_file():
-            picture = self.open(i)
-            factor = shrink_to(picture.size) if shrink_to is not None and picture.is_jpeg else 1
-            return to_channels(picture.decode(factor), self.in_chans)
+    @property
+    def digest(self):
+        """Changes when an image is added, renamed or removed."""
+        text = f"{self.name} {len(self)}".encode()
+        if self.source:
+            text = b"\0".join(map(os.fsencode, self.source.names))
+        return hashlib.sha256(text).hexdigest()[:16]
+
+    def label(self, names, classes):
+        """Label each image by the name of its class."""
+        number = {name: i for i, name in enumerate(classes)}
+        self.labels, self.classes = torch.tensor([number[name] for name in names]), classes
+
+    def label_by_folders(self, train):
+        """Labels from the first folder of each name, if all have one; a training set several."""
+        folders = self.files.folders()
+        known = {name: unicodedata.normalize("NFC", os.fsdecode(name)) for name in set(folders)}
+        classes = sorted(set(known.values()) - {""})
+        if b"" in known and classes:
+            stray = self.file(folders.index(b""))
+            self.unlabelled = f"{stray} lies beside the class folders"
+        elif len(classes) == 1 and train:
+            self.unlabelled = f"it has one class folder only, {classes[0]}"
+        elif classes:
+            self.label([known[folder] for folder in folders], classes)
 
     def select(self, ids):
-        """The pictures at ids (a list or tensor of indices), as a set of its own."""
+        """The images at ids (a list or tensor of indices), as a set of its own."""
         ids = torch.as_tensor(ids, dtype=torch.long)
-        part = Pictures([self.files[i] for i in ids.tolist()] if self.files is not None else None, self.root,
-                        self.images[ids.to(self.images.device)] if self.images is not None else None,
-                        self.labels[ids] if self.labels is not None else None, self.classes, self.in_chans, self.name,
-                        self.packed.select(ids) if self.packed is not None else None)
-        part.mean, part.std = self.mean, self.std
+        part = copy.copy(self)
+        part.source = self.source and self.source.select(ids.numpy())
+        part.images = None if self.images is None else self.images[ids.to(self.images.device)]
+        part.labels = None if self.labels is None else self.labels[ids]
+        rows = enumerate(ids.tolist()) if self.bad else ()
+        part.bad = {row: self.bad[i] for row, i in rows if i in self.bad}
         return part
 
     def hold(self, device):
-        """Move pictures that are in memory to the device; others stay files."""
+        """Move images that are in memory to the device; others stay files."""
         if self.images is not None:
             self.images = self.images.to(device)
         return self
@@ -102,449 +771,889 @@ def channel_stats(in_chans):
     return tuple((sum(values) / 3,) * in_chans for values in IMAGENET_STATS)
 
 
-def list_files(root):
-    """Picture files below root, relative and sorted; hidden ones left out."""
-    found = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and not leads_back(folder, f))
-        inside = os.path.relpath(folder, root)
-        found += [os.path.normpath(os.path.join(inside, name)) for name in sorted(names)
-                  if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+# ---------------------------------------------------------------------------------- finding images
+PARTS = {"train": re.compile(r"(train|training|trn)[-_ ]?(set|split|images|imgs|data)?"),
+         "val": re.compile(r"(val|valid|validation|dev)[-_ ]?(set|split|images|imgs|data)?"),
+         "test": re.compile(r"(test|testing|tst|eval)[-_ ]?(set|split|images|imgs|data)?")}
+COLUMNS = {"file": ("file", "filename", "file_name", "path", "filepath", "image", "image_path",
+                    "img", "name"),
+           "label": ("label", "labels", "class", "class_name", "target", "category"),
+           "split": ("split", "part", "subset", "set")}
+
+
+def list_files(root, warn=False):
+    """Names of the image files below root: each folder's own, sorted, before those of its folders.
+
+    Hidden ones are left out, and every real folder is visited once, however many links lead there.
+    Files of other endings are taken if it is images that they hold; warn: say what is passed over.
+    """
+    blocks, other, seen, todo, links = {}, {}, set(), [("", root)], []
+    while todo or links:
+        prefix, folder = todo.pop() if todo else links.pop()
+        files, found = [], []
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name[0] == ".":
+                        continue
+                    if entry.is_file(follow_symlinks=False):
+                        files.append(name)
+                    elif entry.is_dir(follow_symlinks=False):
+                        todo.append((f"{prefix}{name}/", entry.path))
+                    elif entry.is_symlink() and entry.is_dir():
+                        found.append((f"{prefix}{name}/", entry.path))
+                    else:
+                        files.append(name)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
+        links += sorted(found, reverse=True)        # after the real folders, the first at the end
+        blocks[prefix] = [name for name in files if name.lower().endswith(EXTENSIONS)]
+        if len(blocks[prefix]) < len(files):
+            for name in set(files).difference(blocks[prefix]):
+                other.setdefault(ending_of(name), []).append((prefix, name))
+    passed = Counter()
+    for ending, names in other.items():
+        files = sorted(prefix + name for prefix, name in names)
+        if are_images(FileSource(root, sorted({files[0], files[len(files) // 2], files[-1]}))):
+            for prefix, name in names:
+                blocks[prefix].append(name)
+        else:
+            passed[ending] = len(names)
+    if warn:
+        say_passed(root, passed)
+    order = sorted(blocks, key=lambda prefix: prefix.split("/"))
+    return Names(prefix + name for prefix in order for name in sorted(blocks[prefix]))
+
+
+def say_passed(path, passed):
+    """Note how many files of which endings, a Counter, are no images."""
+    if passed:
+        note(f"{path}: passed over {passed.total()} files that are no images: "
+             + ", ".join(f"{n} {ending or 'without an ending'}"
+                         for ending, n in passed.most_common(8)))
+
+
+def ending_of(name):
+    """.txt of notes.txt; "" where there is none that is short and begins with a letter."""
+    ending = os.path.splitext(name)[1].lower()
+    return ending if len(ending) < 7 and ending[1:2].isalpha() else ""
+
+
+def are_images(source):
+    """Whether most of some files are images."""
+    good = 0
+    for i in range(len(source)):
+        with contextlib.suppress(BadFile), or_bad_file():
+            good += bool(Encoded(source.content(i)))
+    return 2 * good > len(source)
+
+
+def part_kind(name):
+    """train, val or test if that is what a folder's or split's name means, else None."""
+    return next((kind for kind, words in PARTS.items() if words.fullmatch(name.lower())), None)
+
+
+def parts_of(path, names):
+    """{train, val, test: the folder's own name} of the folders' names of a set."""
+    found = {}
+    for name in sorted(names):
+        kind = part_kind(name)
+        if kind in found:
+            raise DataError(f"{path}: is {found[kind]}/ or {name}/ the {kind} part? Rename one")
+        if kind:
+            found[kind] = name
+    words = {match[1] for name in names if not part_kind(name)
+             if (match := re.match(r"(train|val|test)[^a-z]", name.lower()))}
+    if not found and len(words) > 1:                # pre-training would mix them up as classes
+        raise DataError(f"{path}: the folders {', '.join(sorted(names)[:4])} look like parts of a "
+                        "set: name them train/, val/ and test/")
     return found
 
 
-def leads_back(folder, name):
-    """Whether a folder is a link to one that it lies in: following it would never end."""
-    path = os.path.join(folder, name)
-    return os.path.islink(path) and (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(path) + os.sep)
+def choose_part(path, found, train):
+    """The name of the folder to read of those found by `parts_of`, or "" for all of a training set
+    that has no parts."""
+    kinds = ["train"] if train else ["val", "test"]
+    wanted = [found[kind] for kind in kinds if kind in found]
+    if wanted or (train and not found):
+        return wanted[0] if wanted else ""
+    missing = "train/" if train else "val/ or test/"
+    if found:
+        raise DataError(f"{path}: no {missing} in this folder")
+    raise DataError(f"{path}: no train/ and no val/ or test/ in this folder, so nothing to "
+                    "evaluate on; --val-share splits a set that has neither")
 
 
-def read_list(path):
-    """Names of a list file: one a line, alone or followed by a label; LF or CRLF; bare or with folders.
+def open_source(path, train=None):
+    """The source of the images that `path` names, a folder or tars: of its part to train or to test
+    on, if it has parts; of all with train=None."""
+    tars = find_tars(path)
+    if tars:
+        source = open_tars(path, tars)
+        part = "" if train is None else choose_part(path, parts_of(path, source.tops), train)
+        return source.part(part) if part else source
+    if not os.path.isdir(path):
+        raise DataError(f"{path}: no such folder, list file or tar (--data)")
+    part = "" if train is None else choose_part(path, parts_of(path, folder_names(path)), train)
+    root = os.path.join(path, part) if part else path
+    return FileSource(root, list_files(root, warn=True))
 
-    A name may have blanks in it: a label is what follows the last one, if it is a number or comes after a picture.
+
+def folder_names(path):
+    """The first folders of what `path` names, a folder or tars."""
+    tars = find_tars(path)
+    if tars:
+        return open_tars(path, tars).tops
+    if not os.path.isdir(path):
+        return []
+    with os.scandir(path) as entries:
+        return [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+
+
+NOT_LISTS = {b"PK\3\4": "a zip archive: unpack it",
+             b"PAR1": "a parquet table: write its images to files",
+             b"\x93NUMPY": "a numpy array: write its images to files",
+             b"\x89HDF": "an HDF5 file: write its images to files",
+             b"\x1f\x8b": "compressed by gzip: unpack it", b"BZh": "compressed by bzip2: unpack it",
+             b"\xfd7zXZ": "compressed by xz: unpack it",
+             b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+             b"\xff\xd8\xff": "an image", b"\x89PNG": "an image", b"SQLite": "a database"}
+
+
+def check_list(path):
+    """DataError for a file that is no text, with what it is."""
+    with open(path, "rb") as f:
+        head = f.read(4096)
+    kind = next((kind for start, kind in NOT_LISTS.items() if head.startswith(start)), None)
+    if kind or b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"--data {path} is {kind or 'neither text nor a folder'}; what can be read "
+                        "is a folder of image files, or a list of them")
+
+
+def read_table(path):
+    """[(name, label or None, split or None)] of a list: one name a line, alone or followed by a
+    blank and a label; or a CSV of file, label and split (by , ; or tab), with or without a header.
+
+    A name may have blanks in it: a label is what follows the last one, if it is a number or comes
+    after an image.
     """
-    with open(path, encoding="utf-8", errors="replace") as f:
-        lines = [line.strip() for line in f.read().splitlines() if line.strip()]
-    names = []
+    try:
+        with open(path, "rb") as f:
+            content = f.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    text = content.decode("utf-16" if wide else "utf-8-sig", "surrogateescape")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise DataError(f"{path}: the list is empty")
+    for delimiter in ",;\t":
+        rows = [[cell.strip() for cell in row]
+                for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True)]
+        heads = [head.lower() for head in rows[0]]
+        if heads[0] in COLUMNS["file"] or any(h in COLUMNS["file"] for h in heads[1:]):
+            places = [next((heads.index(word) for word in words if word in heads), None)
+                      for words in COLUMNS.values()]
+            return [tuple(None if at is None or at >= len(row) else row[at] for at in places)
+                    for row in rows[1:]]
+        if all(len(row) > 1 and row[0].lower().endswith(EXTENSIONS) for row in rows):
+            return [tuple((*row, None)[:3]) for row in rows]
+    rows = []
     for line in lines:
+        if line[0] == line[-1] == '"':
+            line = line[1:-1]
         name, *label = line.rsplit(maxsplit=1)
-        names.append(name if label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS)) else line)
-    for name in names:
-        if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
-            raise UsageError(f"{path}: the name {name!r} leads out of the data folder")
-    if not names:
-        raise UsageError(f"{path}: the list is empty")
-    return names
+        has = label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS))
+        rows.append((name, label[0], None) if has else (line, None, None))
+    return rows
 
 
-def find_listed(files, names, where):
-    """Indices into files of the listed names, matched by their last two or one parts; every name must be found."""
+def find_listed(files, names, where, root=None):
+    """Indices into files of the listed names; all must be found. By the whole name, else by its
+    last two parts or one; absolute where they lie below the folder `root`."""
     position = {}
     for i, file in enumerate(files):
-        parts = file.replace(os.sep, "/").split("/")
-        position.setdefault(parts[-1], []).append(i)
+        position.setdefault(unicodedata.normalize("NFC", file[file.rfind("/") + 1:]), []).append(i)
     chosen, missing, doubtful = [], [], []
-    for name in names:
+    for listed in names:
+        name = unicodedata.normalize("NFC", listed if "/" in listed else listed.replace("\\", "/"))
+        if name.startswith("/") and root:
+            name = os.path.relpath(os.path.realpath(name), os.path.realpath(root))
+        name = os.path.normpath(name)
         parts = name.split("/")
+        if parts[0] in ("", ".."):
+            raise DataError(f"{where}: the name {listed!r} leads out of the data folder")
         hits = position.get(parts[-1], [])
-        if len(parts) > 1:                                                  # a file in no folder goes by its name alone
-            folders = [files[i].replace(os.sep, "/").split("/")[-2:-1] for i in hits]
+        whole = [i for i in hits if unicodedata.normalize("NFC", files[i]) == name]
+        if len(parts) > 1 and not whole:            # a file in no folder goes by its name alone
+            folders = [unicodedata.normalize("NFC", files[i]).split("/")[-2:-1] for i in hits]
             hits = [i for i, folder in zip(hits, folders) if folder in ([], parts[-2:-1])]
+        hits = whole or hits
         if len(hits) == 1:
             chosen.append(hits[0])
         else:
-            (doubtful if hits else missing).append(name)
+            (doubtful if hits else missing).append(listed)
     if missing:
-        raise UsageError(f"{where}: {len(missing)} of {len(names)} listed pictures do not exist, first {missing[0]}")
+        raise DataError(f"{where}: {len(missing)} of {len(names)} listed images do not exist, "
+                        f"first {missing[0]}")
     if doubtful:
-        raise UsageError(f"{where}: {doubtful[0]} stands for several pictures; list it with its folder")
+        raise DataError(f"{where}: {doubtful[0]} stands for several images; list it with its "
+                        "folder")
     return chosen
 
 
-def open_folder(path, train, in_chans):
-    """A folder with train/ and val/ or test/, any folder of pictures, a list file beside its pictures, or a pack."""
+def open_folder(path, train, in_chans, labels_file=None, val_share=0):
+    """The images of a folder, or of a list beside its images: those to train or to test on, with
+    the labels of the list, or else of their class folders."""
     if in_chans not in (1, 3, 4):
-        raise UsageError(f"--in-chans {in_chans}: pictures are read with 1 (grey), 3 (RGB) or 4 (RGBA) channels")
-    packed = None
-    if is_pack(path):
-        import pack
-        names, packed = pack.open_pack(path)
-        part = part_of(path, train, lambda name: any(file.startswith(name + "/") for file in names))
-        rows = [i for i, file in enumerate(names) if file.startswith(f"{part}/")] if part else range(len(names))
-        root = os.path.join(path, part)
-        files = [names[i].removeprefix(f"{part}/") for i in rows]
-        packed = packed.select(torch.tensor(rows, dtype=torch.long))
-    elif os.path.isfile(path):
-        root = os.path.dirname(os.path.abspath(path))
-        files = list_files(root)
-        files = [files[i] for i in find_listed(files, read_list(path), path)]
-    elif os.path.isdir(path):
-        root = os.path.join(path, part_of(path, train, lambda name: os.path.isdir(os.path.join(path, name))))
-        files = list_files(root)
-    else:
-        raise UsageError(f"{path}: no such folder or list file or pack (--data)")
-    if not files:
-        raise UsageError(f"{path}: no pictures found (looked for {', '.join(EXTENSIONS)})")
-    folders = [file.split(os.sep)[0] if os.sep in file else None for file in files]
-    classes = sorted({folder for folder in folders if folder is not None})
+        raise DataError(f"--in-chans {in_chans}: images are read with 1 (grey), 3 (RGB) or 4 "
+                        "(RGBA) channels")
+    name, train_part = path, train or val_share > 0
+    if os.path.isfile(path) and not find_tars(path):
+        check_list(path)
+        if labels_file:
+            raise DataError(f"--labels-file {labels_file}: {path} is a list already")
+        path, labels_file = os.path.dirname(os.path.abspath(path)), path
+    parts = parts_of(name, folder_names(path)) if path == name else {}
     labels = None
-    if None not in folders and len(classes) > 1:
-        number = {name: i for i, name in enumerate(classes)}
-        labels = torch.tensor([number[folder] for folder in folders])
-    return Pictures(files, root, labels=labels, classes=classes if labels is not None else None, in_chans=in_chans,
-                    name=path, packed=packed)
-
-
-def every_picture(path, in_chans):
-    """All pictures below a folder or in a pack, in whatever part of it, without labels; none where there is neither."""
-    if is_pack(path):
-        import pack
-        files, packed = pack.open_pack(path)
-        return Pictures(files, path, in_chans=in_chans, name=path, packed=packed)
-    return Pictures(list_files(path) if os.path.isdir(path) else [], path, in_chans=in_chans, name=path)
-
-
-def part_of(path, train, is_there):
-    """Which of train/, val/ and test/ to read: its name, or "" for all of a training set that has no such parts."""
-    parts = [name for name in ("train", "val", "test") if is_there(name)]
-    wanted = [name for name in parts if (name == "train") == train]
-    if wanted or (train and not parts):
-        return wanted[0] if wanted else ""
-    if parts:
-        raise UsageError(f"{path}: no {'train/' if train else 'val/ or test/'} in this folder")
-    raise UsageError(f"{path}: no train/ and no val/ or test/ in this folder, so nothing to evaluate on")
-
-
-def is_pack(path):
-    """Whether path is a file that `data.py pack` wrote, by its first bytes."""
-    if not os.path.isfile(path):
-        return False
-    with open(path, "rb") as f:
-        return f.read(len(PACK_MAGIC)) == PACK_MAGIC
-
-
-def into_memory(pictures, max_bad=0.01):
-    """Decode pictures that all have one small size into memory; leaves the set as it is when they do not."""
-    sizes = set()
-    for i in shuffled(len(pictures), 0, SUBSET)[:64].tolist():
-        try:
-            sizes.add(pictures.open(i).size)
-        except BadFile:
-            continue
-    if len(sizes) != 1:
-        return pictures
-    h, w = sizes.pop()
-    if max(h, w) > MEMORY_SIDE or len(pictures) * h * w * pictures.in_chans > MEMORY_LIMIT:
-        return pictures
-
-    def decode(i):
-        try:
-            image = np.asarray(pictures.read(i))
-            return image if image.shape[:2] == (h, w) else None
-        except BadFile as error:
-            return str(error)
-
-    stack = np.zeros((len(pictures), h, w, pictures.in_chans), np.uint8)
-    good = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, pixels in enumerate(pool.map(decode, range(len(pictures)), chunksize=256)):
-            if pixels is None:                                              # another size: read them as files
-                pictures.bad.clear()
-                return pictures
-            if isinstance(pixels, str):
-                pictures.bad[i] = pixels
-            else:
-                stack[i] = pixels.reshape(stack.shape[1:])
-                good.append(i)
-    report_bad(pictures, max_bad)
-    pictures.images = torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous()
-    kept = pictures if len(good) == len(pictures) else pictures.select(good)
-    kept.bad = pictures.bad
-    return kept
-
-
-def report_bad(pictures, max_bad, seen=0):
-    """Name bad files once; give up when their share of the set is above max_bad."""
-    for i in list(pictures.bad)[seen:]:
-        print(f"warning: skipped {os.path.join(pictures.root, pictures.files[i])}: {pictures.bad[i]}", flush=True)
-    if len(pictures.bad) > max(max_bad * len(pictures), 1):
-        raise RunError(f"{len(pictures.bad)} of {len(pictures)} pictures cannot be read, more than --max-bad {max_bad:g} "
-                       f"allows; first {pictures.file(next(iter(pictures.bad)))}")
-    return len(pictures.bad)
-
-
-def load_data(source, train=True, in_chans=3, stats="imagenet", max_bad=0.01):
-    """The pictures that --data names: None the embedded set, cifar10, cifar100, a folder or a list file."""
-    source = source or os.environ.get("DATA")
-    if not source:
-        pictures = embedded(train, in_chans)
-    elif source in DOWNLOADS:
-        import torchvision
-        reader = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[source]
-        try:
-            raw = reader("downloads", train=train, download=True)
-        except (OSError, RuntimeError) as error:
-            raise RunError(f"--data {source}: not in downloads/ and cannot be downloaded ({error})") from None
-        images = torch.from_numpy(np.ascontiguousarray(raw.data)).permute(0, 3, 1, 2).contiguous()
-        if in_chans != 3:
-            raise UsageError(f"--data {source} has three channels, not {in_chans}")
-        pictures = Pictures(images=images, labels=torch.tensor(raw.targets), classes=raw.classes, name=source)
+    if labels_file:
+        source = open_source(path)
+        source, labels, parts = listed_images(source, labels_file, path, parts, train_part)
     else:
-        pictures = into_memory(open_folder(source, train, in_chans), max_bad)
+        source = open_source(path, train_part)
+    if val_share and ("val" in parts or "test" in parts):
+        raise DataError(f"--val-share: {name} has test images of its own")
+    if not len(source):
+        raise DataError(f"{name}: no images found (looked for {', '.join(EXTENSIONS)})")
+    dataset = Dataset(source, in_chans=in_chans, name=name)
+    if labels:
+        dataset.label(labels, sorted_classes(labels))
+        note(f"labels of {labels_file}: {len(dataset.classes)} classes, "
+            f"{', '.join(dataset.classes[:4])}{', ...' if len(dataset.classes) > 4 else ''}")
+    elif source.labels is not None and (source.labels >= 0).all():
+        dataset.labels, dataset.classes = torch.as_tensor(source.labels), source.classes
+    elif source.labels is not None:
+        missing = np.flatnonzero(source.labels < 0)
+        dataset.unlabelled = f"{len(missing)} have no .cls, first {source.name(missing[0])}"
+    else:
+        dataset.label_by_folders(train)
+    return split_off(dataset, val_share, train) if val_share else dataset
+
+
+def listed_images(source, table, root, parts, train):
+    """(source, labels or None, parts) of the rows of a list; of the part to train or to test on, by
+    its column split, or by the folders `parts`, where there are such."""
+    rows = read_table(table)
+    ids = find_listed(source.names, [name for name, *_ in rows], table, root)
+    files = [source.name(i) for i in ids]
+    labels = [label and unicodedata.normalize("NFC", label) for _, label, _ in rows]
+    known = {}
+    for i, file, label in zip(ids, files, labels) if any(labels) else ():
+        if not label or known.setdefault(i, label) != label:
+            raise DataError(f"{table}: {file} has {'two labels' if label else 'no label'}")
+    kinds = [part_kind(split or "") for *_, split in rows]
+    if any(split for *_, split in rows):
+        if None in kinds:
+            raise DataError(f"{table}: {rows[kinds.index(None)][2]!r} in the column split is none "
+                            "of train, val, test")
+        parts = {kind: kind for kind in kinds}
+    elif parts:
+        folders = {part: kind for kind, part in parts.items()}
+        kinds = [folders.get(file.split("/")[0]) for file in files]
+    chosen = choose_part(table, parts, train)
+    mine = [row for row, kind in enumerate(kinds) if not chosen or parts.get(kind) == chosen]
+    source = source.select([ids[row] for row in mine])
+    if not any(labels):
+        return source, None, parts
+    # numbers for folders, as in ImageNet's lists, are known by the folders' names
+    folders = [file.split("/")[-2] if "/" in file else None for file in files]
+    pairs = len(set(zip(folders, labels)))
+    numbers = all(label.isdecimal() for label in set(labels))
+    if numbers and None not in folders and pairs == len(set(folders)) == len(set(labels)):
+        labels = folders
+    return source, [labels[row] for row in mine], parts
+
+
+def sorted_classes(labels):
+    """Class names in order: of their numbers where all are numbers."""
+    classes = sorted(set(labels))
+    return sorted(classes, key=int) if all(c.isdecimal() for c in classes) else classes
+
+
+def split_off(dataset, share, train, seed=0):
+    """A random share of each class, of the whole set where there are none, or to train on what
+    remains; the same images in every run."""
+    order = shuffled(len(dataset), SUBSET, 5, seed)
+    labels = torch.zeros(len(dataset), dtype=torch.long)
+    if dataset.labels is not None:
+        labels = dataset.labels
+    counts = labels.bincount()
+    order, rank = ranked(labels, counts, order)
+    held = (counts * share).round().clamp_min(1).minimum(counts - 1)
+    mine = (rank < held[labels[order]]) != train
+    return dataset.select(order[mine].sort().values)
+
+
+def every_image(path, in_chans=3, value_range=None):
+    """All images below a folder or in tars, of all parts, without labels; none if it is none."""
+    there = os.path.isdir(path) or find_tars(path)
+    source = open_source(path) if there else FileSource(path, [])
+    dataset = Dataset(source, in_chans=in_chans, name=path)
+    dataset.range = find_range(dataset, value_range)
+    return dataset
+
+
+# ------------------------------------------------------------------------------------ loading a set
+def load(source, train=True, in_chans=3, stats="imagenet", max_bad=0.01, value_range=None,
+         labels_file=None, val_share=0):
+    """The images that --data names; None: the embedded set.
+
+    value_range: (low, high), "auto" or None, see `find_range`. labels_file: a CSV of file, label
+    and perhaps split. val_share: the share of each class that is the test set.
+    """
+    source = source or os.environ.get("DATA")
+    if source and source not in DOWNLOADS:
+        dataset = open_folder(source, train, in_chans, labels_file, val_share)
+        found, measured = sample(dataset), dataset
+        if not train and (value_range == "auto" or any(bits == 32 for _, _, bits in found)):
+            with contextlib.suppress(DataError):            # one range for both parts
+                measured = open_folder(source, True, in_chans, labels_file, val_share)
+        dataset.range = find_range(measured, value_range, found)
+        dataset = into_memory(dataset, {size for _, size, _ in found}, max_bad)
+    elif labels_file or val_share:
+        raise DataError(f"{source or 'the embedded set'} has labels and test images of its own")
+    else:
+        dataset = download(source, train, in_chans) if source else embedded(train, in_chans)
     if stats == "data":
-        pictures.mean, pictures.std = measure_stats(pictures)
-    return pictures
+        dataset.mean, dataset.std = measure_stats(dataset)
+    return dataset
 
 
-def decoder(choice, device):
-    """The Loader's decoder for --decode cpu|gpu: None where the workers decode."""
-    found = None if choice == "cpu" else device_decoder(device)
-    if choice == "gpu" and found is None:
-        raise UsageError("--decode gpu needs a CUDA device and torchvision")
+def sample(dataset, most=64):
+    """[(index, size, bits)] of images chosen by hash, by their headers."""
+    found = []
+    for i in shuffled(len(dataset), 0, SUBSET)[:most].tolist():
+        with contextlib.suppress(BadFile):
+            image = dataset.open(i)
+            found.append((i, image.size, image.bits))
     return found
 
 
-def labelled(pictures, spec=None, seed=0):
-    """Indices of the pictures whose labels may be used, sorted, and how they were chosen.
+def find_range(dataset, asked=None, found=None):
+    """(low, high) of values of more than 8 bits that become black and white, or None for 8 bits.
 
-    spec: None for all; "1%" or "5 per class", a class-balanced draw by seed; or a list file (SimCLR's lists).
+    What is asked for; else that of 16 bits; "auto", or else of 32 bits and floats, which have no
+    range of their own: the least and largest value of a sample.
     """
-    if pictures.labels is None:
-        raise UsageError(f"{pictures.name}: no labels (a labelled set has one folder a class in train/ and val/ or test/)")
-    labels = pictures.labels
-    counts = labels.bincount(minlength=len(pictures.classes))
-    if spec is None:
-        ids, how = torch.arange(len(labels)), "all"
-    elif os.path.isfile(spec):
-        if pictures.files is None:
-            raise UsageError(f"--labels {spec}: a list names files, and {pictures.name} has none")
-        ids = torch.tensor(sorted(find_listed(pictures.files, read_list(spec), f"--labels {spec}")))
-        how = f"list {os.path.basename(spec)}"
-    else:
-        text = spec.replace("per class", "").strip()
-        number = text.removesuffix("%")
+    if asked not in (None, "auto"):
+        return tuple(map(float, asked))
+    deepest = max((bits for _, _, bits in found or sample(dataset)), default=8)
+    if deepest == 8:
+        return None
+    if deepest == 16 and asked is None:
+        return 0.0, 65535.0
+    values = []
+    for i, _, bits in sample(dataset):
+        with contextlib.suppress(BadFile):
+            values += dataset.open(i).extremes() if bits > 8 else ()
+    if not values:
+        raise DataError(f"{dataset.name}: no image to measure the range of values on", 1)
+    low, high = min(values), max(values)
+    high = high if high > low else low + 1
+    note(f"{dataset.name}: values from {low:g} to {high:g}, measured on a sample, become "
+        "black to white; --range sets others")
+    return low, high
+
+
+def download(name, train, in_chans):
+    import torchvision
+    if in_chans != 3:
+        raise DataError(f"--data {name} has three channels, not {in_chans}")
+    cifar = dict(cifar10=torchvision.datasets.CIFAR10, cifar100=torchvision.datasets.CIFAR100)[name]
+    try:
+        raw = cifar("downloads", train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"--data {name}: not in downloads/ and cannot be downloaded ({error})",
+                        1) from None
+    images = torch.from_numpy(np.ascontiguousarray(raw.data)).permute(0, 3, 1, 2).contiguous()
+    return Dataset(images=images, labels=torch.tensor(raw.targets), classes=raw.classes, name=name)
+
+
+def into_memory(dataset, sizes, max_bad=0.01):
+    """Decode images that all have one small size into memory; others are left as they are. sizes:
+    {(H, W)} of a sample."""
+    if len(sizes) != 1:
+        return dataset
+    size = sizes.pop()
+    values = len(dataset) * size[0] * size[1] * dataset.in_chans
+    if max(size) > MEMORY_SIDE or values > MEMORY_LIMIT:
+        return dataset
+
+    def decode(i):
         try:
-            value = float(number) if text.endswith("%") else int(number)
-        except ValueError:
-            raise UsageError(f"--labels {spec!r}: neither a share (1%), nor '5 per class', nor a list file") from None
-        if not (0 < value <= 100 if text.endswith("%") else value > 0):
-            raise UsageError(f"--labels {spec!r}: out of range")
-        wanted = (counts * value / 100).round().clamp_min(1).long() if text.endswith("%") else torch.full_like(counts, value)
-        short = (counts < wanted).nonzero()[:, 0].tolist()
-        if short:
-            raise UsageError(f"--labels {spec!r}: class {pictures.classes[short[0]]} has only {counts[short[0]]} pictures")
-        order = shuffled(len(labels), SUBSET, 3, seed)
-        rank = torch.empty_like(order)                                      # place of each picture within its class
-        for c in range(len(counts)):
-            mine = order[labels[order] == c]
-            rank[mine] = torch.arange(len(mine))
-        ids, how = (rank < wanted[labels]).nonzero()[:, 0], f"{spec}, balanced draw, seed {seed}"
-    found = labels[ids].unique()
+            return dataset.read(i).numpy()
+        except BadFile as error:
+            return str(error)
+
+    stack = np.zeros((len(dataset), *size, dataset.in_chans), np.uint8)
+    bad = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, pixels in enumerate(pool.map(decode, range(len(dataset)))):
+            if isinstance(pixels, str):
+                bad[i] = pixels
+            elif pixels.shape[:2] != size:  # read them as files
+                return dataset
+            else:
+                stack[i] = pixels
+    dataset.bad = bad
+    report_bad(dataset, max_bad)
+    dataset.images = torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous()
+    return dataset
+
+
+def report_bad(dataset, max_bad, seen=0):
+    """Name the bad files after the first `seen`; DataError when their share is above max_bad."""
+    bad, n = dataset.bad, len(dataset)
+    for i in list(bad)[seen:]:
+        path = os.path.join(getattr(dataset.source, "root", dataset.name), dataset.file(i))
+        print(printable(f"warning: skipped {path}: {bad[i]}"), flush=True)
+    if len(bad) > max(max_bad * n, 1):
+        raise DataError(f"{len(bad)} of {n} images cannot be read, more than --max-bad {max_bad:g} "
+                        f"allows; first {dataset.file(next(iter(bad)))}", 1)
+
+
+def labelled(dataset, spec=None, seed=0, draw="balanced"):
+    """Indices of the images whose labels may be used, sorted, and how they were chosen.
+
+    spec: None for all; "1%" or "5 per class", drawn by seed; or a list file (SimCLR's lists).
+    draw: "balanced", that share or number of each class, or "natural", as many in all, of any.
+    """
+    if dataset.labels is None:
+        raise DataError(f"{dataset.name}: no labels, {dataset.unlabelled} (a labelled set has one "
+                        "folder a class in train/ and val/ or test/, or a --labels-file)")
+    if spec is None:
+        ids, how = torch.arange(len(dataset)), "all"
+    elif os.path.isfile(spec):
+        if dataset.files is None:
+            raise DataError(f"--labels {spec}: a list names files, and {dataset.name} has none")
+        rows = read_table(spec)
+        root = getattr(dataset.source, "root", None)
+        ids = find_listed(dataset.files, [name for name, *_ in rows], f"--labels {spec}", root)
+        if any(label for _, label, _ in rows):
+            note(f"--labels {spec} chooses images; the labels in it are not used, but those "
+                f"of {dataset.name}")
+        ids, how = torch.tensor(sorted(ids)), f"list {os.path.basename(spec)}"
+    else:
+        ids, how = drawn(dataset, spec, seed, draw), f"{spec}, {draw} draw, seed {seed}"
+    found = dataset.labels[ids].unique()
     if len(found) < 2:
-        raise UsageError(f"{pictures.name}: one class only among the {len(ids)} labelled pictures, nothing to tell apart")
-    if len(found) < len(pictures.classes):
-        absent = sorted(set(range(len(pictures.classes))) - set(found.tolist()))
-        raise UsageError(f"--labels {spec!r}: no picture of {len(absent)} of the {len(pictures.classes)} classes, "
-                         f"first {pictures.classes[absent[0]]}")
+        raise DataError(f"{dataset.name}: one class only among the {len(ids)} labelled images, "
+                        "nothing to tell apart")
+    if len(found) < len(dataset.classes) and draw == "balanced":
+        absent = sorted(set(range(len(dataset.classes))) - set(found.tolist()))
+        raise DataError(f"--labels {spec!r}: no image of {len(absent)} of the "
+                        f"{len(dataset.classes)} classes, first {dataset.classes[absent[0]]}")
     return ids, how
 
 
+def drawn(dataset, spec, seed, draw):
+    """Indices of a share or a number of each class, or of all: the first in a hashed order."""
+    labels, classes = dataset.labels, dataset.classes
+    text = spec.replace("per class", "").strip()
+    share = text.endswith("%")
+    try:
+        value = float(text[:-1]) if share else int(text)
+    except ValueError:
+        raise DataError(f"--labels {spec!r}: neither a share (1%), nor '5 per class', nor a list "
+                        "file") from None
+    if not (0 < value <= 100 if share else value > 0):
+        raise DataError(f"--labels {spec!r}: out of range")
+    order = shuffled(len(labels), SUBSET, 3, seed)
+    if draw == "natural":
+        n = max(round(len(labels) * value / 100), 1) if share else value * len(classes)
+        return order[:n].sort().values
+    counts = labels.bincount(minlength=len(classes))
+    wanted = torch.full_like(counts, value) if not share else (
+        (counts * value / 100).round().clamp_min(1).long())
+    short = (counts < wanted).nonzero()[:, 0].tolist()
+    if short:
+        raise DataError(f"--labels {spec!r}: class {classes[short[0]]} has only "
+                        f"{counts[short[0]]} images")
+    order, rank = ranked(labels, counts, order)
+    return order[rank < wanted[labels[order]]].sort().values
+
+
+def ranked(labels, counts, order):
+    """(order by class, within it as given; the place of each within its class)."""
+    order = order[labels[order].argsort(stable=True)]
+    return order, torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
+
+
 def same_classes(train, test):
-    """Give the test set the class numbers of the training set; every test class must be known there."""
-    if test.labels is None:
-        raise UsageError(f"{test.name}: the test pictures have no class folders")
+    """Give the test set the class numbers of the training set; all must be known there."""
+    for dataset, part in ((train, "training"), (test, "test")):
+        if dataset.labels is None:
+            raise DataError(f"{dataset.name}: the {part} images have no labels, "
+                            f"{dataset.unlabelled}")
     unknown = [c for c in test.classes if c not in train.classes]
     if unknown:
-        raise UsageError(f"{test.name}: the test class {unknown[0]} is not among the training classes")
+        raise DataError(f"{test.name}: the test class {unknown[0]} is not among the training "
+                        "classes")
     test.labels = torch.tensor([train.classes.index(c) for c in test.classes])[test.labels]
     test.classes = train.classes
     return test
 
 
-def measure_stats(pictures, most=5000):
-    """Mean and std of each channel over at most 5,000 pictures, chosen by hash."""
+def measure_stats(dataset, most=5000):
+    """Mean and std of each channel over at most 5,000 images, chosen by hash."""
     total, squares, count = 0.0, 0.0, 0
-    for i in shuffled(len(pictures), 1, SUBSET)[:most].tolist():
-        if pictures.images is not None:
-            x = pictures.images[i].double().flatten(1)
+    for i in shuffled(len(dataset), 1, SUBSET)[:most].tolist():
+        if i in dataset.bad:
+            continue
+        if dataset.images is not None:
+            x = dataset.images[i].double().flatten(1)
         else:
             try:
-                x = torch.from_numpy(np.array(pictures.read(i))).double().reshape(-1, pictures.in_chans).T
+                x = dataset.read(i).double().reshape(-1, dataset.in_chans).T
             except BadFile:
                 continue
         total, squares, count = total + x.sum(1), squares + x.square().sum(1), count + x.shape[1]
     if not count:
-        raise RunError(f"--stats data: none of the pictures of {pictures.name} can be read")
+        raise DataError(f"--stats data: none of the images of {dataset.name} can be read", 1)
     mean = total / count / 255
     std = (squares / count / 255 ** 2 - mean ** 2).clamp_min(0).sqrt().clamp_min(1e-3)
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-# ------------------------------------------------------------------------------------------------ batches
-class View:
-    """A view of a batch that augments what is sliced from it: `view[a:b]` is (b - a, C, h, w), normalised.
+# ----------------------------------------------------------------------------------------- batches
+def stand_ins(dataset, i):
+    """Indices of the images to try in the place of image i, which cannot be read."""
+    return (random_bits(torch.tensor([i]), 20, SUBSET, 6)[0] % len(dataset)).tolist()
 
-    A function under "pixels" in the view's dict gets each crop as uint8 (C, h, w); files: in the reading process.
+
+def no_stand_in(dataset, i):
+    return DataError(f"20 images in a row cannot be read, among them {dataset.file(i)}: "
+                     f"{dataset.bad[i]}", 1)
+
+
+class Reader(torch.utils.data.Dataset):
+    """Reads files, decodes no larger than the crops need, crops and resizes: in the workers.
+
+    loader: a copy of the Loader that has no DataLoader; else both are collected in a cycle only,
+    which waits 5 s for each worker.
     """
 
-    def __init__(self, batch, number):
-        self.batch, self.number = batch, number
+    TOGETHER = 64                           # images that are opened at once
 
-    def __len__(self):
-        return len(self.batch.ids)
+    def __init__(self, loader):
+        self.loader, self.dataset = loader, loader.dataset
+        self.views, self.size = loader.views, loader.size
+        jpeg_decoder()                      # imported once, before workers are forked
 
-    def __getitem__(self, part):
-        # micro-batches are drawn inside the model, where autocast is on: pixels stay in float32
-        with torch.autocast(self.batch.loader.device.type, enabled=False):
-            return self.draw(part)
+    def __getitems__(self, key):
+        """key (epoch, [i, ...]) -> (shown, bad, crops): the images shown, a list, with others in
+        place of those that cannot be read (-1: none is found); {i: what is wrong with it}; for each
+        view its crops, uint8 (N, C, h, w) with channels last in memory. Or a DataError to raise."""
+        epoch, wanted = key
+        shown, bad = list(wanted), {}
+        shape = len(wanted), *self.size, self.dataset.in_chans
+        crops = [torch.zeros(shape, dtype=torch.uint8).permute(0, 3, 1, 2) for _ in self.views]
+        for start in range(0, len(wanted), self.TOGETHER):
+            rows = range(start, min(start + self.TOGETHER, len(wanted)))
+            failed = self.fill(rows, shown, crops, epoch)
+            bad.update((wanted[row], trouble) for row, trouble in failed.items())
+            for attempt in range(20 if self.loader.shuffle else 0):
+                for row in failed:
+                    shown[row] = stand_ins(self.dataset, wanted[row])[attempt]
+                failed = failed and self.fill(failed, shown, crops, epoch)
+            for row in failed:
+                shown[row] = -1 if self.loader.shuffle else wanted[row]
+        if torch.utils.data.get_worker_info():      # here, not in the thread that hands it over,
+            try:                                    # where an error is lost
+                crops = [view.share_memory_() for view in crops]
+            except RuntimeError as error:
+                return DataError(f"a data worker has no shared memory ({error}): make /dev/shm "
+                                 "larger, or give --workers 0", 1)
+        return shown, bad, crops
 
-    def draw(self, part):
-        batch, loader = self.batch, self.batch.loader
-        spec, ids = loader.views[self.number], batch.ids[part]
-        key = (loader.seed, batch.epoch)
-        if batch.crops is None:
-            images = loader.pictures.images
-            sizes = torch.tensor([images.shape[2:]]).expand(len(ids), 2)
-            boxes = loader.boxes(ids, sizes, self.number, batch.epoch)
-            x = resample(images[upload(ids, images.device)], boxes, loader.size, spec["mode"])
-            if spec.get("pixels"):
-                x = (x * 255 + 0.5).to(torch.uint8)
-                x = per_picture(x, ids, spec["pixels"], PIXELS, self.number, *key).float() / 255
-        else:
-            x = batch.crops[self.number][part].to(loader.device, non_blocking=True).contiguous().float() / 255
-        x = augment(x, ids, spec, COLOUR, self.number, *key)
-        return (x - loader.mean) / loader.std
+    def fill(self, rows, shown, crops, epoch):
+        """Put the crops of image shown[row] into each row; {row: what is wrong with its image}."""
+        opened, failed = {}, {}
+        for row in rows:
+            try:
+                opened[row] = self.dataset.open(shown[row])
+            except BadFile as error:
+                failed[row] = str(error)
+        if not opened:
+            return failed
+        # boxes for all of them at once: a dozen small tensor operations each would cost as much as
+        # the decoding
+        ids = torch.tensor([shown[row] for row in opened])
+        full = torch.tensor([image.size for image in opened.values()])
+        # the largest of JPEG's own reductions that keeps every crop at least as large as its output
+        sides = torch.stack(self.plan(ids, full, epoch))[:, :, 2:]          # (views, N, 2)
+        room = (sides / torch.tensor(self.size)).amin((0, 2))
+        room[torch.tensor([not image.is_jpeg for image in opened.values()])] = 1
+        factors = 1 + (room >= 2).long() + 2 * (room >= 4).long() + 4 * (room >= 8).long()
+        small = -(-full // factors[:, None])
+        plans = torch.stack(self.plan(ids, small, epoch), 1).tolist()       # (N, views, 4)
+        for at, (row, factor, size) in enumerate(
+                zip(list(opened), factors.tolist(), small.tolist())):
+            try:
+                pixels = opened.pop(row).pixels(
+                    self.dataset.in_chans, factor, self.dataset.range)
+            except BadFile as error:
+                failed[row] = str(error)
+                continue
+            boxes = plans[at]
+            if list(pixels.shape[:2]) != size:      # a format that is turned as it is decoded
+                turned = torch.tensor([pixels.shape[:2]])
+                boxes = [plan[0].tolist() for plan in self.plan(ids[at:at + 1], turned, epoch)]
+            for k, (box, view) in enumerate(zip(boxes, self.views)):
+                cut = (exact_crop if view["scale"] is None else crop)(
+                    pixels, box, self.size, view["mode"])
+                if view.get("pixels"):
+                    cut = per_image(cut[None].contiguous(), ids[at:at + 1], view["pixels"],
+                                    PIXELS, k, self.loader.seed, epoch)[0]
+                crops[k][row] = cut
+        return failed
+
+    def plan(self, ids, sizes, epoch):
+        """The boxes (N, 4) of each view for images of sizes (N, 2)."""
+        return [self.loader.boxes(ids, sizes, k, epoch) for k in range(len(self.views))]
 
 
 class Batch:
-    """ids (n,) of the pictures on the CPU; views[k] a lazy View; noise(L) the uniform numbers that choose masks.
+    """ids (n,) of the images, on the CPU; view(k) draws a view; noise(L) the numbers of masks.
 
-    shown (n,): as ids, but where a picture cannot be read the one that stands in for it: labels go by `shown`.
+    shown (n,): as ids, but where an image cannot be read the one that stands in for it: labels go
+    by `shown`. readable (n,) bool: whether the image itself can be read.
+    crops: of each view the list of its parts, uint8 (n', C, h, w), for images that are files.
     """
 
-    def __init__(self, loader, ids, epoch, crops=None, shown=None):
-        self.loader, self.ids, self.epoch, self.crops = loader, ids, epoch, crops
-        self.shown = ids if shown is None else shown
-
-    @property
-    def views(self):
-        return [View(self, k) for k in range(len(self.loader.views))]
+    def __init__(self, loader, ids, epoch, shown, readable, crops=None):
+        self.loader, self.ids, self.epoch = loader, ids, epoch
+        self.shown, self.readable, self.crops = shown, readable, crops
 
     def __len__(self):
         return len(self.ids)
 
+    def view(self, k):
+        """View k, augmented and normalised, (n, C, h, w) float32 on the device."""
+        parts = []
+        with torch.autocast(self.loader.device.type, enabled=False):
+            for start in range(0, len(self), CHUNK):
+                parts.append(self.draw(k, slice(start, start + CHUNK)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def draw(self, k, part):
+        loader, spec, ids = self.loader, self.loader.views[k], self.ids[part]
+        if self.crops is None:
+            x = loader.from_memory(self.shown[part], k, self.epoch)
+        else:
+            x = self.crops[k][part].contiguous().float() / 255
+        x = augment(x, ids, spec, COLOUR, k, loader.seed, self.epoch)
+        return (x - loader.mean) / loader.std
+
     def noise(self, length):
-        return uniform(upload(self.ids, self.loader.device), length, MASK, self.loader.seed, self.epoch)
+        """(n, length) uniform numbers of each image, which choose its mask."""
+        ids = upload(self.ids, self.loader.device)
+        return uniform(ids, length, MASK, self.loader.seed, self.epoch)
+
+
+class Keys:
+    """What a DataLoader is to read next: it asks for a new iterator where it starts over."""
+
+    def __iter__(self):
+        return self.keys
 
 
 class Loader:
-    """Batches of a set, in hashed order: for batch in loader.epoch(e, start): ... Every process gets its share.
+    """Batches of a set, in hashed order: for batch in loader.epoch(e, start): ...
 
-    batch_size is this process's share of the global batch; the rest of an epoch that fills no global batch is left
-    out, or with shuffle=False handed out as a shorter batch. `waited` counts seconds spent waiting for data.
-    decoder: see `decode.device_decoder`; workers then hand over JPEGs of random crops as they are in the file.
+    batch_size is this process's share of the global batch. Every process gets its share; the rest
+    of an epoch that fills no global batch is left out. shuffle=False, for evaluations: in order,
+    with a shorter batch at the end, and nothing stands in for an image that cannot be read.
+    `waited` counts seconds spent waiting for data. A function under "pixels" in a view's dict gets
+    each crop as uint8 (C, h, w); for files in the reading process.
     """
 
-    def __init__(self, pictures, views, size, batch_size, seed=0, workers=0, device="cpu", rank=0, processes=1,
-                 shuffle=True, max_bad=0.01, mean=None, std=None, decoder=None):
-        self.pictures, self.views, self.size = pictures, views, tuple(size)
+    def __init__(self, dataset, views, size, batch_size, seed=0, workers=0, device="cpu", rank=0,
+                 processes=1, shuffle=True, max_bad=0.01, mean=None, std=None):
+        self.dataset, self.views, self.size = dataset, views, tuple(size)
         self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
-        self.rank, self.processes, self.shuffle, self.max_bad = rank, processes, shuffle, max_bad
-        self.mean = torch.tensor(mean or pictures.mean, device=device)[:, None, None]
-        self.std = torch.tensor(std or pictures.std, device=device)[:, None, None]
+        self.rank, self.processes = rank, processes
+        self.shuffle, self.max_bad = shuffle, max_bad
+        self.mean = torch.tensor(mean or dataset.mean, device=device)[:, None, None]
+        self.std = torch.tensor(std or dataset.std, device=device)[:, None, None]
         self.waited = 0.0
-        self.keys = []                                                      # what self.reader is to read, by batch
-        self.reader = None
-        if pictures.images is None:
+        # a batch is read in parts, by several workers at once
+        self.part = min(Reader.TOGETHER, -(-batch_size // max(workers, 1)))
+        self.reader = self.items = self.place = None
+        if dataset.images is None:
+            if workers and len(os.fsencode(tempfile.gettempdir())) > 75:
+                raise DataError(f"the temporary folder {tempfile.gettempdir()} has too long a name "
+                                "for the sockets of data workers: set TMPDIR to a shorter one", 1)
+            self.plan, self.keys = copy.copy(self), Keys()
+            ahead = -(-2 * -(-batch_size // self.part) // max(workers, 1))
             self.reader = torch.utils.data.DataLoader(
-                Reader(self, decoder), batch_sampler=self.keys, num_workers=workers, collate_fn=whole,
-                pin_memory=self.device.type == "cuda", persistent_workers=workers > 0)
+                Reader(self.plan), batch_sampler=self.keys, num_workers=workers,
+                collate_fn=whole, pin_memory=self.device.type == "cuda",
+                persistent_workers=workers > 0,
+                prefetch_factor=max(ahead, 2) if workers else None)
+
+    def __getstate__(self):                 # a plan as workers need it; the device is not theirs
+        return {k: v for k, v in self.__dict__.items() if k not in ("mean", "std")}
 
     def __len__(self):
-        if self.shuffle:
-            return len(self.pictures) // (self.batch_size * self.processes)
-        return math.ceil(len(self.pictures) / (self.batch_size * self.processes))
+        n = self.batch_size * self.processes
+        return len(self.dataset) // n if self.shuffle else -(-len(self.dataset) // n)
 
-    def boxes(self, ids, sizes, number, epoch):
-        scale = self.views[number]["scale"]
+    def boxes(self, ids, sizes, k, epoch):
+        """Boxes (n, 4) of view k for images ids (n,) of sizes (n, 2)."""
+        scale = self.views[k]["scale"]
         if scale is None:
             return central_boxes(sizes, self.size)
-        return random_boxes(ids, sizes, scale, CROP, number, self.seed, epoch)
-
-    def __getstate__(self):                                                 # workers need the plan, not the reader
-        return {k: v for k, v in self.__dict__.items() if k not in ("reader", "keys", "mean", "std")}
+        return random_boxes(ids, sizes, scale, CROP, k, self.seed, epoch)
 
     def batches(self, epoch, start=0):
         """The indices of each batch of this process, from batch `start` on."""
         n, share = self.batch_size * self.processes, self.batch_size
-        order = shuffled(len(self.pictures), ORDER, self.seed, epoch) if self.shuffle else torch.arange(
-            len(self.pictures))
+        order = torch.arange(len(self.dataset))
+        if self.shuffle:
+            order = shuffled(len(self.dataset), ORDER, self.seed, epoch)
         for b in range(start, len(self)):
-            ids = order[b * n + self.rank * share:min(b * n + (self.rank + 1) * share, len(order))]
+            first = b * n + self.rank * share
+            ids = order[first:min(first + share, len(order))]
             if len(ids):
                 yield ids
 
-    def epoch(self, epoch, start=0):
-        if self.reader is None:
-            for ids in self.batches(epoch, start):
-                yield Batch(self, ids, epoch)
-            return
-        self.keys[:] = [[(epoch, i) for i in ids.tolist()] for ids in self.batches(epoch, start)]
-        seen = len(self.pictures.bad)
-        items = iter(self.reader)
+    def stream(self, epoch, start):
+        """The Reader's keys from a batch on; where shuffled into the epochs that follow, so that
+        reading goes on at an epoch's end."""
         while True:
-            before = time.perf_counter()
-            item = next(items, None)
-            self.waited += time.perf_counter() - before
-            if item is None:
+            for ids in self.batches(epoch, start):
+                yield from ((epoch, part.tolist()) for part in ids.split(self.part))
+            if not self.shuffle or not len(self):
                 return
-            ids, shown, bad, crops, encoded = item
-            if encoded:
-                crops, shown = self.reader.dataset.decode(encoded, ids, shown, bad, crops, epoch, self.device)
-            if bad:
-                self.pictures.bad.update((i, t) for i, t in bad.items() if i not in self.pictures.bad)
-                seen = report_bad(self.pictures, self.max_bad, seen)
-            yield Batch(self, ids, epoch, crops, torch.tensor(shown))
+            epoch, start = epoch + 1, 0
+
+    def epoch(self, epoch, start=0):
+        """The batches of an epoch, from batch `start` on."""
+        if self.reader is not None and self.place != (epoch, start):
+            self.keys.keys = self.plan.stream(epoch, start)
+            self.items = iter(self.reader)
+        for b, ids in enumerate(self.batches(epoch, start), start + 1):
+            if self.reader is None:
+                yield self.held(ids, epoch)
+                continue
+            self.place, before = None, time.perf_counter()
+            try:
+                parts = [next(self.items) for _ in range(-(-len(ids) // self.part))]
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                raise DataError(f"{error} (fewer --workers need less memory)", 1) from None
+            self.waited += time.perf_counter() - before
+            batch = self.collect(ids, epoch, parts)
+            if self.shuffle:
+                self.place = (epoch, b) if b < len(self) else (epoch + 1, 0)
+            yield batch
+
+    def held(self, ids, epoch):
+        """A batch of images in memory."""
+        shown, bad = ids.tolist(), self.dataset.bad
+        readable = torch.tensor([i not in bad for i in shown])
+        if bad and self.shuffle:
+            for row, i in enumerate(shown):
+                if i in bad:
+                    good = [other for other in stand_ins(self.dataset, i) if other not in bad]
+                    if not good:
+                        raise no_stand_in(self.dataset, i)
+                    shown[row] = good[0]
+        return Batch(self, ids, epoch, torch.tensor(shown), readable)
+
+    def collect(self, ids, epoch, parts):
+        """A batch of what the workers have read."""
+        for part in parts:
+            if isinstance(part, DataError):
+                raise part
+        shown, bads, crops = zip(*parts)
+        shown, known = sum(shown, []), len(self.dataset.bad)
+        bad = {i: trouble for found in bads for i, trouble in found.items()}
+        self.dataset.bad |= {i: trouble for i, trouble in bad.items() if i not in self.dataset.bad}
+        report_bad(self.dataset, self.max_bad, known)
+        if -1 in shown:
+            raise no_stand_in(self.dataset, int(ids[shown.index(-1)]))
+        crops = [torch.cat([part.to(self.device, non_blocking=True) for part in view])
+                 for view in zip(*crops)]
+        readable = torch.tensor([i not in bad for i in ids.tolist()])
+        return Batch(self, ids, epoch, torch.tensor(shown), readable, crops)
+
+    def from_memory(self, ids, k, epoch):
+        """The crops of view k of images in memory: float32 (n, C, h, w) in [0, 1]."""
+        images, spec = self.dataset.images, self.views[k]
+        sizes = torch.tensor([images.shape[2:]]).expand(len(ids), 2)
+        boxes = self.boxes(ids, sizes, k, epoch)
+        x = resample(images[upload(ids, images.device)], boxes, self.size, spec["mode"])
+        if spec.get("pixels"):
+            x = (x * 255 + 0.5).to(torch.uint8)
+            x = per_image(x, ids, spec["pixels"], PIXELS, k, self.seed, epoch).float() / 255
+        return x
 
 
-# ------------------------------------------------------------------------------------------- embedded set
+def whole(batch):
+    """Collates what comes as a batch already."""
+    return batch
+
+
+# ------------------------------------------------------------------------------------ embedded set
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("columns", "rows", "checks", "dots")
 
 
 def embedded(train=True, in_chans=3, n=None, side=32):
-    """4,096 (train) or 2,048 (test) drawn pictures of 16 classes, a shape filled with a texture: picture i is a
-    function of i alone. Colours, place, size, turn, ground and light are random, so that no pixel tells the class."""
+    """4,096 (train) or 2,048 (test) drawn images of 16 classes, a shape filled with a texture.
+
+    Image i is a function of i alone. Colours, place, size, turn, ground and light are random, so
+    that no pixel tells the class.
+    """
+    if in_chans not in (1, 3):
+        raise DataError(f"--in-chans {in_chans}: the embedded images have 3 channels, or 1 in grey")
     n = n or (4096 if train else 2048)
     first = 0 if train else 1 << 20
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)                                                # many small operations: faster alone
-    images = torch.cat([draw(torch.arange(first + i, first + min(i + 32, n)), side) for i in range(0, n, 32)])
+    torch.set_num_threads(1)                # many small operations: faster alone
+    images = torch.cat([draw(torch.arange(first + i, first + min(i + 32, n)), side)
+                        for i in range(0, n, 32)])
     torch.set_num_threads(threads)
     if in_chans == 1:
         images = (grey(images.float()) + 0.5).to(torch.uint8)
-    elif in_chans != 3:
-        raise UsageError(f"--in-chans {in_chans}: the embedded pictures have 3 channels, or 1 in grey")
     labels = (torch.arange(n) * 5) % 16
     classes = [f"{shape} of {texture}" for shape in SHAPES for texture in TEXTURES]
-    return Pictures(images=images, labels=labels, classes=classes, in_chans=in_chans, name="embedded")
+    return Dataset(images=images, labels=labels, classes=classes, in_chans=in_chans,
+                   name="embedded")
 
 
 def texture(kind, x, y, u):
-    """Pattern in [0, 1] at coordinates x, y (N, s, s) for kinds (N,), with u (N, 4): frequency, turn, two phases."""
+    """Pattern in [0, 1] at x, y (N, s, s) for kinds (N,); u (N, 4): frequency, turn, two phases."""
     angle = (u[:, 1] - 0.5) * 0.4
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     frequency = (14.0 + 5.0 * u[:, 0])[:, None, None]
     a = frequency * (x * cos + y * sin) + 6.28 * u[:, 2, None, None]
     b = frequency * (y * cos - x * sin) + 6.28 * u[:, 3, None, None]
-    patterns = torch.stack([3 * a.sin(), 3 * b.sin(), 6 * a.sin() * b.sin(),
-                            8 * (0.7 * a).sin().abs() * (0.7 * b).sin().abs() - 4.5], 1)
+    dots = 8 * (0.7 * a).sin().abs() * (0.7 * b).sin().abs() - 4.5
+    patterns = torch.stack([3 * a.sin(), 3 * b.sin(), 6 * a.sin() * b.sin(), dots], 1)
     return patterns[torch.arange(len(kind)), kind].sigmoid()
 
 
 def draw(ids, side=32):
-    """Embedded pictures with these numbers: (N, 3, side, side) uint8. Drawn at twice the size, then averaged."""
+    """Embedded images (N, 3, side, side) uint8 of these numbers: drawn twice as large, averaged."""
     n, s = len(ids), 2 * side
     u = uniform(ids, 40, 20230501)
     label = (ids % (1 << 20) * 5) % 16
@@ -554,38 +1663,341 @@ def draw(ids, side=32):
     def pick(column):
         return u[:, column, None, None]
 
-    scale, turn = 0.62 + 0.28 * pick(0), (pick(1) - 0.5) * 0.5
-    dx, dy = x - (pick(2) - 0.5) * 0.4, y - (pick(3) - 0.5) * 0.4
-    px, py = (dx * turn.cos() + dy * turn.sin()) / scale, (dy * turn.cos() - dx * turn.sin()) / scale
-    triangle = torch.maximum(py - 0.7, px.abs() * 1.8 - py - 0.9)
-    cross = torch.maximum(torch.maximum(px.abs(), py.abs()) - 1, torch.minimum(px.abs(), py.abs()) - 0.38)
-    inside = torch.stack([px.square() + py.square() - 0.9, torch.maximum(px.abs(), py.abs()) - 0.83, triangle, cross], 1)
-    inside = (inside[torch.arange(n), label // 4] < 0).float()[:, None]
-
     def colour(column, low, high):
         """A random light in [low, high] with a tint of its own, (N, 3, 1, 1)."""
         light = low + (high - low) * u[:, column:column + 1]
         return (light + 0.3 * (u[:, column + 1:column + 4] - 0.5))[:, :, None, None]
 
-    # the ground is a smooth wave between two middling colours, the figure's texture a dark and a light one
-    wave = (1.5 * (x * (6.28 * pick(4)).cos() + y * (6.28 * pick(4)).sin()) + 6.28 * pick(5)).sin() * 0.5 + 0.5
+    scale, turn = 0.62 + 0.28 * pick(0), (pick(1) - 0.5) * 0.5
+    dx, dy = x - (pick(2) - 0.5) * 0.4, y - (pick(3) - 0.5) * 0.4
+    px = (dx * turn.cos() + dy * turn.sin()) / scale
+    py = (dy * turn.cos() - dx * turn.sin()) / scale
+    disc = px.square() + py.square() - 0.9
+    square = torch.maximum(px.abs(), py.abs()) - 0.83
+    triangle = torch.maximum(py - 0.7, px.abs() * 1.8 - py - 0.9)
+    cross = torch.maximum(torch.maximum(px.abs(), py.abs()) - 1,
+                          torch.minimum(px.abs(), py.abs()) - 0.38)
+    shapes = torch.stack([disc, square, triangle, cross], 1)
+    inside = (shapes[torch.arange(n), label // 4] < 0)[:, None]
+    # the ground is a smooth wave between two middling colours, the figure's texture a dark and a
+    # light one
+    turned = x * (6.28 * pick(4)).cos() + y * (6.28 * pick(4)).sin()
+    wave = (1.5 * turned + 6.28 * pick(5)).sin() * 0.5 + 0.5
     ground = torch.lerp(colour(6, 0.3, 0.7), colour(10, 0.3, 0.7), wave[:, None])
-    figure = torch.lerp(colour(14, 0.0, 0.3), colour(18, 0.7, 1.0), texture(label % 4, x, y, u[:, 22:26])[:, None])
-    image = torch.where(inside.bool(), figure, ground)
+    pattern = texture(label % 4, x, y, u[:, 22:26])[:, None]
+    figure = torch.lerp(colour(14, 0.0, 0.3), colour(18, 0.7, 1.0), pattern)
+    image = torch.where(inside, figure, ground)
     light = 1 + 0.5 * (pick(26) - 0.5) * x + 0.5 * (pick(27) - 0.5) * y
     noise = uniform(ids, 3 * side * side, 20230502).reshape(n, 3, side, side) - 0.5
-    image = torch.nn.functional.avg_pool2d(image * light[:, None], 2) + 0.04 * noise
+    image = F.avg_pool2d(image * light[:, None], 2) + 0.04 * noise
     return (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
 
-if __name__ == "__main__":                                                  # the sub-commands, each in its own file
-    import run
-    asked, rest = sys.argv[1:2], sys.argv[2:]
-    if asked == ["pack"]:
-        import pack
-        run.program(pack.main, lambda: pack.get_args(rest))
-    if asked == ["check"]:
-        import check
-        run.program(check.main, lambda: check.get_args(rest))
-    run.Parser(usage="data.py pack|check ...").error("which command? pack: many pictures into one file; check: find bad "
-                                                     "ones")
+# ---------------------------------------------------------------------------- python data.py check
+NAMED = 20                  # bad files named on the screen; --out names them all
+# what a BadFile says: the kind it is counted under; the first that fits
+KINDS = (("empty: ", "empty"), ("DecompressionBomb", "decompression bomb"),
+         ("PermissionError", "no permission"),
+         ("FileNotFoundError", "vanished"), ("UnidentifiedImageError", "no image"),
+         ("not a regular file", "not a regular file"), ("NaN", "NaN"),
+         ("truncated", "truncated"), ("Truncated", "truncated"), ("EOF", "truncated"))
+ENDINGS = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".jpg", ".jpeg"),
+           "TIFF": (".tif", ".tiff"), "BMP": (".bmp", ".dib"), "JPEG2000": (".jp2", ".j2k"),
+           "PPM": (".ppm", ".pgm", ".pbm", ".pnm")}
+
+
+def look(dataset, i):
+    """What is special about image i, a list, and the (least, largest) value of more than 8 bits or
+    None. A BadFile if it cannot be read."""
+    dataset.read(i)
+    encoded = dataset.open(i)
+    image, ending = encoded.image, os.path.splitext(dataset.file(i))[1].lower()
+    extremes = encoded.extremes() if encoded.bits > 8 else None
+    special = []
+    # what the rarer parts of a good image are like is no reason to refuse it
+    with contextlib.suppress(Exception):
+        special = [word for word, true in (
+            ("animated", getattr(image, "n_frames", 1) > 1), ("CMYK", image.mode == "CMYK"),
+            ("16-bit", encoded.bits == 16), ("32-bit or float", encoded.bits == 32),
+            ("turned by EXIF", image.getexif().get(0x0112, 1) != 1),
+            ("another format than its name says",
+             ending not in ENDINGS.get(image.format, (f".{image.format.lower()}",)))) if true]
+    return special, extremes
+
+
+def look_or_trouble(dataset, i):
+    """As `look`, or the text of its BadFile; "empty" for an empty file."""
+    try:
+        return look(dataset, i)
+    except BadFile as error:
+        said = str(error)
+        with contextlib.suppress(OSError, BadFile):
+            said = said if dataset.source.content(i) else f"empty: {said}"
+        return said
+
+
+def counted(kinds):
+    """2 truncated, 1 empty: the most first."""
+    return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+
+
+def say_range(dataset, least, largest):
+    """Print the range of the values, and what of it the chosen one loses."""
+    low, high = dataset.range or (0, 65535)
+    say(f"values of more than 8 bits: {least:g} to {largest:g}; {low:g} to {high:g} become black "
+        "to white")
+    if least < low or largest > high:
+        say(f"warning: values outside become black or white; --range {least:g},{largest:g} keeps "
+            "them")
+    levels = int((min(largest, high) - max(least, low)) / (high - low) * 255) + 1
+    if levels < 128:
+        say(f"warning: of 256 levels {max(levels, 1)} are left; --range {least:g},{largest:g} "
+            "keeps all")
+
+
+def check(args):
+    """Read every image below args.folder; [(file, kind, what is wrong)] of the bad ones."""
+    dataset = every_image(args.folder, value_range=args.range)
+    n = len(dataset)
+    if not n:
+        raise DataError(f"{args.folder}: no images found (looked for {', '.join(EXTENSIONS)})")
+    bad, special, ranges = [], Counter(), []
+    started, progress = time.perf_counter(), Progress(f"checking {args.folder}", n)
+    with ThreadPool(args.workers) as pool:  # pillow decodes outside Python's lock
+        found = pool.imap(functools.partial(look_or_trouble, dataset), range(n), chunksize=16)
+        for i, what in enumerate(found):
+            if isinstance(what, str):
+                kind = next((name for words, name in KINDS if words in what), "damaged")
+                bad.append((dataset.file(i), kind, what))
+                if len(bad) <= NAMED:
+                    say(f"{os.path.join(args.folder, dataset.file(i))}: {kind} ({what})")
+            else:
+                special.update(what[0])
+                ranges += [what[1]] if what[1] else []
+            progress.step()
+    if len(bad) > NAMED:
+        say(f"... and {len(bad) - NAMED} more")
+    among = f", among them {counted(special)}" if special else ""
+    took = clock(time.perf_counter() - progress.started)
+    say(f"{n - len(bad)} of {n} images are good{among}; {took}")
+    if ranges:
+        say_range(dataset, min(low for low, _ in ranges), max(high for _, high in ranges))
+    if args.out:
+        try:
+            with open(args.out, "w", errors="surrogateescape") as f:
+                for line in bad:
+                    print("\t".join(" ".join(part.split()) for part in line), file=f)
+        except OSError as error:
+            raise DataError(f"cannot write {args.out}: {error.strerror}", 1) from None
+    if bad:
+        kinds = Counter(kind for _, kind, _ in bad)
+        raise DataError(f"{len(bad)} of {n} images are bad: {counted(kinds)}", 1)
+    return bad
+
+
+# ---------------------------------------------------------------------------- python data.py pack
+def shrunk(content, short_side=None, quality=90):
+    """The bytes to keep of an image file, or a BadFile: as they are, or with a short side given and
+    shorter than the image's as a JPEG; images with transparency or 16 bits stay as they are."""
+    image = Encoded(content)
+    with or_bad_file():
+        if short_side is None or min(image.size) <= short_side:
+            image.decode(8 if image.is_jpeg else 1).load()  # only to know that it can be decoded
+            return content
+        fits = [f for f in (8, 4, 2) if image.is_jpeg and min(image.size) >= 2 * f * short_side]
+        small = image.decode(max(fits, default=1))
+        mode = small.mode
+        if "a" in mode.lower() or mode[0] in "IF" or "transparency" in small.info:
+            return content                  # more than a JPEG can hold
+        small = small.convert("L" if mode in ("1", "L") else "RGB")
+        scale = short_side / min(small.size)
+        sides = [max(round(side * scale), 1) for side in small.size]
+        small = small.resize(sides, Image.LANCZOS)
+        small.info.clear()
+        packed = io.BytesIO()
+        small.save(packed, "JPEG", quality=quality)
+        return packed.getvalue()
+
+
+def tar_header(name, size):
+    member = tarfile.TarInfo(name)
+    member.size = size
+    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+def pack(args):
+    """Write every image of a source into a tar, in order; one that was begun is gone on with."""
+    if args.verify:
+        return check(argparse.Namespace(folder=args.folder, workers=args.workers, out=None,
+                                        range=None))
+    dataset, path, part = every_image(args.folder), args.tar, f"{args.tar}.part"
+    if not len(dataset):
+        raise DataError(f"{args.folder}: no images found (looked for {', '.join(EXTENSIONS)})")
+    if os.path.exists(path):
+        raise DataError(f"{path} is there already; remove it to pack again")
+    if getattr(dataset.source, "labels", None) is not None:
+        raise DataError(f"{args.folder}: has its labels in .cls files, which pack does not write")
+    keep = functools.partial(shrunk, short_side=args.short_side, quality=args.quality)
+    asked = f"short side {args.short_side}, quality {args.quality}" if args.short_side else "bytes"
+    head = tarfile.TarInfo.create_pax_global_header({"comment": f"packed images: {asked}"})
+    try:
+        with open(part, "r+b" if os.path.exists(part) else "w+b") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"{part} is being written by another process") from None
+            done = go_on(f, part, head, dataset.source, keep)
+            todo = [i for i, name in enumerate(dataset.files) if name not in done]
+            if done:
+                print(f"going on: {len(dataset) - len(todo)} of {len(dataset)} images are packed "
+                      "already", flush=True)
+            fill(f, dataset, todo, keep, args.workers, args.max_bad)
+            if len(dataset.bad) == len(dataset):
+                raise DataError("none of the images can be read", 1)
+            f.write(bytes(1024 + -(f.tell() + 1024) % 10240))
+            f.flush()
+            os.fsync(f.fileno())
+            os.replace(part, path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}", 1) from None
+    print(f"wrote {path}: {len(dataset) - len(dataset.bad)} images, "
+          f"{os.path.getsize(path) / 2 ** 30:.2f} GiB, {len(dataset.bad)} skipped", flush=True)
+
+
+def go_on(f, part, head, source, keep):
+    """Names of the images in a tar that was begun; f is left at the end of the last whole one.
+
+    Of the last 2 SYNC bytes the disk may not have all when the power failed: compared with the
+    source again, in order, up to the first difference.
+    """
+    size, begun, done, end = os.fstat(f.fileno()).st_size, f.read(len(head)), set(), len(head)
+    if begun != head[:len(begun)]:
+        raise DataError(f"{part} was begun with other options, or is something else: remove it")
+    if len(begun) < len(head):
+        f.seek(0)
+        f.write(head)
+    places = {}
+    with contextlib.suppress(DataError, BadFile):           # at what was being written
+        for _, name, offset, length in tar_members(f.fileno(), 0, size, part):
+            name = os.fsdecode(name)
+            if offset + length > size - 2 * SYNC:
+                places = places or {name: i for i, name in enumerate(source.names)}
+                if name not in places:
+                    break
+                if keep(source.content(places[name])) != os.pread(f.fileno(), length, offset):
+                    break
+            done.add(name)
+            end = offset + -(-length // 512) * 512
+    f.seek(end)
+    f.truncate()
+    return done
+
+
+def fill(f, dataset, todo, keep, workers, max_bad):
+    """Append the images `todo` to a tar; those that cannot be read go into dataset.bad."""
+    synced = f.tell()
+
+    def prepare(i):
+        try:
+            with or_bad_file():
+                return keep(dataset.source.content(i))
+        except BadFile as error:
+            return str(error)
+
+    def prepared():
+        with ThreadPoolExecutor(workers) as pool:           # pillow decodes without Python's lock
+            for start in range(0, len(todo), 32 * workers):                 # bounds the memory
+                some = todo[start:start + 32 * workers]
+                yield from zip(some, pool.map(prepare, some))
+
+    progress = Progress(f"packing {dataset.name}", len(todo))
+    for i, content in prepared():
+        progress.step()
+        if isinstance(content, str):
+            dataset.bad[i] = content
+            report_bad(dataset, max_bad, len(dataset.bad) - 1)
+            continue
+        f.write(tar_header(dataset.file(i), len(content)))
+        f.write(content)
+        f.write(bytes(-len(content) % 512))
+        if f.tell() - synced > SYNC:
+            f.flush()
+            os.fsync(f.fileno())
+            synced = f.tell()
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise DataError(f"{message} (--help says what there is)")
+
+
+def value_range(text):
+    """An argparse type: auto, or LOW,HIGH -> (low, high)."""
+    if text == "auto":
+        return text
+    low, high = map(float, text.split(","))
+    if not -1e30 < low < high < 1e30:
+        raise ValueError
+    return low, high
+
+
+def get_args(argv=None):
+    parser = Parser(prog="data.py", allow_abbrev=False, description="Commands for sets of images.")
+    commands = parser.add_subparsers(dest="command", metavar="check|pack", required=True)
+    add = commands.add_parser("check", allow_abbrev=False, help="find bad images",
+                              description="Read every image, and name the bad ones.").add_argument
+    add("folder", help="folder of images, with all that is below it, or tars")
+    add("--workers", type=int, default=os.cpu_count(), help="images read at once")
+    add("--range", type=value_range, metavar="LOW,HIGH|auto",
+        help="values of 16-bit and float images that become black and white")
+    add("--out", help="file for the list of bad ones: name, tab, kind, tab, what is wrong")
+    add = commands.add_parser("pack", allow_abbrev=False, help="many images into one tar",
+                              description="Many images into one tar, which --data reads as it does "
+                              "their folder; stopped, it is gone on with.").add_argument
+    add("folder", help="folder of images, with all that is below it, or tars")
+    add("tar", nargs="?", help="tar to write")
+    add("--short-side", type=int, help="pixels: shrink larger images to it, as JPEGs; those with "
+        "transparency or 16 bits stay as they are (default: keep every byte)")
+    add("--quality", type=int, default=90, help="of the JPEGs that are shrunk")
+    add("--workers", type=int, default=os.cpu_count(), help="images read at once")
+    add("--max-bad", type=float, default=0.01, help="fail when more than this share is bad")
+    add("--verify", action="store_true", help="write nothing, decode every image of a tar")
+    args = parser.parse_args(argv)
+    if not 1 <= args.workers <= 256:
+        parser.error(f"--workers {args.workers}: 1 to 256")
+    out = args.out if args.command == "check" else args.tar
+    if out and (os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or ".")):
+        parser.error(f"{out}: cannot write there")
+    if args.command == "pack":
+        if (args.tar is None) != args.verify:
+            parser.error("a tar alone with --verify, else images and the tar to write")
+        if args.short_side is not None and not 16 <= args.short_side <= 16384:
+            parser.error(f"--short-side {args.short_side}: 16 to 16384")
+        if not 1 <= args.quality <= 100:
+            parser.error(f"--quality {args.quality}: 1 to 100")
+        if not 0 <= args.max_bad <= 1:
+            parser.error(f"--max-bad {args.max_bad}: 0 to 1")
+    if not os.path.isdir(args.folder) and not find_tars(args.folder):
+        parser.error(f"{args.folder}: no such folder or tar")
+    return args
+
+
+def program(argv=None):
+    """The exit code of the command line; what the user can mend is one line."""
+    try:
+        args = get_args(argv)
+        (pack if args.command == "pack" else check)(args)
+        return 0
+    except DataError as error:
+        print(f"data.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("data.py: error: interrupted", file=sys.stderr, flush=True)
+        return 130
+    except BrokenPipeError:                 # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(program())
