@@ -18,7 +18,8 @@ MOCO_VIEWS = (TRAIN_VIEW | dict(jitter=0.8, grey=0.2, blur=1.0, solarise=0.0),
               TRAIN_VIEW | dict(jitter=0.8, grey=0.2, blur=0.1, solarise=0.2))
 JITTER = (0.4, 0.4, 0.2, 0.1)                           # brightness, contrast, saturation, hue
 BLUR = (0.1, 2.0)                                                       # sigma in pixels
-CACHED = 2 ** 19                                        # floats at once on a CPU, for its cache
+# on a CPU: floats worked on at once, for its cache; pixels from which an image is large
+CACHED, SMALL = 2 ** 19, 64 * 64
 
 
 # --------------------------------------------------------------------------------------- randomness
@@ -71,9 +72,6 @@ def per_image(x, ids, function, *key):
             torch.default_generator.manual_seed(seed)
             images.append(function(image))
     return torch.stack(images)
-
-
-per_picture = per_image                                 # until its callers say per_image
 
 
 # ---------------------------------------------------------------------------------- boxes and crops
@@ -152,8 +150,15 @@ def send(device, *tensors):
 def resample(images, boxes, size, mode):
     """Boxes (N, 4) of uint8 images (N, C, H, W) -> float32 (N, C, h, w) in [0, 1].
 
-    Two matrix products an image.
+    Two matrix products an image; on a CPU large images by torch's resize of each, the same numbers
+    to rounding and three times as fast.
     """
+    if images.device.type == "cpu" and size[0] * size[1] > SMALL and not boxes.frac().any():
+        x = torch.empty(*images.shape[:2], *size)
+        for image, (top, left, h, w), out in zip(images, boxes.long().tolist(), x):
+            box = image[None, :, top:top + h, left:left + w].float()
+            out.copy_(F.interpolate(box, size, mode=mode, antialias=True)[0])
+        return x.div_(255).clamp_(0, 1)
     boxes = upload(boxes, images.device)
     rows = resample_matrix(boxes[:, 0], boxes[:, 2], images.shape[2], size[0], mode)
     columns = resample_matrix(boxes[:, 1], boxes[:, 3], images.shape[3], size[1], mode)
@@ -161,7 +166,7 @@ def resample(images, boxes, size, mode):
     return x.clamp_(0, 1)
 
 
-# ------------------------- augmentation: (N, C, h, w) floats in [0, 1] to the same, numbers (N,)
+# ---------------------------- augmentation: (N, C, h, w) floats in [0, 1] to the same, numbers (N,)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -176,7 +181,8 @@ def grey(x):
 def blend_(x, own, mean, luma):
     """x, in place: own x + mean mean(grey(x)) + luma grey(x), clamped to [0, 1].
 
-    own, mean, luma: (N, 1, 1, 1). A factor f of brightness is own = f; of contrast also mean = 1 - f; of saturation luma = 1 - f.
+    own, mean, luma: (N, 1, 1, 1). A factor f of brightness is own = f; of contrast also
+    mean = 1 - f; of saturation luma = 1 - f.
     """
     other = grey(x)
     mean = other.mean((1, 2, 3), keepdim=True) * mean
@@ -260,7 +266,7 @@ def gaussian_blur(x, sigma):
     down, across = filters(h), filters(w)
     borders = [across.shape[1] // 2] * 2 + [down.shape[1] // 2] * 2
     x = F.pad(x, borders, mode="reflect")
-    if x.device.type == "cpu" and h * w > 64 * 64:
+    if x.device.type == "cpu" and h * w > SMALL:
         for dim, size, weights in ((2, h, down), (3, w, across)):
             used = weights.any(0).nonzero()[:, 0].tolist()
             weights = weights[:, :, None, None, None]
