@@ -611,7 +611,7 @@ def photometric(x, ids, *key):
         saturation = (value - x.amin(1, keepdim=True)) / value.clamp_min(1e-6)
         factor = each(torch.where(on[:, 2], 1 + spread[:, 2] / 2, 1.0))
         x = value - (value - x) * torch.minimum(factor, 1 / saturation.clamp_min(1e-6))
-        augment.apply_(augment.adjust_hue, x, on[:, 3], 0.1 * spread[:, 3])
+        x = augment.turn_hue_(x, each(torch.where(on[:, 3], 0.1 * spread[:, 3], 0.0)))
     return (x * each(torch.where(first, 1.0, contrast))).clamp(0, 1)
 
 
