@@ -10,9 +10,11 @@ local hub cache), told apart by their keys and shapes. For features of your own 
     features = encoder.forward_features(encoder.normalise(images))
 """
 import argparse
+import contextlib
 import errno
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -45,14 +47,23 @@ class CheckpointError(ValueError):
         self.exit_code = exit_code
 
 
+@contextlib.contextmanager
+def naming(path):
+    """What is wrong inside is said of this file."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}", error.exit_code) from None
+
+
 # ------------------------------------------------------------------------- writing and reading
-def save(obj, path, write=torch.save):
-    """write(obj, file) under a temporary name, flushed, renamed: `path` is whole, old or new."""
+def save(obj, path, write=None):
+    """torch.save under a temporary name, flushed, renamed: `path` is whole, old or new."""
     temporary = f"{path}.tmp"
     folder = os.path.dirname(path) or "."
     try:
         with open(temporary, "wb") as f:
-            write(obj, f)
+            (write or torch.save)(obj, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -108,21 +119,22 @@ def read_safetensors(path):
     return state
 
 
+FORMATS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b",
+           "u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?"}
+
+
 class Dtype:
     """Stands for numpy.dtype where a pickle holds numbers of numpy: no code of it is run."""
 
     def __init__(self, code, *_):
-        self.format = "<" + {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h",
-                             "i1": "b", "u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?"}[code]
+        self.code = code
 
     def __setstate__(self, state):
-        if state[1] == ">":
-            self.format = ">" + self.format[1:]
+        self.order = state[1].replace("|", "<")
 
 
 def number(dtype, content):
-    """A number of numpy as a plain one."""
-    return struct.unpack(dtype.format, content)[0]
+    return struct.unpack(dtype.order + FORMATS[dtype.code], content)[0]
 
 
 # the options in MAE's and DINO's own files, and numbers of numpy 1 and 2
@@ -140,10 +152,12 @@ def read(path):
             if f.read(9)[8:] == b"{":
                 kind = "safetensors file"
                 return read_safetensors(path)
-        check_pickle(path)
+        with naming(path):
+            check_pickle(path)
         with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        check_sizes(content, path)
+        with naming(path):
+            check_sizes(content, os.path.getsize(path))
         return content
     except CheckpointError:
         raise
@@ -151,46 +165,39 @@ def read(path):
         said = str(error)
         # torch's words for a class or a function
         if "global" in said.lower() or "unrecognized function" in said:
-            named = re.search(r"GLOBAL (\S+)|function (\S+)", said)
-            named = (named[1] or named[2]).strip("<>`.,") if named else "class"
+            named = re.search(r"(GLOBAL|function|class) [<'`]*([\w. -]+\w)", said)
             raise CheckpointError(
-                f"{path}: refused, it holds more than tensors and plain values ({named:.60}), "
-                "which could run code when read. If you trust it, save its weights alone: c = "
-                "torch.load(FILE, weights_only=False); torch.save(c.get('model') or c['state_dict'], NEW)"
-            ) from None
+                f"{path}: refused, it holds more than tensors and plain values "
+                f"({named[2] if named else 'a class':.60}), which could run code when read. If you "
+                "trust it, save its weights alone: c = torch.load(FILE, weights_only=False); "
+                "torch.save(c.get('model') or c['state_dict'], NEW)") from None
         raise CheckpointError(f"{path}: not a readable {kind} "
                               f"({type(error).__name__}: {said.split('. ')[0][:80]})") from None
 
 
 def check_pickle(path):
     """Refuse, before it is read, what would unpack to more than the file or take minutes."""
-    archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
-    if archive is None:                                 # torch before 1.6: five pickles, then bytes
-        stream, pickles = open(path, "rb"), 5
-    else:
-        entries = archive.infolist()
-        if sum(e.file_size for e in entries) > os.path.getsize(path):
-            raise CheckpointError(f"{path}: refused, its parts claim more bytes than the file has")
-        listed = [e for e in entries if e.filename.endswith("/data.pkl")]
-        if len(listed) != 1:
-            return                                      # torch says what it is instead
-        stream, pickles = archive.open(listed[0]), 1
-    seen = 0
-    with stream:
-        try:
-            for _ in range(pickles):
-                for _ in pickletools.genops(stream):
-                    seen += 1
-                    if seen > LONGEST:
-                        break
-        except Exception:                               # damaged, or the bytes after the pickles
-            pass
+    with contextlib.ExitStack() as opened:
+        if zipfile.is_zipfile(path):
+            archive = opened.enter_context(zipfile.ZipFile(path))
+            parts = archive.infolist()
+            if sum(part.file_size for part in parts) > os.path.getsize(path):
+                raise CheckpointError("refused, its parts claim more bytes than the file has")
+            listed = [part for part in parts if part.filename.endswith("/data.pkl")]
+            streams = [opened.enter_context(archive.open(part)) for part in listed]
+        else:                                           # torch before 1.6: five pickles, then bytes
+            streams = [opened.enter_context(open(path, "rb"))] * 5
+        operations = itertools.chain.from_iterable(map(pickletools.genops, streams))
+        seen = 0
+        with contextlib.suppress(Exception):            # damaged, or the bytes after the pickles
+            for seen, _ in enumerate(itertools.islice(operations, LONGEST + 1), start=1):
+                pass
     if seen > LONGEST:
-        raise CheckpointError(f"{path}: refused, its list of contents is longer than that of any "
-                              f"model (over {LONGEST:,} operations)")
+        raise CheckpointError("refused, its list of contents is longer than that of any model "
+                              f"(over {LONGEST:,} operations)")
 
 
-def check_sizes(content, path):
+def check_sizes(content, size):
     """Refuse tensors that are not in the file: none of their bytes has been touched yet."""
     todo, seen, storages = [content], set(), {}
     while todo:
@@ -200,23 +207,21 @@ def check_sizes(content, path):
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
             if value.layout is not torch.strided or value.device.type != "cpu":
-                raise CheckpointError(f"{path}: refused, it holds a tensor that is not dense or "
-                                      "not stored")
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-            if value.numel() * value.element_size() > storage.nbytes():
-                raise CheckpointError(f"{path}: refused, a tensor of shape {tuple(value.shape)} "
-                                      f"has only {storage.nbytes()} bytes in the file")
+                raise CheckpointError("refused, it holds a tensor that is not dense or not stored")
+            stored = value.untyped_storage().nbytes()
+            storages[value.untyped_storage().data_ptr()] = stored
+            if value.numel() * value.element_size() > stored:
+                raise CheckpointError(f"refused, a tensor of shape {tuple(value.shape)} has only "
+                                      f"{stored} bytes in the file")
         elif isinstance(value, dict):
             todo += [*value.keys(), *value.values()]
         elif isinstance(value, (list, tuple, set)):
             todo += value
         elif isinstance(value, argparse.Namespace):
             todo.append(vars(value))
-    size = os.path.getsize(path)
     if sum(storages.values()) > size:
-        raise CheckpointError(f"{path}: refused, its tensors claim {sum(storages.values()):,} "
-                              f"bytes, the file has {size:,}")
+        raise CheckpointError(f"refused, its tensors claim {sum(storages.values()):,} bytes, the "
+                              f"file has {size:,}")
 
 
 def digest(encoder, only=lambda name: True):
@@ -234,6 +239,8 @@ def digest(encoder, only=lambda name: True):
 # what ends in one of these is the patch projection of a ViT; what stands before it is a prefix
 ANCHORS = {"patch_embed.proj.weight": "timm", "conv_proj.weight": "torchvision",
            "embeddings.patch_embeddings.projection.weight": "transformers"}
+# facebook/vit-mae-base, not out/mae or a file
+HUB_NAME = re.compile(r"(?!out/)[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)")
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # name there -> official name; each row is applied to every name in turn
 RENAMES = {
@@ -279,7 +286,7 @@ def locate(path):
 
     A name such as facebook/vit-mae-base is looked up in the local cache, never in the network.
     """
-    if not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if not os.path.exists(path) and HUB_NAME.fullmatch(path):
         home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
         cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
         kept = os.path.join(glob.escape(cache), "models--" + path.replace("/", "--"), "snapshots")
@@ -299,20 +306,17 @@ def locate(path):
 
 
 def described(path):
-    """What the JSON files beside transformers' or timm's weights say: (config, preprocessor)."""
-    said = []
-    for name in ("config.json", "preprocessor_config.json"):
-        beside = os.path.join(os.path.dirname(path), name)
-        said.append({})
-        if (os.path.basename(path) in ("model.safetensors", "pytorch_model.bin")
-                and os.path.isfile(beside)):
-            try:
-                with open(beside, "rb") as f:
-                    said[-1] = json.loads(f.read(1 << 20))
-            except (ValueError, OSError, RecursionError) as error:
-                raise CheckpointError(f"{beside}: not readable ({str(error):.80})") from None
-            if not isinstance(said[-1], dict):
-                raise CheckpointError(f"{beside}: holds no settings")
+    """What config.json and preprocessor_config.json beside transformers' weights say."""
+    said = [{}, {}]
+    if os.path.basename(path) in ("model.safetensors", "pytorch_model.bin"):
+        for i, name in enumerate(("config.json", "preprocessor_config.json")):
+            beside = os.path.join(os.path.dirname(path), name)
+            if os.path.isfile(beside):
+                try:
+                    with open(beside, "rb") as f:
+                        said[i] = dict(json.loads(f.read(1 << 20)))
+                except (ValueError, TypeError, OSError, RecursionError) as error:
+                    raise CheckpointError(f"{beside}: not readable ({str(error):.80})") from None
     return said
 
 
@@ -325,14 +329,10 @@ def groups(content, name="", depth=2):
                  if isinstance(k, str) and isinstance(v, torch.Tensor)}
 
 
-def unwrap(content, path="checkpoint", weights="base"):
-    """(state of one ViT, whatever hangs on it, name of the layout, notes for `report`).
-
-    weights: "base"; "momentum", MoCo v3's other encoder; or "ema", the average of the weights.
-    """
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
-    found = []                                          # (rank, place, group, prefix, layout)
+def find(content, weights):
+    """(place, group, prefix, layout) of the patch projection of the ViT that is asked for, and
+    notes for `report`. place: the words before it, such as teacher.backbone."""
+    found = {}                                          # place: (rank, kind, group, prefix, layout)
     for group, tensors in groups(content):
         for key in tensors:
             anchor = next((a for a in ANCHORS if f".{key}".endswith(f".{a}")), None)
@@ -340,40 +340,51 @@ def unwrap(content, path="checkpoint", weights="base"):
                 prefix = key.removesuffix(anchor)
                 place = (group + prefix).strip(".")
                 words = set(re.split(r"[._]", place))
-                kind = ("ema" if "ema" in words else "momentum" if "momentum" in words else "base")
-                rank = {"ema": 3, "momentum": 4}.get(kind, 2 if "student" in words else 0)
-                found.append((rank, place, kind, group, prefix, ANCHORS[anchor]))
+                kind = next((k for k in ("ema", "momentum") if k in words), "base")
+                rank = {"ema": 2, "momentum": 3}.get(kind, "student" in words)
+                found[place] = (rank, kind, group, prefix, ANCHORS[anchor])
     if not found:
         keys = [k for k in content if isinstance(k, str)]
-        raise CheckpointError(f"{path}: no ViT in it (no patch_embed.proj.weight and pos_embed, "
-                              "nor their like); its first keys are "
-                              f"{', '.join(keys[:3]) or 'none'}")
-    fit_for = found if weights == "base" else [f for f in found if f[2] == weights]
-    if not fit_for:
+        raise CheckpointError("no ViT in it (no patch_embed.proj.weight and pos_embed, nor their "
+                              f"like); its first keys are {', '.join(keys[:3]) or 'none'}")
+    fitting = [place for place, f in found.items() if weights in ("base", f[1])]
+    if not fitting:
         what = {"momentum": "momentum encoder", "ema": "averaged weights (ema)"}[weights]
-        raise CheckpointError(f"{path}: holds no {what}")
-    _, place, kind, group, prefix, layout = min(fit_for, key=lambda f: f[0])
-    words = set(re.split(r"[._]", place))
-    notes = [f"weights of {place}"] if prefix or group not in ("", "model.", "state_dict.") else []
-    for _, other, kind_of, *_ in found:
+        raise CheckpointError(f"holds no {what}")
+    place = min(fitting, key=lambda place: found[place][0])
+    _, taken, group, prefix, layout = found[place]
+    plain = not prefix and group in ("", "model.", "state_dict.")
+    notes = [] if plain and len(found) == 1 else [f"weights of {place or 'the top level'}"]
+    for other, (_, kind, *_) in found.items():
         if other != place:
-            way = f" (--weights {kind_of})" if kind_of not in ("base", kind) else ""
-            notes.append(f"also there: {other or 'the weights beside them'}{way}")
+            way = "" if kind in ("base", taken) else f" (--weights {kind})"
+            notes.append(f"also there: {other or 'weights at the top level'}{way}")
+    return place, group, prefix, layout, notes
+
+
+def unwrap(content, weights="base"):
+    """(state of one ViT, whatever hangs on it, name of the layout, notes for `report`).
+
+    weights: "base"; "momentum", MoCo v3's other encoder; or "ema", the average of the weights.
+    """
+    if not isinstance(content, dict):
+        raise CheckpointError(f"holds a {type(content).__name__}, not a dict of tensors")
+    place, group, prefix, layout, notes = find(content, weights)
     if layout == "timm":
-        layout = ("MoCo v3" if "base_encoder" in place or "momentum_encoder" in place
-                  else "DINO" if words & {"teacher", "student"}
-                  else "MAE" if group == "model." else "timm")
-    tensors = dict(groups(content))[group]
-    state = {WRAPPERS.sub("", k.removeprefix(prefix)): v for k, v in tensors.items()
-             if k.startswith(prefix)}
-    rest = {WRAPPERS.sub("", k).removeprefix("module."): v for k, v in tensors.items()
-            if not k.startswith(prefix)}
-    for pattern, new in RENAMES.get(layout, ()):
-        state = {re.sub(pattern, new, k): v for k, v in state.items()}
-        rest = {re.sub(pattern, new, k): v for k, v in rest.items()}
+        words = set(re.split(r"[.]", place))
+        layout = ("MoCo v3" if words & {"base_encoder", "momentum_encoder"} else
+                  "DINO" if words & {"teacher", "student"} else
+                  "MAE" if group == "model." else "timm")
+    state, rest = {}, {}
+    for key, value in dict(groups(content))[group].items():
+        inside = key.startswith(prefix)
+        key = WRAPPERS.sub("", key.removeprefix(prefix if inside else "module."))
+        for pattern, new in RENAMES.get(layout, ()):
+            key = re.sub(pattern, new, key)
+        (state if inside else rest)[key] = value
     if "norm.weight" not in state and "fc_norm.weight" in state:
         state = {re.sub(r"^fc_norm\.", "norm.", k): v for k, v in state.items()}
-        notes.append("fc_norm taken as the final norm: it was trained on the patches' mean")
+        notes.append("fc_norm taken as the final norm: it was trained on the mean of the patches")
     return fused(state), fused(rest), layout, notes
 
 
@@ -394,82 +405,77 @@ def is_encoder(key):
             or key.startswith(("patch_embed.proj.", "blocks.", "norm.")))
 
 
-def square_side(pos, size, patch, path):
+def grid_of(pos, size, patch):
     """(h, w) in patches of a table of positions (1, 1 + L, D): as `size` says, or square."""
     n = pos.shape[1] - 1
     if size is not None:
         h, w = size[0] // patch, size[1] // patch
         if h * w != n:
-            raise CheckpointError(f"{path}: images of {size[0]}x{size[1]} have {h}x{w} patches of "
-                                  f"{patch}, and it has {n} positions")
+            raise CheckpointError(f"images of {size[0]}x{size[1]} have {h}x{w} patches of {patch}, "
+                                  f"and it has {n} positions")
         return h, w
     side = math.isqrt(n)
     if side * side != n or not n:
-        raise CheckpointError(f"{path}: {n} positions are no square grid after one class token; "
-                              "--init-size says which, where one is (distilled models and register "
-                              "tokens are not supported)")
+        raise CheckpointError(f"{n} positions are no square grid after one class token; where they "
+                              "are another grid, --init-size says which (no distilled models, no "
+                              "register tokens)")
     # rows of the true grid resemble their neighbours; those of a wrong one are scrambled
-    table = pos[0, 1:].float()
-    steps = {}
+    table, steps = pos[0, 1:].float(), {side: math.inf}
     for h in (h for h in range(2, n // 2 + 1) if n % h == 0):
         grid = table.reshape(h, n // h, -1)
         steps[h] = (grid[1:] - grid[:-1]).square().mean().item()
-    smooth = min(steps, key=steps.get, default=side)
-    if steps and steps[smooth] < 0.5 * steps[side]:
-        raise CheckpointError(f"{path}: its {n} positions look like {smooth}x{n // smooth} patches"
-                              f", not {side}x{side}: say the size of its images with --init-size")
+    best = min(steps, key=steps.get)
+    if steps[best] < 0.5 * steps[side]:
+        raise CheckpointError(f"its {n} positions look like {best}x{n // best} patches, not "
+                              f"{side}x{side}: say the size of its images with --init-size")
     return side, side
 
 
-def config_of(state, layout, path, known=(), heads=None, size=None):
+def config_of(state, layout, known=(), heads=None, size=None):
     """(VisionTransformer's arguments, notes) for a state dict: from its shapes, and from `known`,
     a transformers config, where there is one."""
-    known = dict(known)
+    known, notes = dict(known), []
     weight, pos = state["patch_embed.proj.weight"], state.get("pos_embed", torch.zeros(0))
     if (weight.ndim != 4 or pos.ndim != 3 or weight.shape[2] != weight.shape[3]
             or pos.shape[2] != weight.shape[0] or 0 in weight.shape or 0 in pos.shape):
-        raise CheckpointError(f"{path}: patch projection {tuple(weight.shape)} and pos_embed "
+        raise CheckpointError(f"patch projection {tuple(weight.shape)} and pos_embed "
                               f"{tuple(pos.shape)} are not those of a ViT")
-    for pattern, words in UNLIKE:
-        unlike = [k for k in state if re.search(pattern, k)]
-        if unlike:
-            raise CheckpointError(f"{path}: a ViT with {words} ({unlike[0]:.60}): not the one of "
-                                  "MAE and MoCo v3, its features would be others")
+    unlike = [f"{words} ({key:.60})" for pattern, words in UNLIKE for key in state
+              if re.search(pattern, key)]
     act = known.get("hidden_act", "gelu")
     if act != "gelu" or "quickgelu" in str(known.get("architecture")):
-        act = act if act != "gelu" else "quick_gelu"
-        raise CheckpointError(f"{path}: a ViT with {act!r:.20} in its MLPs, not GELU: its features "
-                              "would be others")
+        unlike.append(f"another activation ({act if act != 'gelu' else 'quick_gelu'!r:.20})")
     if "cls_token" not in state:
-        raise CheckpointError(f"{path}: a ViT without class token (cls_token)")
+        unlike.append("no class token")
+    if unlike:
+        raise CheckpointError(f"a ViT with {unlike[0]}, unlike that of MAE and MoCo v3: its "
+                              "features would be others")
     dim, in_chans, patch, _ = weight.shape
     depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
     hidden = state.get("blocks.0.mlp.fc1.bias", pos)
-    hidden = len(hidden) if hidden.ndim == 1 else 0
-    notes = []
-    if size is None and "image_size" in known:
-        size = known["image_size"]
-        size = [size, size] if type(size) is int else size
-        if not isinstance(size, list) or [type(s) for s in size] != [int, int]:
-            raise CheckpointError(f"{path}: its image_size is {size!r:.40}")
+    if "image_size" in known:
+        stated = known["image_size"]
+        size = size or ([stated, stated] if type(stated) is int else stated)
+        if not isinstance(size, (list, tuple)) or [type(side) for side in size] != [int, int]:
+            raise CheckpointError(f"its image_size is {stated!r:.40}")
     stated = known.get("num_attention_heads")
-    if stated is not None:
-        if heads not in (None, stated):
-            raise CheckpointError(f"{path}: its config.json says {stated!r:.20} heads, not {heads}")
-        heads = stated
-    elif heads is None:
+    if stated is not None and heads not in (None, stated):
+        raise CheckpointError(f"its config.json says {stated!r:.20} heads, not {heads}")
+    heads = stated or heads
+    if heads is None:
         # heads leave no trace in the shapes: 64 wide, but MoCo v3's ViT-S has 12, ViT-H 80 wide
         heads = {1280: 16}.get(dim, max(dim // 64, 1))
         heads = 12 if layout == "MoCo v3" and dim == 384 else heads
-        more = {384: "; a ViT-S has 6, that of MoCo v3 12"}.get(dim, "")
-        if dim not in (192, 384, 768, 1024, 1280):
-            more = "; no published ViT has this width"
+        more = "; no published ViT has this width"
+        if dim in (192, 384, 768, 1024, 1280):
+            more = "; a ViT-S has 6, that of MoCo v3 12" if dim == 384 else ""
         notes.append(f"heads: {heads} assumed ({dim // heads} wide{more}); --heads says otherwise")
     if known.get("layer_norm_eps", 1e-6) != 1e-6:
-        notes.append(f"its norms add {known['layer_norm_eps']!r:.10}, here 1e-06")
-    grid = square_side(pos, size, patch, path)
+        notes.append(f"its norms add {known['layer_norm_eps']!r:.10} to the variance, here 1e-06")
+    grid = grid_of(pos, size, patch)
     return dict(img_size=[side * patch for side in grid], patch_size=patch, in_chans=in_chans,
-                dim=dim, depth=depth, heads=heads, mlp_ratio=hidden / dim), notes
+                dim=dim, depth=depth, heads=heads,
+                mlp_ratio=(len(hidden) if hidden.ndim == 1 else 0) / dim), notes
 
 
 def check_config(config, state, path):
@@ -514,11 +520,11 @@ def check_meta(meta, config, path):
         raise CheckpointError(f"{path}: refused, its system is {meta['system']!r:.40}, no name")
 
 
-def check_weights(state, path):
+def check_weights(state):
     """Refuse weights that are no numbers: NaN, infinite or beyond any use."""
     for name, tensor in state.items():
         if not tensor.is_floating_point() or not (tensor.abs() < 1e30).all():
-            raise CheckpointError(f"{path}: {name} holds what is not a finite number")
+            raise CheckpointError(f"{name} holds what is not a finite number")
 
 
 def check_linear(content, path, width=None):
@@ -530,34 +536,21 @@ def check_linear(content, path, width=None):
     kinds = (("checkpoint", str), ("encoder_digest", str), ("classes", (list, tuple)),
              ("classifier", dict), ("mean", (list, tuple)), ("std", (list, tuple)))
     wrong = [name for name, kind in kinds if not isinstance(content.get(name), kind)]
+    if not wrong and not all(isinstance(name, str) for name in classes):
+        wrong = ["classes"]
     if not wrong:
         weight, bias = head.get("weight"), head.get("bias")
         if not (torch.is_tensor(weight) and torch.is_tensor(bias) and weight.ndim == 2
-                and bias.ndim == 1 and len(weight) == len(bias) == len(classes) > 0
+                and bias.shape == weight.shape[:1] == (len(classes),) != (0,)
                 and isinstance(head.get("normalise"), bool)):
             wrong = ["classifier"]
-        elif not all(isinstance(name, str) for name in classes):
-            wrong = ["classes"]
     if wrong:
         raise CheckpointError(f"{path}: not a classifier that evaluate.py wrote ({wrong[0]})")
-    if width is not None and weight.shape[1] != width:
-        raise CheckpointError(f"{path}: for features of width {weight.shape[1]}, not {width}")
-    check_weights(dict(weight=weight, bias=bias), path)
+    with naming(path):
+        if width not in (None, weight.shape[1]):
+            raise CheckpointError(f"for features of width {weight.shape[1]}, not {width}")
+        check_weights(dict(weight=weight, bias=bias))
     check_meta(content, dict(in_chans=len(content["mean"])), path)
-
-
-def check_run(content, needed, path):
-    """Refuse a last.pt that a run cannot go on from: every name of `needed`, of its kind."""
-    kinds = dict(model=dict, settings=dict, optimizer=dict, step=int, skipped=int, meta=dict)
-    wrong = [name for name in sorted(needed)
-             if name not in content or not isinstance(content[name], kinds.get(name, object))
-             ] if isinstance(content, dict) else ["no dict"]
-    wrong += [k for k in ("step", "skipped") if not wrong and k in needed and content[k] < 0]
-    if wrong:
-        raise CheckpointError(f"{path}: not a checkpoint to resume from ({wrong[0]})")
-    tensors = {k: v for k, v in content.get("model", {}).items()
-               if torch.is_tensor(v) and v.is_floating_point()}
-    check_weights(tensors, path)
 
 
 def read_encoder(path, weights="base", heads=None, size=None):
@@ -571,43 +564,47 @@ def read_encoder(path, weights="base", heads=None, size=None):
     """
     path = locate(path)
     content = read(path)
-    state, rest, layout, notes = unwrap(content, path, weights)
-    said = content.get("config")
-    if isinstance(said, dict) and {"img_size", "patch_size", "dim"} <= set(said):
-        config, meta, layout = said, content.get("meta"), "ours"
-        meta = meta if isinstance(meta, dict) else {}
-        stated = config["img_size"]
-        if heads not in (None, config.get("heads")):
-            raise CheckpointError(f"{path}: says that it has {config.get('heads')!r:.20} heads, "
-                                  f"not {heads}")
-        if size is not None and stated not in (list(size), tuple(size)):
-            raise CheckpointError(f"{path}: says that its images are {stated!r:.40}, not {size}")
-    else:
-        known, shown = described(path)
-        config, more = config_of(state, layout, path, known, heads, size)
-        notes += more
-        meta = foreign_meta(known, shown, config)
+    with naming(path):
+        state, rest, layout, notes = unwrap(content, weights)
+        config, meta = content.get("config"), content.get("meta")
+        if isinstance(config, dict) and {"img_size", "patch_size", "dim"} <= set(config):
+            layout, meta = "ours", meta if isinstance(meta, dict) else {}
+            for name, asked, stated in (("heads", heads, config.get("heads")),
+                                        ("size", size and list(size), config["img_size"])):
+                if asked is not None and asked != stated:
+                    raise CheckpointError(f"its {name} is {stated!r:.40}, not {asked}")
+        else:
+            known, shown = described(path)
+            config, more = config_of(state, layout, known, heads, size)
+            notes += more
+            meta = foreign_meta(known, shown, config)
     check_config(config, state, path)
     check_meta(meta, config, path)
+    encoder = {k: v for k, v in state.items() if is_encoder(k)}
+    with naming(path):
+        match(encoder, config)
+        check_weights(encoder)
+    with open(path, "rb") as f:
+        file_digest = hashlib.file_digest(f, "sha256").hexdigest()[:12]
+    rest |= {k: v for k, v in state.items() if k not in encoder}
+    return dict(state=encoder, config=config, meta=meta, rest=rest, layout=layout, path=path,
+                notes=notes, digest=file_digest)
+
+
+def match(encoder, config):
+    """Refuse tensors that are not, name by name, those of VisionTransformer(**config)."""
     try:
         with torch.device("meta"):
             expected = VisionTransformer(**config).state_dict()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a ViT that can be rebuilt ({error})") from None
-    encoder = {k: v for k, v in state.items() if is_encoder(k)}
+        raise CheckpointError(f"not a ViT that can be rebuilt ({error})") from None
     missing = sorted(set(expected) - set(encoder))
     surplus = sorted(set(encoder) - set(expected))
     wrong = [k for k in expected if k in encoder and encoder[k].shape != expected[k].shape]
     if missing or surplus or wrong:
-        first = (missing or surplus or wrong)[0]
-        raise CheckpointError(f"{path}: {len(missing)} encoder tensors missing, {len(surplus)} "
-                              f"unknown, {len(wrong)} of another shape; first: {first}")
-    check_weights(encoder, path)
-    with open(path, "rb") as f:
-        file_digest = hashlib.file_digest(f, "sha256").hexdigest()[:12]
-    return dict(state=encoder, config=config, meta=meta, layout=layout, path=path, notes=notes,
-                rest=rest | {k: v for k, v in state.items() if k not in encoder},
-                digest=file_digest)
+        raise CheckpointError(f"{len(missing)} encoder tensors missing, {len(surplus)} unknown, "
+                              f"{len(wrong)} of another shape; first: "
+                              f"{(missing or surplus or wrong)[0]}")
 
 
 def foreign_meta(known, shown, config):
@@ -662,7 +659,7 @@ def fit(source, img_size=None, in_chans=None):
 
 def there(path):
     """Whether there may be a checkpoint: a file, a folder, or a model's name on the hub."""
-    return os.path.exists(path) or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
+    return os.path.exists(path) or bool(HUB_NAME.fullmatch(path))
 
 
 def start(args):
@@ -670,8 +667,9 @@ def start(args):
     --img-size and --in-chans, or with --init none the architecture alone, with source None."""
     if args.init == "none":
         (patch, dim, depth, heads), _ = ARCHS[args.arch]
-        return None, None, dict(img_size=args.img_size, patch_size=args.patch_size or patch, dim=dim,
-                                in_chans=args.in_chans or 3, depth=depth, heads=args.heads or heads)
+        return None, None, dict(img_size=args.img_size, patch_size=args.patch_size or patch,
+                                in_chans=args.in_chans or 3, dim=dim, depth=depth,
+                                heads=args.heads or heads)
     source = read_encoder(args.init, heads=args.heads, size=args.init_size)
     return source, *fit(source, args.img_size, args.in_chans)
 
@@ -781,7 +779,9 @@ def export(source, kind, path):
                 f", mlp_ratio={config['mlp_ratio']:g}, num_classes=0)\n"
                 f"  model.load_state_dict({how}, strict=True)")
     if kind == "onnx":
-        return export_onnx(source, path)
+        raise CheckpointError("onnx: torch's exporter needs a further package (pip install "
+                              "onnxscript); then: torch.onnx.export(checkpoint.load(FILE), "
+                              "(images,), 'encoder.onnx', dynamo=True)")
     os.makedirs(path, exist_ok=True)
     for name, content in zip(("config.json", "preprocessor_config.json"), hf_settings(source)):
         text = json.dumps(content, indent=1).encode()
@@ -792,25 +792,26 @@ def export(source, kind, path):
             f"  processor = transformers.AutoImageProcessor.from_pretrained({path!r})")
 
 
+# official name -> that of the files on the hub, in turn
+TO_HF = ((r"^cls_token", "embeddings.cls_token"), (r"^pos_embed", "embeddings.position_embeddings"),
+         (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
+         (r"^norm\.", "layernorm."), (r"^blocks\.", "encoder.layer."),
+         (r"\.norm1\.", ".layernorm_before."), (r"\.norm2\.", ".layernorm_after."),
+         (r"\.attn\.proj\.", ".attention.output.dense."), (r"\.mlp\.fc1\.", ".intermediate.dense."),
+         (r"\.mlp\.fc2\.", ".output.dense."))
+
+
 def hf_state(state):
     """The encoder under the names of the files on the hub."""
     names = {}
-    parts = {"norm1": "layernorm_before", "norm2": "layernorm_after",
-             "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense",
-             "mlp.fc2": "output.dense"}
-    whole = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
-             "patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
     for key, value in state.items():
-        stem, _, kind = key.rpartition(".")
-        if not stem.startswith("blocks."):
-            names[f"{whole[stem]}.{kind}" if stem else whole[key]] = value
-            continue
-        _, i, part = stem.split(".", 2)
-        if part == "attn.qkv":
-            for letter, third in zip(("query", "key", "value"), value.chunk(3)):
-                names[f"encoder.layer.{i}.attention.attention.{letter}.{kind}"] = third
+        for pattern, new in TO_HF:
+            key = re.sub(pattern, new, key)
+        if ".attn.qkv." in key:
+            for part, third in zip(("query", "key", "value"), value.chunk(3)):
+                names[key.replace(".attn.qkv.", f".attention.attention.{part}.")] = third
         else:
-            names[f"encoder.layer.{i}.{parts[part]}.{kind}"] = value
+            names[key] = value
     return names
 
 
@@ -832,17 +833,3 @@ def hf_settings(source):
                   rescale_factor=1 / (high - low), do_normalize=True,
                   image_mean=[m + low / (high - low) for m in mean], image_std=list(std))
     return vit, images
-
-
-def export_onnx(source, path):
-    encoder = VisionTransformer(**source["config"]).eval()
-    encoder.load_state_dict(source["state"])
-    images = torch.zeros(2, source["config"]["in_chans"], *source["config"]["img_size"])
-    try:
-        torch.onnx.export(encoder, (images,), path, input_names=["images"], dynamo=True,
-                          output_names=["features"], external_data=False,
-                          dynamic_shapes={"x": {0: torch.export.Dim("n")}})
-    except ImportError as error:
-        raise CheckpointError("torch's ONNX exporter needs another package: pip install onnx "
-                              f"onnxscript ({error})") from None
-    return f"wrote {path}; normalised images (n, C, H, W) -> features (n, {encoder.dim})"

@@ -747,3 +747,44 @@ def lr_factor(step, steps, warmup_steps, floor=0.0):
 def momentum_at(step, steps, start=0.99):
     """MoCo v3's encoder momentum, rising from `start` to 1 over half a cosine."""
     return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+# ------------------------------------------------------------------------------------------- classifiers
+class Classifier(VisionTransformer):
+    """An encoder and a linear classifier on its class token: images (N, C, H, W) -> logits (N, classes).
+
+    head: {"kind": "linear"}, or {"kind": "projector", "width", "bias"} for the projector's first Linear
+    before the classifier, with nothing between them. The first `frozen` blocks stay in evaluation mode.
+    """
+
+    def __init__(self, config, head, classes, drop_path=0.0):
+        super().__init__(**config, drop_path=drop_path)
+        self.frozen = 0
+        self.head = classifier = nn.Linear(head.get("width", self.dim), classes)
+        if head["kind"] == "projector":
+            first = nn.Linear(self.dim, head["width"], bias=head["bias"])
+            self.head = nn.Sequential(first, classifier)
+        # MAE's: normal with std 2e-5 (cut at +-2, as in timm), so that classes are equally likely at first
+        nn.init.trunc_normal_(classifier.weight, std=2e-5)
+        nn.init.zeros_(classifier.bias)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.blocks[:self.frozen].eval()
+        return self
+
+
+def confusion_matrix(predicted, labels, classes):
+    """(C, C) counts of images by true class (rows) and predicted class, from two (N,) int64 tensors."""
+    return (labels * classes + predicted).bincount(minlength=classes ** 2).reshape(classes, classes)
+
+
+def accuracies(confusion, among_five):
+    """Percentages from a confusion matrix (C, C) and the number of images whose class is among the five
+    likeliest: top1; balanced, the mean recall of the classes tested; top5, of more than five classes."""
+    right, support = confusion.diagonal().double(), confusion.sum(1).double()
+    recall = right[support > 0] / support[support > 0]
+    found = dict(top1=100 * (right.sum() / support.sum()).item(), balanced=100 * recall.mean().item())
+    if len(confusion) > 5:
+        found["top5"] = 100 * among_five / int(support.sum())
+    return found

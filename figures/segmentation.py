@@ -1,0 +1,112 @@
+"""Sheets and overlays of segment.py, and their colours. Needs numpy and pillow.
+
+Colours are chosen to differ for every kind of colour vision: see `palette`.
+"""
+import functools
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+IGNORED = 255
+GREY = (150, 150, 150)                                                      # of ignored pixels
+# linear RGB as seen without L, M or S cones (Machado et al., 2009, severity 1)
+DEFICIENCIES = np.array([
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+])
+
+
+def oklab(linear):
+    """Linear RGB (..., 3) -> OKLab (Ottosson, 2020): equal distances look about equally different."""
+    lms = linear @ np.array([[0.4122214708, 0.2119034982, 0.0883024619],
+                             [0.5363325363, 0.6806995451, 0.2817188376],
+                             [0.0514459929, 0.1073969566, 0.6299787005]])
+    return np.cbrt(lms) @ np.array([[0.2104542553, 1.9779984951, 0.0259040371],
+                                    [0.7936177850, -2.4285922050, 0.7827717662],
+                                    [-0.0040720468, 0.4505937099, -0.8086757660]])
+
+
+def appearances(colours):
+    """sRGB colours (n, 3), 0 to 255 -> OKLab (4, n, 3): as seen with all cones, and without each kind."""
+    x = np.asarray(colours, np.float64) / 255
+    linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    seen = [linear] + [linear @ matrix.T for matrix in DEFICIENCIES]
+    return np.stack([oklab(np.clip(v, 0, 1)) for v in seen])
+
+
+@functools.cache
+def palette(n):
+    """n colours (n, 3) uint8. Each is the one farthest from those before it, for the eye that tells them worst."""
+    steps = np.linspace(0, 255, 10).round()
+    grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
+    seen = appearances(grid)
+    chosen = [int(np.abs(grid - np.array([0, 85, 170])).sum(1).argmin())]
+    nearest = np.linalg.norm(seen - appearances([GREY]), axis=2).min(0)
+    while len(chosen) < n:
+        distance = np.linalg.norm(seen - seen[:, chosen[-1:]], axis=2).min(0)
+        nearest = np.minimum(nearest, distance)
+        chosen.append(int(nearest.argmax()))
+    return grid[chosen].astype(np.uint8)
+
+
+def coloured(labels, classes):
+    """Class ids (H, W), 255 = ignored -> RGB (H, W, 3) uint8."""
+    table = np.full((256, 3), GREY, np.uint8)
+    table[:classes] = palette(classes)
+    return table[labels]
+
+
+def label_image(labels, classes):
+    """Class ids (H, W) as a palette image: its pixels are the ids, shown in colour."""
+    image = Image.fromarray(labels.astype(np.uint8), "L")
+    table = np.full((256, 3), GREY, np.uint8)
+    table[:classes] = palette(classes)
+    image.putpalette(table.tobytes())
+    return image
+
+
+def overlay(image, labels, classes, opacity=0.55):
+    """RGB (H, W, 3) uint8 under the colours of its classes."""
+    mixed = (1 - opacity) * image + opacity * coloured(labels, classes)
+    return (mixed + 0.5).astype(np.uint8)
+
+
+def font(size):
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:                                                       # pillow before 10.1: one size
+        return ImageFont.load_default()
+
+
+def sheet(path, columns, names, width=240, margin=6):
+    """A PNG of columns {title: list of RGB (H, W, 3) uint8, one a row}, with a legend of the class names."""
+    text = font(12)
+    rows = len(next(iter(columns.values())))
+    cells = {title: [Image.fromarray(image) for image in images] for title, images in columns.items()}
+    first = next(iter(cells.values()))
+    heights = [round(width * image.height / image.width) for image in first]
+    across = len(cells) * (width + margin) + margin
+    swatch = 13
+    longest = max(text.getlength(name) for name in names)
+    per_line = max(1, int((across - margin) // (longest + swatch + 4 * margin)))
+    lines = -(-len(names) // per_line)
+    top = 22
+    bottom = lines * 19 + margin
+    page = Image.new("RGB", (across, top + sum(heights) + rows * margin + bottom), "white")
+    pen = ImageDraw.Draw(page)
+    for column, (title, images) in enumerate(cells.items()):
+        left = margin + column * (width + margin)
+        pen.text((left, 4), title, fill="black", font=text)
+        y = top
+        for image, height in zip(images, heights):
+            page.paste(image.resize((width, height), Image.NEAREST if column else Image.BICUBIC), (left, y))
+            y += height + margin
+    y = top + sum(heights) + rows * margin
+    for i, (name, colour) in enumerate(zip(names, palette(len(names)).tolist())):
+        left = margin + (i % per_line) * (across - margin) // per_line
+        line = y + (i // per_line) * 19
+        pen.rectangle((left, line, left + swatch, line + swatch), fill=tuple(colour), outline="black")
+        pen.text((left + swatch + margin, line), name, fill="black", font=text)
+    page = page.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    page.save(path, format="PNG", optimize=True)

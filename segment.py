@@ -1,0 +1,1008 @@
+"""Semantic segmentation (Table 6): an encoder fine-tuned under UperNet, or a linear head on it.
+
+    python segment.py --data ADE20K --init out/graft                        # the paper's
+    torchrun --nproc_per_node 8 segment.py --data ADE20K --init out/graft   # on eight GPUs
+    python segment.py --data ADE20K --init none out/mae out/graft           # the rows of a table
+    python segment.py --data CAMVID --init out/graft --protocol linear4 --crop-size 48x64 \\
+        --iterations 120 --batch-size 8 --lr 1e-2 --amp off                 # half a minute on a CPU
+    python segment.py --predict IMAGES --segmenter out/segment              # label PNGs, overlays
+
+Writes last.pt (to resume), segmenter.pt, log.jsonl and sheet.png into --out, and the mIoU on the test
+images as one line of results.jsonl. Settings are those of MAE's ADE20K runs in mmsegmentation
+(configs/mae/upernet_mae-base_fp16_8x2_512x512_160k_ade20k.py), which follow BEiT.
+"""
+import run  # first: a Ctrl-C while torch is imported ends in one line
+
+import argparse
+import math
+import os
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import augment
+import checkpoint
+import data
+from data import DataError
+from figures import segmentation as figures
+from model import (ARCHS, Attention, BatchNorm1d, Block, VisionTransformer, drop_path, full,
+                   init_mae_, param_groups, set_rates, world)
+from run import UsageError, number
+
+IGNORED = 255               # the label of pixels that count for nothing
+SEGMENT = 17                # augment.uniform's key: what a random number is drawn for
+AUXILIARY = 0.4             # weight of the auxiliary head's loss
+# by protocol: mmsegmentation's, DINOv2's, iBOT's
+DEFAULTS = dict(
+    upernet=dict(iterations=160000, lr=1e-4, weight_decay=0.05, layer_decay=0.65, drop_path=0.1),
+    linear=dict(iterations=40000, lr=1e-3, weight_decay=1e-4, layer_decay=1.0, drop_path=0.0),
+    linear4=dict(iterations=160000, lr=8e-5, weight_decay=0.05, layer_decay=1.0, drop_path=0.0))
+# what matters after training alone: it may differ when a run is resumed
+TEST_OPTIONS = ("show", "predict", "segmenter", "test_part", "stride")
+
+
+def get_args(argv=None):
+    parser = run.Parser(__doc__)
+    add = parser.group("data")
+    add("--data", help="folder with train/images, train/labels, val/images and val/labels, or ADE20K's, "
+        "Cityscapes' or VOC's folders as they are unpacked (default: $DATA)")
+    add("--classes", metavar="FILE", help="names of the classes, one a line (default: those of the known "
+        "folders, else numbers)")
+    add("--ignore", type=number(int, 0, 65535), action="append", metavar="ID",
+        help="a further id that counts for nothing, as 255 does; may be repeated")
+    add("--reduce-zero-label", action=argparse.BooleanOptionalAction,
+        help="id 0 counts for nothing, k becomes k - 1 (default: in ADE20K's own folders)")
+    add("--labels", help="training images used: 32 or 10%%, drawn by --seed (default: all)")
+    add("--test-part", choices=("val", "test"), help="what is tested (default: val, else test)")
+    run.add_options(add, "workers max-bad")
+    add = parser.group("model")
+    add("--init", nargs="+", default=["out/graft"], help="encoders, a row each: a run's folder, our "
+        "files, MAE, MoCo v3, DINO, timm, transformers; or none")
+    run.add_options(add, "weights heads")
+    add("--arch", choices=ARCHS, default="vit_base", help="with --init none")
+    add("--patch-size", type=number(int, 1, 256), help="with --init none (default: --arch's)")
+    add("--protocol", choices=DEFAULTS, default="upernet", help="linear, linear4: BatchNorm and a linear "
+        "classifier on the last or four blocks' tokens of the frozen encoder")
+    add("--channels", type=number(int, 1, 4096), help="of UperNet (default: the encoder's width)")
+    add("--relative-positions", action=argparse.BooleanOptionalAction, default=True,
+        help="a learned bias by offset in every block, from 0, beside the positions")
+    add("--layer-scale", type=number(float, 0, 10), default=1.0,
+        help="first value of the learned scale of every branch; 0: none")
+    add = parser.group("images")
+    add("--crop-size", type=run.image_size, default=[512, 512], help="512 or HEIGHTxWIDTH; also of the "
+        "windows in the test")
+    add("--short-side", type=number(int, 1, 8192), help="short side of the images, before the random "
+        "resize and in the test (default: the crop's)")
+    add("--stride", type=number(int, 1, 8192), help="of the windows (default: two thirds of the crop)")
+    add("--show", type=number(int, 0, 64), default=4, help="test images on the sheet")
+    add = parser.group("optimisation")
+    add("--iterations", type=number(int, 1, 10 ** 7), help="default 160000; linear 40000")
+    add("--batch-size", type=number(int, 1), default=16, help="global, of all devices")
+    add("--lr", type=number(above=True), help="for any batch (default 1e-4; linear 1e-3; linear4 8e-5)")
+    add("--layer-decay", type=number(float, 0, 1, above=True), help="rate of a layer / rate of the layer "
+        "above (default 0.65)")
+    add("--weight-decay", type=number(), help="not on 1-D parameters (default 0.05; linear 1e-4)")
+    add("--warmup-iterations", type=number(int, 0, 10 ** 7), help="default 1500, or 15 %% of a shorter run")
+    add("--drop-path", type=number(float, 0, 0.99), help="of the last block, falling to 0 at the first "
+        "(default 0.1)")
+    add("--loss-over", choices=("all", "valid"), default="all", help="pixels whose mean is the loss: "
+        "with the ignored ones, as in mmsegmentation, or without")
+    add = parser.group("predict")
+    add("--predict", metavar="FOLDER", help="write labels and overlays of its images, and nothing else")
+    add("--segmenter", help="a run's folder or its segmenter.pt (default: --out)")
+    add = parser.group("run")
+    run.add_options(add, "out resume seed device amp compile log-every save-minutes timeout-minutes",
+                    out="out/segment")
+    add("--results", help="folder of the results.jsonl that gets the results (default: --out)")
+    args = parser.parse_args(argv)
+    args.data = args.data or os.environ.get("DATA")
+    side = min(args.crop_size)
+    run.fill(args, DEFAULTS[args.protocol] | dict(short_side=side, stride=max(side * 2 // 3, 1), ignore=[]))
+    run.fill(args, dict(warmup_iterations=min(1500, int(0.15 * args.iterations))))
+    if args.stride > side:
+        parser.error(f"--stride {args.stride} is more than the crop's {side}: pixels would be left out")
+    if not args.predict:
+        if not args.data:
+            parser.error("--data is needed, a folder of images with labels for every pixel")
+        for init in args.init:
+            if init != "none" and not checkpoint.there(init):
+                parser.error(f"no checkpoint {init}: run `python mae_pretrain.py` and `python "
+                             "graft_train.py` first, or give --init FILE or none")
+        if args.classes and not os.path.isfile(args.classes):
+            parser.error(f"--classes {args.classes}: no such file")
+    elif not os.path.isdir(args.predict):
+        parser.error(f"--predict {args.predict}: no such folder")
+    run.check(parser, args)
+    return args
+
+
+# -------------------------------------------------------------------------------------- the encoder
+class RelativeAttention(Attention):
+    """Attention with a learned bias by head and offset between patches, from 0 (Bao et al., 2021).
+
+    offsets (h, 2 H - 1, 2 W - 1) for a grid of (H, W) patches; class_bias (h, 3): of the class token
+    to patches, of patches to it, of it to itself.
+    """
+
+    def __init__(self, dim, heads, grid):
+        super().__init__(dim, heads)
+        self.grid = grid
+        self.offsets = nn.Parameter(torch.zeros(heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
+        self.class_bias = nn.Parameter(torch.zeros(heads, 3))
+
+    def bias(self, dtype):
+        """(h, T, T): row, the token that asks; column, the one that is asked."""
+        h, w = self.grid
+        # [y', x', y, x] holds the offset (y - y', x - x')
+        patches = self.offsets.to(dtype).unfold(1, h, 1).unfold(2, w, 1).flip(1, 2)
+        patches = patches.permute(0, 3, 4, 1, 2).reshape(self.heads, h * w, h * w)
+        to_patches, to_class, own = self.class_bias.to(dtype)[..., None, None].unbind(1)
+        first = torch.cat([own, to_patches.expand(-1, 1, h * w)], 2)
+        rest = torch.cat([to_class.expand(-1, h * w, 1), patches], 2)
+        return torch.cat([first, rest], 1)
+
+    def forward(self, x, attention=None, first=None):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        q, bias = q[:, :, :first], self.bias(q.dtype)[:, :first]
+        if attention is None and q.is_cuda:
+            x = F.scaled_dot_product_attention(q, k, v, bias.expand(len(q), -1, -1, -1))
+        else:                           # no fused kernel of a CPU has a gradient for the bias
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+            weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias).softmax(-1)
+            x = weights @ v
+            if attention is not None:
+                attention.append(weights)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class ScaledBlock(Block):
+    """A block with a learned scale for each channel of its branches (Touvron et al., 2021)."""
+
+    def __init__(self, dim, heads, mlp_ratio, rate, scale):
+        super().__init__(dim, heads, mlp_ratio, rate)
+        self.gamma_1 = nn.Parameter(torch.full((dim,), float(scale)))
+        self.gamma_2 = nn.Parameter(torch.full((dim,), float(scale)))
+
+    def forward(self, x, attention=None, first=None):
+        branch = self.gamma_1 * self.attn(self.norm1(x), attention, first)
+        x = x[:, :first] + drop_path(branch, self.drop_path, self.training)
+        branch = self.gamma_2 * self.mlp(self.norm2(x))
+        return x + drop_path(branch, self.drop_path, self.training)
+
+
+# ---------------------------------------------------------------------------------------- the heads
+class BatchNorm2d(BatchNorm1d):
+    """BatchNorm of (N, C, h, w) over the images of all processes, in float32 under autocast. A batch
+    that is not finite leaves no trace in the running statistics."""
+
+    def forward(self, x):
+        x = full(x)
+        mean, var = self.running_mean, self.running_var
+        if not self.training:
+            return F.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps)
+        n, _, h, w = x.shape
+        if world()[1] > 1:
+            y = super().forward(x.permute(0, 2, 3, 1).flatten(0, 2))
+            return y.unflatten(0, (n, h, w)).permute(0, 3, 1, 2)
+        new = mean.clone(), var.clone()
+        y = F.batch_norm(x, *new, self.weight, self.bias, True, self.momentum, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            for running, value in zip((mean, var), new):
+                running.copy_(torch.where(value.isfinite(), value, running))
+        return y
+
+
+def conv(inner, outer, size=1):
+    """Convolution, BatchNorm, ReLU. Weights: Kaiming's, by what goes out, as mmcv's ConvModule."""
+    layer = nn.Conv2d(inner, outer, size, padding=size // 2, bias=False)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(layer, BatchNorm2d(outer), nn.ReLU(inplace=True))
+
+
+def pixel_classifier(width, classes, dropout=0.1):
+    """Dropout of whole channels, then a 1x1 convolution with weights of std .01."""
+    layer = nn.Conv2d(width, classes, 1)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    return nn.Sequential(nn.Dropout2d(dropout), layer)
+
+
+def resized(x, size):
+    """(N, C, h, w) -> (N, C, *size): bilinear, corners not aligned."""
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+class Pyramid(nn.ModuleList):
+    """Four maps (N, D, h, w) of one size -> at 4, 2, 1 and 1/2 times that size, rounded down."""
+
+    def __init__(self, dim):
+        up4 = nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, 2), BatchNorm2d(dim), nn.GELU(),
+                            nn.ConvTranspose2d(dim, dim, 2, 2))
+        super().__init__([up4, nn.ConvTranspose2d(dim, dim, 2, 2), nn.Identity(), nn.MaxPool2d(2)])
+
+    def forward(self, maps):
+        return [level(x) for level, x in zip(self, maps)]
+
+
+class UperNet(nn.Module):
+    """UperNet (Xiao et al., 2018): four maps (N, D, ., .), finest first -> logits as fine."""
+
+    SCALES = (1, 2, 3, 6)
+
+    def __init__(self, dim, channels, classes):
+        super().__init__()
+        self.pooled = nn.ModuleList([conv(dim, channels) for _ in self.SCALES])
+        self.bottleneck = conv(dim + len(self.SCALES) * channels, channels, 3)
+        self.laterals = nn.ModuleList([conv(dim, channels) for _ in range(3)])
+        self.fpn = nn.ModuleList([conv(channels, channels, 3) for _ in range(3)])
+        self.fuse = conv(4 * channels, channels, 3)
+        self.classifier = pixel_classifier(channels, classes)
+
+    def forward(self, maps):
+        top = maps[-1]
+        pooled = [resized(layer(F.adaptive_avg_pool2d(top, scale)), top.shape[2:])
+                  for layer, scale in zip(self.pooled, self.SCALES)]
+        levels = [self.bottleneck(torch.cat([top, *pooled], 1))]
+        for lateral, x in zip(reversed(self.laterals), reversed(maps[:-1])):
+            levels.insert(0, lateral(x) + resized(levels[0], x.shape[2:]))
+        levels = [layer(x) for layer, x in zip(self.fpn, levels)] + levels[3:]  # the top has none
+        size = levels[0].shape[2:]
+        levels = [levels[0], *(resized(x, size) for x in levels[1:])]
+        return self.classifier(self.fuse(torch.cat(levels, 1)))
+
+
+class Segmenter(VisionTransformer):
+    """An encoder and a head: images (N, C, H, W) -> (logits (N, classes, h, w), those of the
+    auxiliary head or None).
+
+    head: the dict of `describe`. Under UperNet everything trains, positions included, and taps are the
+    blocks' outputs as they are. A linear head reads them after the final norm, and trains alone.
+    """
+
+    def __init__(self, config, head, drop_path=0.0):
+        super().__init__(**config, drop_path=drop_path)
+        self.taps, self.frozen = head["taps"], head["protocol"] != "upernet"
+        dim, heads, classes = self.dim, config["heads"], head["classes"]
+        if self.frozen:
+            self.requires_grad_(False)
+            width = dim * len(self.taps)
+            self.head = nn.Sequential(BatchNorm2d(width), pixel_classifier(width, classes, 0.0))
+            return
+        self.pos_embed.requires_grad_(True)
+        self.norm = nn.Identity()
+        for i, block in enumerate(self.blocks):
+            if head["layer_scale"]:
+                block = ScaledBlock(dim, heads, self.config["mlp_ratio"], block.drop_path,
+                                    head["layer_scale"])
+            if head["relative"]:
+                block.attn = RelativeAttention(dim, heads, self.grid)
+            self.blocks[i] = block
+        init_mae_(self)
+        fcn = conv(dim, head["fcn_channels"], 3), pixel_classifier(head["fcn_channels"], classes)
+        self.head = nn.ModuleDict(dict(pyramid=Pyramid(dim), fcn=nn.Sequential(*fcn),
+                                       upernet=UperNet(dim, head["channels"], classes)))
+
+    def train(self, mode=True):
+        super().train(mode and not self.frozen)
+        self.head.train(mode)
+        return self
+
+    def maps(self, x):
+        """The patches after each tap (N, D, h, w), without the class token."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            tokens = [self.norm(x)[:, 1:] for x in self.intermediate(x, self.taps)]
+        return [x.transpose(1, 2).unflatten(2, self.grid) for x in tokens]
+
+    def forward(self, x):
+        maps = self.maps(x)
+        if self.frozen:
+            return self.head(torch.cat(maps, 1)), None
+        maps = self.head.pyramid(maps)
+        return self.head.upernet(maps), self.head.fcn(maps[2]) if self.training else None
+
+
+def describe(protocol, depth, classes, channels=768, relative=True, layer_scale=1.0,
+             fcn_channels=256):
+    """A Segmenter's head. Taps: after blocks 4, 6, 8 and 12 of 12, in proportion of other depths."""
+    taps = [max(1, round(depth * share)) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
+    head = dict(protocol=protocol, classes=classes, taps=taps[3:] if protocol == "linear" else taps)
+    if protocol == "upernet":
+        head |= dict(channels=channels, relative=relative, layer_scale=layer_scale,
+                     fcn_channels=fcn_channels)
+    return head
+
+
+def build(config, head, state=None, drop_path=0.0):
+    """(segmenter, names in `state` that it has no place for); state, config: of checkpoint.fit.
+
+    UsageError: sizes that do not fit each other.
+    """
+    grid = [side // config["patch_size"] for side in config["img_size"]]
+    if min(grid) < 2:
+        raise UsageError(f"--crop-size: {grid[0]}x{grid[1]} patches are too few, 2x2 at least")
+    try:
+        net = Segmenter(config, head, drop_path)
+    except ValueError as error:
+        raise UsageError(str(error).replace("--img-size", "--crop-size")) from None
+    own = net.state_dict()
+    unused = [k for k in state or {} if k not in own]
+    net.load_state_dict(own | {k: v for k, v in (state or {}).items() if k in own})
+    return net, unused
+
+
+def load_segmenter(path):
+    """(network in evaluation mode, what segmenter.pt holds besides). A run's folder stands for it."""
+    path = checkpoint.in_folder(path, "segmenter.pt")
+    content = checkpoint.read(path)
+    wanted = dict(model=dict, config=dict, head=dict, classes=list, mean=list, std=list,
+                  short_side=int, stride=int)
+    for name, kind in wanted.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+            raise UsageError(f"{path}: not a segmenter that segment.py wrote ({name})")
+    state, config, head = content["model"], content["config"], content["head"]
+    checkpoint.check_config(config, state, path)
+    checkpoint.check_meta(content, config, path)
+    widest = max((n for v in state.values() for n in v.shape), default=0)
+    claims = [head.get(k, 0) for k in ("classes", "channels", "fcn_channels")]
+    if not all(type(n) is int and 0 <= n <= widest for n in claims):
+        raise UsageError(f"{path}: refused, it claims a head {head!r:.80}")
+    try:
+        net = Segmenter(config, head)
+        net.load_state_dict(state)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        why = str(error).splitlines()[0]
+        raise UsageError(f"{path}: not a segmenter that segment.py wrote ({why})") from None
+    if len(content["classes"]) != head["classes"]:
+        raise UsageError(f"{path}: {len(content['classes'])} names for {head['classes']} classes")
+    return net.eval(), content
+
+
+# ----------------------------------------------------------------------------- loss, rates, measures
+def pixel_loss(logits, labels, over="all"):
+    """Cross-entropy of logits (N, K, h, w), resized to labels (N, H, W). IGNORED pixels give nothing.
+
+    over: "all" divides by all pixels, the ignored ones too, as mmsegmentation does; "valid" by the
+    others, of all processes.
+    """
+    logits = resized(full(logits), labels.shape[1:])
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    if over == "all":
+        return total / labels.numel()
+    valid = (labels != IGNORED).sum()
+    if world()[1] > 1:
+        dist.all_reduce(valid)
+    return total / (valid / world()[1]).clamp_min(1)
+
+
+def linear_factor(step, steps, warmup):
+    """Factor on every rate: from 1 to 0 over all steps, times a warm-up from 1e-6 to 1, as in
+    mmsegmentation 0.x (its 1.x starts the fall where the warm-up ends)."""
+    warm = 1 - (1 - step / warmup) * (1 - 1e-6) if step < warmup else 1.0
+    return warm * (1 - step / steps)
+
+
+def confusion(labels, predicted, classes):
+    """(classes, classes) pixel counts, truth by row, prediction by column; IGNORED ones left out."""
+    labels, predicted = labels.flatten().long(), predicted.flatten().long()
+    valid = labels != IGNORED
+    pairs = labels[valid] * classes + predicted[valid]
+    return pairs.bincount(minlength=classes ** 2).reshape(classes, classes)
+
+
+def measures(matrix):
+    """Percentages of a confusion matrix: iou of each class, None where it is neither in the truth nor
+    in the prediction; miou, the mean of the others; accuracy, of all pixels."""
+    matrix = matrix.double()
+    right = matrix.diag()
+    iou = 100 * right / (matrix.sum(0) + matrix.sum(1) - right)             # 0 / 0 is NaN
+    return dict(miou=round(iou.nanmean().item(), 2),
+                accuracy=round((100 * right.sum() / matrix.sum()).item(), 2),
+                iou=[None if math.isnan(v) else round(v, 2) for v in iou.tolist()])
+
+
+# --------------------------------------------------------------------------------- images and labels
+VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+       "motorbike person pottedplant sheep sofa train tvmonitor").split()
+CITYSCAPES = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic light",
+              "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck",
+              "bus", "train", "motorcycle", "bicycle"]
+
+
+def stems(root, folder, ending=None):
+    """{name without its ending: path below root} of the images in a folder of root.
+
+    ending: "_x.png" for these alone. DataError: two files of one name.
+    """
+    found = {}
+    for name in data.list_files(os.path.join(root, folder)):
+        key = name.removesuffix(ending) if ending else os.path.splitext(name)[0]
+        if ending and key == name:
+            continue
+        path = os.path.join(folder, name)
+        if key in found:
+            raise DataError(f"{root}: two files of one name, {found[key]} and {path}")
+        found[key] = path
+    return found
+
+
+def find(root, part):
+    """(images, labels, layout, class names or None) of a part, train, val or test; images and labels
+    {name: path below root}."""
+    def there(folder):
+        return os.path.isdir(os.path.join(root, folder))
+
+    if there("JPEGImages"):
+        path = os.path.join(root, "ImageSets", "Segmentation", f"{part}.txt")
+        names = data.read_list(path) if os.path.isfile(path) else []
+        images, labels = stems(root, "JPEGImages"), stems(root, "SegmentationClass")
+        missing = [name for name in names if name not in images and name not in labels]
+        if missing:
+            raise DataError(f"{path}: no image {missing[0]} in JPEGImages")
+        images, labels = ({k: of[k] for k in names if k in of} for of in (images, labels))
+        return images, labels, "voc", VOC
+    if there("images/training"):
+        folder = dict(train="training", val="validation", test="testing")[part]
+        images, labels = stems(root, f"images/{folder}"), stems(root, f"annotations/{folder}")
+        return images, labels, "ade20k", ade20k_names(root)
+    if there("leftImg8bit"):
+        images = stems(root, f"leftImg8bit/{part}", "_leftImg8bit.png")
+        labels = stems(root, f"gtFine/{part}", "_gtFine_labelTrainIds.png")
+        if images and not labels:
+            raise DataError(f"{root}: no *_gtFine_labelTrainIds.png in gtFine/{part}; "
+                            "cityscapesscripts' createTrainIdLabelImgs makes them")
+        return images, labels, "cityscapes", CITYSCAPES
+    return stems(root, f"{part}/images"), stems(root, f"{part}/labels"), "folders", None
+
+
+def ade20k_names(root):
+    """The 150 names in objectInfo150.txt, each the first of its line's synonyms; else numbers."""
+    path = os.path.join(root, "objectInfo150.txt")
+    if not os.path.isfile(path):
+        return [str(i + 1) for i in range(150)]
+    with open(path, encoding="utf-8", errors="replace") as f:
+        lines = [line for line in f.read().splitlines()[1:] if line.strip()]
+    return [line.split("\t")[-1].split(",")[0].strip() for line in lines]
+
+
+class Pairs(data.Dataset):
+    """Images with labels: `targets`, paths below `root`; `classes`, names.
+
+    Every image must have its label and the reverse, the label one channel and the image's size: a
+    DataError names the first that has not. Ids are looked at when they are read.
+    """
+
+    def __init__(self, root, part, in_chans=3, classes=None, ignore=(), reduce_zero=None):
+        images, labels, layout, names = find(root, part)
+        for what, have, lack in (("label", images, labels), ("image", labels, images)):
+            alone = sorted(set(have) - set(lack))
+            if alone:
+                more = f" ({len(alone)} such files)" if len(alone) > 1 else ""
+                raise DataError(f"{os.path.join(root, have[alone[0]])}: no {what} goes with it{more}")
+        keys = sorted(images)
+        super().__init__(data.FileSource(root, [images[k] for k in keys]), in_chans=in_chans, name=root)
+        self.root, self.part, self.targets = root, part, [labels[k] for k in keys]
+        self.ignore, self.classes = tuple(ignore), classes or names
+        self.reduce_zero = layout == "ade20k" if reduce_zero is None else reduce_zero
+        progress = run.Progress(f"headers of {part}", len(keys))
+        for i in range(len(keys)):
+            self.check_headers(i)
+            progress.step()
+
+    def select(self, ids):
+        """The pairs at these indices, as a set of its own."""
+        part = super().select(ids)
+        part.targets = [self.targets[i] for i in ids]
+        return part
+
+    def check_headers(self, i):
+        """Refuse a label that cannot be its image's. What is no image at all is found when read."""
+        path = os.path.join(self.root, self.targets[i])
+        try:
+            with data.open_image(path) as label:
+                mode, size = label.mode, label.size
+            with data.open_image(os.path.join(self.root, self.file(i))) as image:
+                turned = image.getexif().get(0x0112, 1) > 4
+                shown = image.size[::-1] if turned else image.size
+        except data.BadFile:
+            return
+        if mode not in ("1", "L", "P", "I", "I;16"):
+            raise DataError(f"{path}: a label of {mode} pixels; needed is one channel of class ids (a "
+                            "palette PNG is read by its indices)")
+        if size != shown:
+            raise DataError(f"{path}: a label of {size[0]}x{size[1]} pixels for an image of "
+                            f"{shown[0]}x{shown[1]}")
+
+    def label(self, i, classes=None):
+        """uint8 (H, W) of class ids below `classes`, by default all, or IGNORED."""
+        path, classes = os.path.join(self.root, self.targets[i]), classes or len(self.classes)
+        with data.or_bad_file(), data.open_image(path) as image:
+            ids = np.array(image).astype(np.int64)
+        ignored = (ids == IGNORED) | np.isin(ids, self.ignore)
+        if self.reduce_zero:
+            ignored |= ids == 0
+            ids = ids - 1
+        wrong = ids[~ignored & ((ids < 0) | (ids >= classes))]
+        if len(wrong):
+            first = int(self.reduce_zero)
+            raise DataError(f"{path}: class id {wrong[0] + first}, and the {classes} classes are "
+                            f"{first} to {classes - 1 + first}")
+        return np.where(ignored, IGNORED, ids).astype(np.uint8)
+
+    def pair(self, i):
+        """(image, label) as PIL images."""
+        return picture(self.read(i)), Image.fromarray(self.label(i))
+
+    def name_classes(self):
+        """Where no names are given, numbers up to the largest id in any label."""
+        if self.classes is not None:
+            return
+        progress, largest = run.Progress("class ids", len(self), "labels"), 0
+        for i in range(len(self)):
+            try:
+                ids = self.label(i, IGNORED)
+                largest = max(largest, int(ids[ids != IGNORED].max(initial=0)))
+            except data.BadFile:
+                pass
+            progress.step()
+        self.classes = [str(i) for i in range(largest + 1)]
+
+
+def picture(pixels):
+    """uint8 (H, W, C) -> PIL image."""
+    return Image.fromarray(pixels.squeeze(2).numpy())
+
+
+# ------------------------------------------------------------------------- augmentation and batches
+def fit_short(image, short, factor=1.0):
+    """(width, height) for a PIL image: short side factor * short, long side at most four times that."""
+    scale = factor * min(short / min(image.size), 4 * short / max(image.size))
+    return tuple(max(1, int(side * scale + 0.5)) for side in image.size)
+
+
+def shrunk(image, short):
+    """A PIL image, its short side resized, as uint8 (C, h, w)."""
+    pixels = np.array(image.resize(fit_short(image, short), Image.BILINEAR))
+    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+
+
+def random_crop(image, label, crop, short, i, *key):
+    """Resize by 0.5 to 2, crop, flip: PIL image and label -> uint8 (h, w, C) and (h, w), at most crop.
+
+    The crop is drawn again, up to 10 times, while one class has 75 % or more of the pixels that count.
+    """
+    u = augment.uniform(torch.tensor([i]), 24, SEGMENT, 0, *key)[0].tolist()
+    size = fit_short(image, short, 0.5 + 1.5 * u[0])
+    image = np.asarray(image.resize(size, Image.BILINEAR))
+    label = np.asarray(label.resize(size, Image.NEAREST))
+    room = [max(side - wanted, 0) + 1 for side, wanted in zip(label.shape, crop)]
+    for down, across in zip(u[2::2], u[3::2]):
+        top, left = int(down * room[0]), int(across * room[1])
+        box = slice(top, top + crop[0]), slice(left, left + crop[1])
+        counts = np.bincount(label[box].ravel(), minlength=256)[:IGNORED]
+        if 0 < counts.max() < 0.75 * counts.sum():
+            break
+    image, label = image[box], label[box]
+    return (image[:, ::-1], label[:, ::-1]) if u[1] < 0.5 else (image, label)
+
+
+def photometric(x, ids, *key):
+    """mmsegmentation's distortion of x (N, C, h, w) in [0, 1], each part with probability .5:
+    brightness +-32 / 255; contrast .5 to 1.5, before or after saturation .5 to 1.5 and hue +-.1 turns,
+    which are of RGB alone."""
+    u = augment.uniform(ids, 9, SEGMENT, 1, *key)
+    on, spread, first = u[:, :4] < 0.5, 2 * u[:, 4:8] - 1, u[:, 8] < 0.5
+
+    def each(values):
+        return augment.upload(values, x.device)[:, None, None, None]
+
+    contrast = torch.where(on[:, 1], 1 + spread[:, 1] / 2, 1.0)
+    x = (x + each(torch.where(on[:, 0], spread[:, 0] * 32 / 255, 0.0))).clamp(0, 1)
+    x = (x * each(torch.where(first, contrast, 1.0))).clamp(0, 1)
+    if x.shape[1] == 3:
+        value = x.amax(1, keepdim=True)
+        saturation = (value - x.amin(1, keepdim=True)) / value.clamp_min(1e-6)
+        factor = each(torch.where(on[:, 2], 1 + spread[:, 2] / 2, 1.0))
+        x = value - (value - x) * torch.minimum(factor, 1 / saturation.clamp_min(1e-6))
+        augment.apply_(augment.adjust_hue, x, on[:, 3], 0.1 * spread[:, 3])
+    return (x * each(torch.where(first, 1.0, contrast))).clamp(0, 1)
+
+
+class Crops(torch.utils.data.Dataset):
+    """What a worker does with (turn, i): read image i and its label, crop, pad to the crop.
+
+    -> ((turn, i), uint8 (C, h, w), label uint8 (h, w), size (2,) without the padding, what is wrong or
+    None). What cannot be read is a crop without a pixel that counts.
+    """
+
+    def __init__(self, pairs, crop, short, seed):
+        self.pairs, self.crop, self.short, self.seed = pairs, crop, short, seed
+
+    def __getitem__(self, key):
+        turn, i = key
+        image = np.zeros((*self.crop, self.pairs.in_chans), np.uint8)
+        label = np.full(self.crop, IGNORED, np.uint8)
+        size, wrong = (0, 0), None
+        try:
+            pair = self.pairs.pair(i)
+            pixels, ids = random_crop(*pair, self.crop, self.short, i, self.seed, turn)
+            size = ids.shape
+            image[:size[0], :size[1]] = pixels.reshape(*size, -1)
+            label[:size[0], :size[1]] = ids
+        except ValueError as error:
+            wrong = error
+        image = torch.from_numpy(image).permute(2, 0, 1)
+        return key, image, torch.from_numpy(label), torch.tensor(size), wrong
+
+
+class Whole(Crops):
+    """As Crops with i, but the whole image, `short` on its short side, and its label as it is."""
+
+    def __getitem__(self, i):
+        try:
+            image, label = self.pairs.pair(i)
+            return shrunk(image, self.short), torch.from_numpy(np.array(label)), None
+        except ValueError as error:
+            return None, None, error
+
+
+class Batch(NamedTuple):
+    """images (n, C, h, w), normalised, 0 in the padding; labels (n, h, w) int64; ids (n,) on the CPU."""
+    ids: torch.Tensor
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+class Loader:
+    """`iterations` random batches, as one epoch: image i looks the same in its turn-th crop, whatever
+    the number of processes, workers and restarts. batch_size is this process's share."""
+
+    def __init__(self, pairs, crop, short, batch_size, iterations, env, seed=0, workers=0, max_bad=0.01):
+        self.dataset, self.iterations, self.seed, self.max_bad = pairs, iterations, seed, max_bad
+        self.batch_size, self.env, self.workers, self.waited = batch_size, env, workers, 0.0
+        self.turn = len(pairs) // (batch_size * env.processes)      # batches with each image once
+        self.crops = Crops(pairs, crop, short, seed)
+        self.mean, self.std = (torch.tensor(v, device=env.device)[:, None, None]
+                               for v in (pairs.mean, pairs.std))
+
+    def __len__(self):
+        return self.iterations
+
+    def plan(self, start):
+        """[(turn, image), ...] of each batch, from batch `start` on."""
+        order = None
+        for step in range(start, self.iterations):
+            turn, b = divmod(step, self.turn)
+            if b == 0 or order is None:
+                order = augment.shuffled(len(self.dataset), augment.ORDER, self.seed, turn)
+            first = (b * self.env.processes + self.env.rank) * self.batch_size
+            yield [(turn, i) for i in order[first:first + self.batch_size].tolist()]
+
+    def epoch(self, epoch=0, start=0):
+        device, seen = self.env.device, 0
+        reader = torch.utils.data.DataLoader(
+            self.crops, batch_sampler=self.plan(start), num_workers=self.workers, collate_fn=collated,
+            pin_memory=device.type == "cuda")
+        items = iter(reader)
+        while True:
+            before = time.perf_counter()
+            item = next(items, None)
+            self.waited += time.perf_counter() - before
+            if item is None:
+                return
+            keys, images, labels, sizes, wrong = item
+            for (_, i), error in zip(keys, wrong):
+                seen = note(self.dataset, i, error, self.max_bad, seen)
+            ids, turn = torch.tensor([i for _, i in keys]), keys[0][0]
+            x = augment.upload(images, device).float() / 255
+            x = (photometric(x, ids, self.seed, turn) - self.mean) / self.std
+            down, across = (torch.arange(side, device=device) < augment.upload(size, device)[:, None]
+                            for side, size in zip(x.shape[2:], sizes.unbind(1)))
+            inside = (down[:, :, None] & across[:, None])[:, None]
+            yield Batch(ids, x * inside, augment.upload(labels, device).long())
+
+
+def collated(items):
+    keys, images, labels, sizes, wrong = zip(*items)
+    return keys, torch.stack(images), torch.stack(labels), torch.stack(sizes), wrong
+
+
+def note(pairs, i, error, max_bad, seen):
+    """Take note of a file that cannot be read; any other fault, as of a label, ends the run here."""
+    if error is None:
+        return seen
+    if not isinstance(error, data.BadFile):
+        raise error
+    pairs.bad.setdefault(i, str(error))
+    return data.report_bad(pairs, max_bad, seen)
+
+
+# ------------------------------------------------------------------------------------------ the test
+def corners(length, size, stride):
+    """Where windows of `size` start: every `stride`, the last moved inward to end with the side."""
+    count = max(length - size + stride - 1, 0) // stride + 1
+    return [min(i * stride, length - size) for i in range(count)]
+
+
+@torch.no_grad()
+def slide(forward, x, size, stride, at_once=8):
+    """Logits (K, H, W) of a normalised image x (C, H, W): the mean over windows of `size`; a smaller
+    image is padded by 0. forward: (n, C, *size) -> (logits, anything)."""
+    height, width = x.shape[1:]
+    x = F.pad(x, (0, max(size[1] - width, 0), 0, max(size[0] - height, 0)))
+    boxes = [(slice(top, top + size[0]), slice(left, left + size[1]))
+             for top in corners(x.shape[1], size[0], stride)
+             for left in corners(x.shape[2], size[1], stride)]
+    total, count = 0, torch.zeros_like(x[:1])
+    for start in range(0, len(boxes), at_once):
+        some = boxes[start:start + at_once]
+        logits = forward(torch.stack([x[:, rows, columns] for rows, columns in some]))[0]
+        logits = resized(full(logits), size)
+        if start == 0:
+            total = logits.new_zeros(logits.shape[1], *x.shape[1:])
+        for (rows, columns), window in zip(some, logits):
+            total[:, rows, columns] += window
+            count[:, rows, columns] += 1
+    return (total / count)[:, :height, :width]
+
+
+def label_map(logits, size, together=32):
+    """Logits (K, h, w) -> uint8 (H, W), the likeliest class at that size; `together` classes at once,
+    since 150 of them at the size of a photograph fill a memory."""
+    best = chosen = None
+    for first in range(0, len(logits), together):
+        value, index = resized(logits[None, first:first + together], size)[0].max(0)
+        index += first
+        if best is not None:
+            index = torch.where(value > best, index, chosen)
+            value = torch.maximum(value, best)
+        best, chosen = value, index
+    return chosen.to(torch.uint8)
+
+
+class Tester:
+    """Labels whole images: resized to `short_side`, in windows, at their own size in the end."""
+
+    def __init__(self, net, env, mean, std, short_side, stride):
+        self.net, self.forward, self.env, self.short, self.stride = net, env.autocast(net), env, short_side, stride
+        self.mean, self.std = (torch.tensor(v, device=env.device)[:, None, None] for v in (mean, std))
+
+    def label(self, image, size):
+        """uint8 (C, h, w) -> class ids uint8 (H, W) of `size`, on the device."""
+        x = (augment.upload(image, self.env.device).float() / 255 - self.mean) / self.std
+        return label_map(slide(self.forward, x, self.net.config["img_size"], self.stride), size)
+
+    def confusion(self, pairs, workers=0, max_bad=0.01):
+        """(confusion matrix over all images, their number): each is read by one process."""
+        env, classes, seen = self.env, len(pairs.classes), 0
+        self.net.eval()
+        matrix = torch.zeros(classes ** 2 + 1, dtype=torch.long, device=env.device)
+        mine = range(env.rank, len(pairs), env.processes)
+        reader = torch.utils.data.DataLoader(Whole(pairs, None, self.short, 0), batch_size=None,
+                                             sampler=mine, num_workers=workers)
+        progress = run.Progress("test images", len(mine), quiet=env.rank > 0)
+        for i, (image, label, wrong) in zip(mine, reader):
+            seen = note(pairs, i, wrong, max_bad, seen)
+            if wrong is None:
+                found = confusion(augment.upload(label, env.device), self.label(image, label.shape), classes)
+                matrix += F.pad(found.flatten(), (0, 1), value=1)
+            progress.step()
+        if env.processes > 1:
+            dist.all_reduce(matrix)
+        if not matrix[-1]:
+            raise DataError(f"{pairs.name}: none of the test images can be read", 1)
+        return matrix[:-1].reshape(classes, classes).cpu(), int(matrix[-1])
+
+
+# --------------------------------------------------------------------------------------------- a run
+def start(args):
+    """(source or None, the encoder's state or None, its config) of --init."""
+    if args.init == "none":
+        (patch, dim, depth, heads), _ = ARCHS[args.arch]
+        return None, None, dict(img_size=args.crop_size, patch_size=args.patch_size or patch,
+                                in_chans=3, dim=dim, depth=depth, heads=args.heads or heads)
+    source = checkpoint.read_encoder(args.init, args.weights, args.heads)
+    patch, (height, width) = source["config"]["patch_size"], args.crop_size
+    if height % patch or width % patch:
+        raise UsageError(f"--crop-size {height}x{width} is not a multiple of the patch, {patch}")
+    return source, *checkpoint.fit(source, args.crop_size)
+
+
+def load_pairs(args, in_chans, known):
+    """(training pairs that are used, how they were chosen, test pairs); known: the encoder's meta."""
+    names = None
+    if args.classes:
+        with open(args.classes, encoding="utf-8-sig", errors="replace") as f:
+            names = [line.strip() for line in f if line.strip()]
+    train = Pairs(args.data, "train", in_chans, names, args.ignore, args.reduce_zero_label)
+    if not len(train):
+        raise DataError(f"{args.data}: no training images (looked for train/images and train/labels, "
+                        "and for ADE20K's, Cityscapes' and VOC's folders)")
+    train.name_classes()
+    if not 2 <= len(train.classes) <= IGNORED:
+        raise DataError(f"{args.data}: {len(train.classes)} classes; there must be 2 to {IGNORED}")
+    for part in [args.test_part] if args.test_part else ["val", "test"]:
+        test = Pairs(args.data, part, in_chans, train.classes, args.ignore, args.reduce_zero_label)
+        if len(test):
+            break
+    else:
+        raise DataError(f"{args.data}: no images to test on (--test-part {args.test_part or 'val'})")
+    used, how = train, "all"
+    if args.labels:
+        text = args.labels.removesuffix("%")
+        try:
+            n = int(text) if text == args.labels else round(len(train) * float(text) / 100)
+        except ValueError:
+            raise UsageError(f"--labels {args.labels!r}: neither a number of images nor a share (10%)"
+                             ) from None
+        if not 0 < n <= len(train):
+            raise UsageError(f"--labels {args.labels}: of {len(train)} training images")
+        drawn = augment.shuffled(len(train), augment.SUBSET, 3, args.seed)[:n]
+        used, how = train.select(sorted(drawn.tolist())), f"{args.labels}, drawn by seed {args.seed}"
+    for pairs in (used, test):
+        pairs.range = known.get("range")
+        pairs.mean, pairs.std = (tuple(known.get(k) or getattr(pairs, k)) for k in ("mean", "std"))
+    run.same("numbers of images", f"{len(used)} and {len(test)}")
+    return used, how, test
+
+
+def train_and_test(args, env):
+    """A row: (its result, the test pairs, labels for the images on the sheet)."""
+    # ------------------------------------------------------------- 1. images, network
+    source, state, config = start(args)
+    known = source["meta"] if source else {}
+    pairs, how, test = load_pairs(args, config["in_chans"], known)
+    args.batch_size = min(args.batch_size, len(pairs) // env.processes * env.processes)
+    if args.batch_size < 2:
+        raise UsageError(f"--batch-size, of {len(pairs)} training images: the BatchNorm of the heads "
+                         "needs two images")
+    local = env.share(args.batch_size)
+    torch.manual_seed(args.seed)
+    head = describe(args.protocol, config["depth"], len(pairs.classes), args.channels or config["dim"],
+                    args.relative_positions, args.layer_scale)
+    net, unused = build(config, head, state, args.drop_path)
+    loader = Loader(pairs, args.crop_size, args.short_side, local, args.iterations, env, args.seed,
+                    args.workers, args.max_bad)
+    net.to(env.device).train()
+    run.compile_blocks(net, args.compile, env.device)
+    model = run.distribute(net, env, broadcast_buffers=False)
+    forward = env.autocast(model)
+
+    # ------------------------------------------------------------- 2. rates
+    groups = param_groups(net, net.depth, [args.lr], args.weight_decay, layer_decay=args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+    scaler = run.grad_scaler(env)
+    fixed = checkpoint.digest(net, checkpoint.is_encoder)
+
+    # ------------------------------------------------------------- 3. what the run is
+    name = os.path.basename(os.path.normpath(args.init))
+    system = known.get("system") or ("random" if source is None else name)
+    meta = dict(system=f"{system}, {args.protocol}", data=pairs.name, mean=list(pairs.mean),
+                std=list(pairs.std), iterations=args.iterations, seed=args.seed,
+                init=source and source["digest"], commit=run.commit())
+    trained = {k: v for k, v in vars(args).items() if k not in TEST_OPTIONS}
+    job = run.Job(argparse.Namespace(**trained), env, net, optimizer, scaler, loader, meta, source,
+                  args.warmup_iterations, encoder_file=False)
+    title = f"{args.protocol}, {len(pairs.classes)} classes, labels: {how}; {len(test)} images of {test.part} to test; "
+    job.report(groups, 1.0, local, title=title)
+    if unused:
+        job.say(f"  left out: {', '.join(unused)} (UperNet reads the blocks' outputs as they are)")
+    if pairs.reduce_zero:
+        job.say("label 0 counts for nothing, k is class k - 1")
+
+    # ------------------------------------------------------------- 4. the method
+    for step, batch in job.steps():
+        factor = linear_factor(step, args.iterations, args.warmup_iterations)
+        set_rates(optimizer, factor)
+        # what a step drops depends on its number, not on restarts
+        torch.manual_seed((args.seed * args.iterations + step) * env.processes + env.rank)
+        logits, auxiliary = forward(batch.images)
+        loss = pixel_loss(logits, batch.labels, args.loss_over)
+        if auxiliary is not None:
+            loss = loss + AUXILIARY * pixel_loss(auxiliary, batch.labels, args.loss_over)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        job.record(loss, batch, [args.lr * factor])
+
+    # ------------------------------------------------------------- 5. the result, of the last step
+    if net.frozen:
+        assert checkpoint.digest(net, checkpoint.is_encoder) == fixed, "training changed frozen weights"
+    tester = Tester(net, env, pairs.mean, pairs.std, args.short_side, args.stride)
+    matrix, tested = tester.confusion(test, args.workers, args.max_bad)
+    found = measures(matrix)
+    result = dict(system=system, protocol=args.protocol, miou=found["miou"], accuracy=found["accuracy"],
+                  iou=dict(zip(pairs.classes, found["iou"])), checkpoint=args.init,
+                  digest=source and source["digest"], data=pairs.name, part=test.part, labels=how,
+                  labelled=len(pairs), tested=tested, seed=args.seed, iterations=args.iterations,
+                  batch_size=args.batch_size, lr=args.lr, layer_decay=args.layer_decay,
+                  weight_decay=args.weight_decay, crop_size=list(args.crop_size),
+                  short_side=args.short_side, stride=args.stride, head=head,
+                  pretraining={k: known.get(k) for k in ("epochs", "step", "seed", "data", "commit")},
+                  seconds=round(job.seconds(), 1), commit=run.commit())
+    shown = []
+    if env.rank == 0:
+        content = dict(model={k: v.cpu() for k, v in net.state_dict().items()}, config=net.config,
+                       head=head, classes=list(pairs.classes), mean=list(pairs.mean),
+                       std=list(pairs.std), short_side=args.short_side, stride=args.stride, meta=meta)
+        checkpoint.save(content, job.path("segmenter.pt"))
+        job.say(f"wrote {job.path('segmenter.pt')}")
+        run.write_result(args.results or args.out, result)
+        for image, label in sheet_pairs(test, args.show):
+            labels = tester.label(shrunk(image, args.short_side), label.size[::-1])
+            shown.append(labels.cpu().numpy())
+    return result, test, shown
+
+
+def sheet_pairs(pairs, n):
+    """n pairs, chosen by hash among those that can be read."""
+    order = augment.shuffled(len(pairs), augment.SUBSET, 5).tolist()
+    return [pairs.pair(i) for i in sorted([i for i in order if i not in pairs.bad][:n])]
+
+
+def predict(args):
+    """Palette PNGs of class ids, as trained, and overlays of the images in --predict: in --out/predict."""
+    env = run.setup(args)
+    net, content = load_segmenter(args.segmenter or args.out)
+    files = stems(args.predict, "")
+    if not files:
+        raise DataError(f"{args.predict}: no images in this folder")
+    images = data.Dataset(data.FileSource(args.predict, list(files.values())),
+                          in_chans=net.config["in_chans"], name=args.predict)
+    tester = Tester(net.to(env.device), env, content["mean"], content["std"], content["short_side"],
+                    content["stride"])
+    out, classes, seen = os.path.join(args.out, "predict"), len(content["classes"]), 0
+    progress = run.Progress("images", len(images))
+    for i, name in enumerate(files):
+        progress.step()
+        try:
+            image = picture(images.read(i))
+        except data.BadFile as error:
+            seen = note(images, i, error, args.max_bad, seen)
+            continue
+        labels = tester.label(shrunk(image, content["short_side"]), image.size[::-1]).cpu().numpy()
+        over = figures.overlay(np.asarray(image.convert("RGB")), labels, classes)
+        drawn = {"": figures.label_image(labels, classes), "-overlay": Image.fromarray(over)}
+        for ending, page in drawn.items():
+            with run.atomic(os.path.join(out, f"{name}{ending}.png")) as path:
+                page.save(path, format="PNG")
+    done = len(images) - len(images.bad)
+    print(f"wrote {out}: labels and overlays of {done} images", flush=True)
+    return dict(images=done, classes=content["classes"], path=out)
+
+
+def main(args):
+    if args.predict:
+        return predict(args)
+    env = run.setup(args)
+    names = [os.path.basename(os.path.normpath(init)) for init in args.init]
+    if len(set(names)) < len(names):
+        names = [f"{i}-{name}" for i, name in enumerate(names, start=1)]
+    results, columns = [], {}
+    for name, init in zip(names, args.init):
+        row = argparse.Namespace(**vars(args) | dict(init=init))
+        if len(names) > 1:
+            row.out, row.results = os.path.join(args.out, name), args.results or args.out
+        result, test, shown = train_and_test(row, env)
+        results.append(result)
+        columns[f"{result['system']}: {result['miou']:.1f}"] = shown
+    if env.rank == 0 and args.show:
+        drawn, classes = sheet_pairs(test, args.show), len(test.classes)
+        sheet = dict(image=[np.asarray(image.convert("RGB")) for image, _ in drawn])
+        for title, maps in (dict(truth=[np.asarray(label) for _, label in drawn]) | columns).items():
+            sheet[title] = [figures.coloured(labels, classes) for labels in maps]
+        with run.atomic(os.path.join(args.out, "sheet.png")) as path:
+            figures.sheet(path, sheet, test.classes)
+    return results if len(results) > 1 else results[0]
+
+
+if __name__ == "__main__":
+    run.program(main, get_args)

@@ -1,0 +1,266 @@
+"""Tests of segment.py: identities of the measure, the windows, the networks and the rates; labels; runs."""
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import checkpoint
+import data
+import model
+import segment
+from data import DataError
+from figures import segmentation as figures
+
+torch.set_num_threads(1)
+CONFIG = dict(img_size=[16, 24], patch_size=4, in_chans=3, dim=24, depth=6, heads=3, mlp_ratio=4.0)
+ENV = SimpleNamespace(device=torch.device("cpu"), dtype=None, rank=0, processes=1, autocast=lambda function: function)
+QUIET = ["--device", "cpu", "--amp", "off", "--workers", "0", "--log-every", "1", "--show", "2"]
+
+
+def network(protocol="upernet", classes=3, config=CONFIG, drop_path=0.0, **more):
+    torch.manual_seed(0)
+    head = segment.describe(protocol, config["depth"], classes, channels=8, fcn_channels=8, **more)
+    return segment.build(config, head, drop_path=drop_path)[0]
+
+
+def scene(i, size=(16, 24)):
+    """An image whose colours tell its classes, and its label: three bands that differ from image to image."""
+    rng = np.random.default_rng(i)
+    label = np.zeros(size, np.uint8)
+    label[rng.integers(4, 8):] = 1
+    label[:, rng.integers(12, 18):] = 2
+    colours = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 230]])
+    return (colours[label] + rng.integers(-20, 20, (*size, 3))).astype(np.uint8), label
+
+
+def write(root, part, n, first=0, **more):
+    for kind in ("images", "labels"):
+        os.makedirs(root / part / kind, exist_ok=True)
+    for i in range(first, first + n):
+        image, label = scene(i, **more)
+        Image.fromarray(image).save(root / part / "images" / f"{i:02}.png")
+        Image.fromarray(label).save(root / part / "labels" / f"{i:02}.png")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    write(root, "train", 4)
+    write(root, "val", 3, first=10, size=(20, 31))
+    return root
+
+
+# ------------------------------------------------------------------------------------------------ the measure
+def test_miou_by_hand():
+    truth = torch.tensor([[0, 0, 1, 1], [2, 2, 255, 255]])
+    guess = torch.tensor([[0, 1, 1, 1], [2, 0, 3, 0]])
+    matrix = segment.confusion(truth, guess, 5)
+    found = segment.measures(matrix)
+    assert found["iou"] == [33.33, 66.67, 50.0, None, None]                 # 1/3, 2/3, 1/2; two classes nowhere
+    assert found["miou"] == 50.0 and found["accuracy"] == 66.67
+    other = torch.where(truth == 255, 4, guess)                             # whatever is said where 255 is
+    assert torch.equal(matrix, segment.confusion(truth, other, 5))
+    # a class that is only predicted counts, with 0
+    assert segment.measures(segment.confusion(torch.tensor([0, 0]), torch.tensor([0, 3]), 5))["miou"] == 25.0
+
+
+def test_miou_is_accumulated_and_no_mean_over_images():
+    a = segment.confusion(torch.tensor([0] * 8), torch.tensor([0] * 8), 2)
+    b = segment.confusion(torch.tensor([0, 1]), torch.tensor([1, 1]), 2)
+    assert segment.measures(a + b)["miou"] == pytest.approx(100 * (8 / 9 + 1 / 2) / 2, abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------------ the windows
+def test_windows():
+    assert segment.corners(512, 512, 341) == [0]
+    assert segment.corners(683, 512, 341) == [0, 171]
+    assert segment.corners(1024, 512, 341) == [0, 341, 512]
+    assert segment.corners(853, 512, 341) == [0, 341]                       # fits to the pixel
+
+
+def test_one_window_is_the_whole_and_small_images_are_padded():
+    net = network().eval()
+    x = torch.randn(3, 16, 24)
+    whole = segment.resized(net(x[None])[0], (16, 24))[0]
+    assert torch.equal(segment.slide(net, x, (16, 24), 8), whole)
+    padded = segment.slide(net, x[:, :10, :20], (16, 24), 8)
+    assert padded.shape == (3, 10, 20)
+    again = net(F.pad(x[:, :10, :20], (0, 4, 0, 6))[None])[0]
+    assert torch.equal(padded, segment.resized(again, (16, 24))[0, :, :10, :20])
+
+
+def test_constant_network_gives_a_constant_map():
+    logits = torch.arange(40.0)[:, None, None]                              # more classes than are resized at once
+
+    def forward(x):
+        return logits.expand(len(x), 40, 4, 6), None
+
+    found = segment.slide(forward, torch.randn(3, 41, 67), (16, 24), 11)
+    assert found.shape == (40, 41, 67)
+    torch.testing.assert_close(found, logits.expand(40, 41, 67))
+    labels = segment.label_map(found, (50, 33))
+    assert labels.shape == (50, 33) and (labels == 39).all()
+    x = torch.randn(40, 5, 7)
+    assert torch.equal(segment.label_map(x, (9, 9)).long(), segment.resized(x[None], (9, 9))[0].argmax(0))
+
+
+# ----------------------------------------------------------------------------------------------- the networks
+@pytest.mark.parametrize("grid", [(5, 7), (4, 6), (2, 3)])
+def test_pyramid_and_head_take_odd_grids(grid):
+    net = network(config=CONFIG | dict(img_size=[4 * side for side in grid]))
+    h, w = grid
+    x = torch.randn(2, 3, 4 * h, 4 * w)
+    shapes = [tuple(level.shape[2:]) for level in net.head.pyramid(net.maps(x))]
+    assert shapes == [(4 * h, 4 * w), (2 * h, 2 * w), (h, w), (h // 2, w // 2)]
+    logits, auxiliary = net.train()(x)
+    assert logits.shape == (2, 3, 4 * h, 4 * w) and auxiliary.shape == (2, 3, h, w)
+    assert net.eval()(x)[1] is None
+
+
+def test_taps():
+    assert segment.describe("upernet", 12, 150)["taps"] == [4, 6, 8, 12]
+    assert segment.describe("upernet", 24, 150)["taps"] == [8, 12, 16, 24]
+    assert segment.describe("linear", 12, 150)["taps"] == [12]
+
+
+def test_relative_bias_of_zero_is_the_plain_encoder():
+    net, plain = network().eval(), model.VisionTransformer(**CONFIG).eval()
+    state = {k: v for k, v in net.state_dict().items() if k in plain.state_dict()}
+    plain.load_state_dict(state, strict=False)
+    x = torch.randn(2, 3, 16, 24)
+    weights, expected = ([] for _ in range(2))
+    blocks = net.intermediate(x, net.taps)
+    for ours, theirs in zip(blocks, plain.intermediate(x, net.taps)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    # to the bit where both are computed as two products
+    ours, weights = net.intermediate(x, attention=True)
+    theirs, expected = plain.intermediate(x, attention=True)
+    assert all(torch.equal(a, b) for a, b in zip(ours + weights, theirs + expected))
+
+
+def test_relative_bias_is_by_offset():
+    layer = segment.RelativeAttention(24, 3, (3, 4))
+    torch.nn.init.normal_(layer.offsets)
+    torch.nn.init.normal_(layer.class_bias)
+    bias = layer.bias(torch.float32)
+    for asks in range(12):
+        for asked in range(12):
+            dy, dx = asks // 4 - asked // 4, asks % 4 - asked % 4
+            assert torch.equal(bias[:, 1 + asks, 1 + asked], layer.offsets[:, dy + 2, dx + 3])
+    to_patches, to_class, own = layer.class_bias.unbind(1)
+    assert torch.equal(bias[:, 0, 1:], to_patches[:, None].expand(3, 12)) and torch.equal(bias[:, 0, 0], own)
+    assert torch.equal(bias[:, 1:, 0], to_class[:, None].expand(3, 12))
+
+
+def test_gradient_is_zero_at_ignored_pixels():
+    logits = torch.randn(2, 3, 4, 6, requires_grad=True)
+    labels = torch.randint(0, 3, (2, 4, 6))
+    labels[0, :2] = 255
+    for over in ("all", "valid"):
+        gradient, = torch.autograd.grad(segment.pixel_loss(logits, labels, over), logits)
+        assert (gradient[0, :, :2] == 0).all() and (gradient[0, :, 2:] != 0).all()
+    mean = F.cross_entropy(logits, labels, ignore_index=255)
+    torch.testing.assert_close(segment.pixel_loss(logits, labels, "valid"), mean)
+    torch.testing.assert_close(segment.pixel_loss(logits, labels), mean * 36 / 48)
+    for over in ("all", "valid"):
+        loss = segment.pixel_loss(logits, torch.full_like(labels, 255), over)
+        gradient, = torch.autograd.grad(loss, logits)
+        assert loss == 0 and (gradient == 0).all()
+
+
+def test_layer_decay_of_every_tensor():
+    net = network()
+    groups = model.param_groups(net, net.depth, [1.0], 0.05, layer_decay=0.5)
+    rates = {name: group["base_lr"] for group in groups for name in group["names"]}
+    decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    assert set(rates) == {name for name, _ in net.named_parameters()}       # all train, positions included
+    for name, parameter in net.named_parameters():
+        above = 0
+        if name.startswith("blocks."):
+            above = 6 - int(name.split(".")[1])
+        elif name in ("pos_embed", "cls_token") or name.startswith("patch_embed."):
+            above = 7
+        assert rates[name] == 0.5 ** above, name
+        assert decays[name] == (0.05 if parameter.ndim > 1 else 0.0), name
+    for protocol in ("linear", "linear4"):
+        net = network(protocol)
+        assert all(name.startswith("head.") == p.requires_grad for name, p in net.named_parameters())
+
+
+def test_rates():
+    factor = [segment.linear_factor(step, 100, 10) for step in range(101)]
+    expected = [1e-6, 0.95 * (0.5 + 0.5e-6), 0.9, 0.45, 0.0]
+    assert [factor[step] for step in (0, 5, 10, 55, 100)] == pytest.approx(expected)
+
+
+def test_batchnorm():
+    torch.manual_seed(0)
+    ours, theirs = segment.BatchNorm2d(5), torch.nn.BatchNorm2d(5)
+    x = torch.randn(3, 5, 4, 6)
+    assert torch.equal(ours(x), theirs(x))
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+    ours(torch.full_like(x, torch.nan))
+    assert torch.equal(ours.running_mean, theirs.running_mean)
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+# --------------------------------------------------------------------------------------- labels, augmentation
+def test_image_and_label_are_cropped_and_flipped_together():
+    """Each pixel of the label is what the image says at that pixel, for every draw; and all draws differ."""
+    label = np.kron(np.arange(48).reshape(6, 8), np.ones((8, 8))).astype(np.uint8)
+    image = Image.fromarray(np.stack([label * 4] * 3, 2))
+    seen, flipped = set(), 0
+    for epoch in range(30):
+        pixels, ids = segment.random_crop(image, Image.fromarray(label), (32, 32), 48, 7, 0, epoch)
+        assert ids.shape[0] <= 32 and ids.shape[1] <= 32 and set(np.unique(ids)) <= set(range(48))
+        off = np.abs(pixels[..., 0].astype(int) - 4 * ids)
+        assert np.median(off) == 0 and (off > 0).mean() < 0.45              # between two classes, the image is mixed
+        seen.add(ids.tobytes())
+        flipped += bool((np.diff(ids[0].astype(int)) < 0).any())
+    assert len(seen) == 30 and 5 < flipped < 25
+    once, twice = (segment.random_crop(image, Image.fromarray(label), (32, 32), 48, 7, 0, 3) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(once, twice))
+
+
+def test_crops_have_no_class_with_three_quarters():
+    label = np.zeros((100, 100), np.uint8)
+    label[:, 90:] = 1
+    image = Image.new("RGB", (100, 100))
+    shares = [np.mean(segment.random_crop(image, Image.fromarray(label), (24, 24), 100, i, 0, 0)[1] == 0)
+              for i in range(60)]
+    # a single draw has less than that 5 times in 100, one of eleven 43 times
+    assert 0.3 < np.mean([share < 0.75 for share in shares]) < 0.6
+
+
+def test_photometric():
+    x, ids = torch.rand(64, 3, 4, 4), torch.arange(64)
+    y = segment.photometric(x, ids, 0, 0)
+    same = (x - y).abs().flatten(1).amax(1) < 1e-5
+    assert 0 < same.sum() < 16 and 0 <= y.min() and y.max() <= 1            # 1 in 16 has none of the four
+    assert torch.equal(y[5:9], segment.photometric(x[5:9], ids[5:9], 0, 0))
+    assert not torch.equal(y, segment.photometric(x, ids, 0, 1))
+    assert segment.photometric(x[:, :1], ids, 0, 0).shape == (64, 1, 4, 4)
+
+
+def test_batches_do_not_depend_on_processes_or_restarts(folder):
+    pairs = segment.Pairs(str(folder), "train")
+    pairs.name_classes()
+    assert pairs.classes == ["0", "1", "2"]
+
+    def batches(size, start=0, **more):
+        env = SimpleNamespace(**(vars(ENV) | more))
+        return list(segment.Loader(pairs, (16, 24), 16, size, 5, env).epoch(0, start))
+
+    whole = batches(4)
+    halves = zip(batches(2, processes=2), batches(2, processes=2, rank=1))
+    for one, (a, b) in zip(whole, halves, strict=True):
+        assert torch.equal(one.images, torch.cat([a.images, b.images]))
+        assert torch.equal(one.labels, torch.cat([a.labels, b.labels]))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(whole[2:], batches(4, start=2), strict=True))
+    padding = (whole[0].labels == 255)[:, None].expand_as(whole[0].images)
+    assert padding.any() and (whole[0].images[padding] == 0).all()          # 0 after normalising
