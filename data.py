@@ -1226,11 +1226,11 @@ def report_bad(dataset, max_bad, seen=0):
                         f"allows; first {dataset.file(next(iter(bad)))}", 1)
 
 
-def labelled(dataset, spec=None, seed=0):
+def labelled(dataset, spec=None, seed=0, draw="balanced"):
     """Indices of the images whose labels may be used, sorted, and how they were chosen.
 
-    spec: None for all; "1%" or "5 per class", a class-balanced draw by seed; or a list file
-    (SimCLR's lists).
+    spec: None for all; "1%" or "5 per class", drawn by seed; or a list file (SimCLR's lists).
+    draw: "balanced", that share or number of each class, or "natural", as many in all, of any.
     """
     if dataset.labels is None:
         raise DataError(f"{dataset.name}: no labels, {dataset.unlabelled} (a labelled set has one "
@@ -1248,20 +1248,20 @@ def labelled(dataset, spec=None, seed=0):
                 f"of {dataset.name}")
         ids, how = torch.tensor(sorted(ids)), f"list {os.path.basename(spec)}"
     else:
-        ids, how = balanced(dataset, spec, seed), f"{spec}, balanced draw, seed {seed}"
+        ids, how = drawn(dataset, spec, seed, draw), f"{spec}, {draw} draw, seed {seed}"
     found = dataset.labels[ids].unique()
     if len(found) < 2:
         raise DataError(f"{dataset.name}: one class only among the {len(ids)} labelled images, "
                         "nothing to tell apart")
-    if len(found) < len(dataset.classes):
+    if len(found) < len(dataset.classes) and draw == "balanced":
         absent = sorted(set(range(len(dataset.classes))) - set(found.tolist()))
         raise DataError(f"--labels {spec!r}: no image of {len(absent)} of the "
                         f"{len(dataset.classes)} classes, first {dataset.classes[absent[0]]}")
     return ids, how
 
 
-def balanced(dataset, spec, seed):
-    """Indices of a share or a number of each class: the first of it in an order hashed by seed."""
+def drawn(dataset, spec, seed, draw):
+    """Indices of a share or a number of each class, or of all: the first in a hashed order."""
     labels, classes = dataset.labels, dataset.classes
     text = spec.replace("per class", "").strip()
     share = text.endswith("%")
@@ -1272,6 +1272,10 @@ def balanced(dataset, spec, seed):
                         "file") from None
     if not (0 < value <= 100 if share else value > 0):
         raise DataError(f"--labels {spec!r}: out of range")
+    order = shuffled(len(labels), SUBSET, 3, seed)
+    if draw == "natural":
+        n = max(round(len(labels) * value / 100), 1) if share else value * len(classes)
+        return order[:n].sort().values
     counts = labels.bincount(minlength=len(classes))
     wanted = torch.full_like(counts, value) if not share else (
         (counts * value / 100).round().clamp_min(1).long())
@@ -1279,7 +1283,7 @@ def balanced(dataset, spec, seed):
     if short:
         raise DataError(f"--labels {spec!r}: class {classes[short[0]]} has only "
                         f"{counts[short[0]]} images")
-    order, rank = ranked(labels, counts, shuffled(len(labels), SUBSET, 3, seed))
+    order, rank = ranked(labels, counts, order)
     return order[rank < wanted[labels[order]]].sort().values
 
 
