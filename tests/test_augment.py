@@ -49,7 +49,7 @@ def test_shuffled_is_a_permutation_that_depends_on_the_key():
 
 # ------------------------------------------------------------------------------ boxes, resampling
 def box_by_loop(u, h, w, scale, ratio=(3 / 4, 4 / 3)):
-    """torchvision's RandomResizedCrop.get_params with its random numbers: 10 areas, 10 ratios, 2."""
+    """torchvision's RandomResizedCrop.get_params with its random numbers, 22 of them."""
     for i in range(10):
         area = h * w * (scale[0] + (scale[1] - scale[0]) * u[i])
         low, high = map(math.log, ratio)
