@@ -1,7 +1,7 @@
 """How fast each part is, beside the least that its products can take and beside what others use.
 
     python bench/bench.py                                # every case with ViT-B/16, on a GPU or CPU
-    python bench/bench.py --only mae,graft --against        # beside timm's blocks, transformers
+    python bench/bench.py --only mae graft --against        # beside timm's blocks, transformers
     python bench/bench.py --only reading --data IMAGES --against        # beside torchvision
     python bench/bench.py --only graft --arch vit_large --batch-size 128 --json >> bench.jsonl
 
@@ -47,7 +47,6 @@ HEADS = (4096, 256)                             # MoCo v3's
 EPOCHS = dict(linear=90, loop=3)                # the protocol's; of the demonstration's
 LINEAR_BATCH = {"cuda": 1024, "cpu": 64}        # the protocol's; what a CPU does in seconds
 FEWSHOT = {"cuda": (12811, 1000), "cpu": (1280, 100)}       # images, classes: 1 % of ImageNet; less
-MOST_READ = 64                                  # images of --data
 
 # batch: images a call; flops(): of an image, or None; codes: {name: Code}, ours first
 Case = namedtuple("Case", "name batch flops codes note", defaults=("",))
@@ -58,7 +57,7 @@ Measured = namedtuple("Measured", "seconds cpu waited peak", defaults=(None,) * 
 def get_args(argv=None):
     parser = run.Parser(__doc__)
     add = parser.group("bench")
-    add("--only", help=f"a comma list of {', '.join(CASES)} (default: all)")
+    add("--only", nargs="+", choices=list(CASES), default=list(CASES), help="(default: all)")
     add("--against", action="store_true", help="beside the references that can be imported")
     add("--arch", choices=ARCHS, default="vit_base", help="at 224 pixels, vit_mini at 32")
     add("--batch-size", type=run.number(int, 1), help="default 256 on a GPU, else 16")
@@ -68,10 +67,6 @@ def get_args(argv=None):
     run.add_options(add, "device amp compile")
     args = parser.parse_args(argv)
     run.check(parser, args)
-    args.only = args.only.split(",") if args.only else list(CASES)
-    unknown = [name for name in args.only if name not in CASES]
-    if unknown:
-        parser.error(f"--only {unknown[0]}: it must be one of {', '.join(CASES)}")
     return args
 
 
@@ -210,7 +205,8 @@ def augment_case(b):
 
     for name, views in VIEWS.items():
         theirs = b.against("torchvision", partial(pillow, name))
-        yield Case(f"augment: {name}", b.batch, None, {"ours": Code(partial(ours, views)), **theirs})
+        codes = {"ours": Code(partial(ours, views)), **theirs}
+        yield Case(f"augment: {name}", b.batch, None, codes, "from memory")
 
 
 def reading_case(b):
@@ -220,8 +216,8 @@ def reading_case(b):
     dataset = data.load(b.args.data)
     if dataset.images is not None:
         raise run.UsageError(f"--data {b.args.data} fits into memory, no worker reads it")
-    dataset = dataset.select(range(min(len(dataset), MOST_READ)))
-    n = len(dataset)
+    n = min(len(dataset), 64)
+    dataset = dataset.select(range(n))
 
     def loading(views, drawn):
         loader = data.Loader(dataset, views, b.config["img_size"], n, device=b.device)
@@ -229,7 +225,12 @@ def reading_case(b):
 
     def reading(name):
         function = references.pillow_views(b.side)[name] if name else lambda image: image
-        return lambda: [function(dataset.read(i)) for i in range(n)]
+
+        def call():
+            for i in range(n):
+                content = io.BytesIO(dataset.source.content(i))
+                function(Image.open(content).convert("RGB"))
+        return call
 
     for name in ("MAE view", "pair of views"):
         views = VIEWS[name]
@@ -312,6 +313,8 @@ def loop_times(path, batch_size):
     """The Measured of a run by its log, without the first line."""
     with open(path) as f:
         log = [json.loads(line) for line in f][1:]
+    if not log:
+        raise run.RunError(f"{path}: too short a run to time its loop")
     seconds = sum(line["seconds"] for line in log)
     images = sum(line["seconds"] * line["images_per_second"] for line in log)
     waited = sum(line["seconds"] * line["data_wait"] for line in log) / seconds

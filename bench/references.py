@@ -15,7 +15,7 @@ def with_timm_blocks(net):
     from timm.models.vision_transformer import Block as TimmBlock
 
     class Theirs(TimmBlock):
-        def forward(self, x, *_):
+        def forward(self, x, *_, **__):
             return super().forward(x)
 
     for blocks in [module for module in net.modules() if isinstance(module, nn.ModuleList)]:
