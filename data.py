@@ -4,6 +4,7 @@ Order and augmentation are functions of (seed, epoch, image) alone: see augment.
 numpy and pillow; torchvision, where it is there, decodes JPEGs faster and fetches CIFAR.
 
     python data.py check IMAGES                 # read every image beforehand, and name the bad ones
+    python data.py pack IMAGES IMAGES.tar       # one tar of many files, which is read as the folder
 
 Shapes: N images, C channels, (H, W) source, (h, w) output pixels; boxes (top, left, height, width).
 """
@@ -11,17 +12,22 @@ import argparse
 import contextlib
 import copy
 import csv
+import fcntl
 import functools
 import hashlib
 import io
+import json
 import os
 import re
 import stat
 import sys
+import tarfile
 import tempfile
 import time
 import unicodedata
 import warnings
+import zipfile
+from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
@@ -44,6 +50,9 @@ LARGE_FILE = 64 << 20       # bytes: beyond, a file's header is read before the 
 MEMORY_LIMIT = 4 << 30      # bytes of pixels up to which images of one size are held in memory
 MEMORY_SIDE = 128           # and up to which side: larger ones are cropped by workers
 CHUNK = 512                 # images of a view that are augmented at once, which bounds the memory
+OLD_PACK = b"\x89picture pack 1\n"    # how the packs of older versions begin
+OPEN_TARS = 256             # tars a process keeps open; what is beyond is opened for each image
+SYNC = 64 << 20             # bytes between flushes to the disk while a tar is written
 FILTERS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
 
@@ -67,6 +76,12 @@ def say(text):
     """Print a line, in the first process of a run alone."""
     if os.environ.get("RANK", "0") == "0":
         print(printable(text), flush=True)
+
+
+@functools.cache
+def note(text):
+    """Say once what was assumed or left out."""
+    say(f"note: {text}")
 
 
 class BadFile(ValueError):
@@ -221,10 +236,11 @@ class Names:
 
     def __init__(self, names=(), text=None, first=None, last=None):
         if text is None:
-            encoded = [name if isinstance(name, bytes) else os.fsencode(name) for name in names]
-            ends = np.zeros(len(encoded) + 1, np.int64)
-            np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), out=ends[1:])
-            text, first, last = b"".join(encoded), ends[:-1], ends[1:]
+            text = os.fsencode("\0".join(names))    # at once: a tenth of the time of one by one
+            ends = np.flatnonzero(np.frombuffer(text + b"\0", np.uint8) == 0)
+            first, last = np.append(0, ends[:-1] + 1), ends
+            if not text:
+                first = last = ends[:0]
         self.text, self.first, self.last = text, first, last
 
     def __len__(self):
@@ -241,6 +257,13 @@ class Names:
         """The names at ids, without their first `cut` bytes."""
         ids = np.asarray(ids, np.int64)
         return Names(text=self.text, first=self.first[ids] + cut, last=self.last[ids])
+
+    def folders(self):
+        """The bytes before the first / of each name, b"" where there is none."""
+        slashes = np.flatnonzero(np.frombuffer(self.text, np.uint8) == ord("/"))
+        slashes = np.append(slashes, len(self.text))[np.searchsorted(slashes, self.first)]
+        ends = np.where(slashes < self.last, slashes, self.first)
+        return [self.text[a:b] for a, b in zip(self.first.tolist(), ends.tolist())]
 
     def below(self, folder):
         """Indices of the names that begin with folder/."""
@@ -286,6 +309,380 @@ class FileSource:
     def select(self, ids):
         """The files at ids, indices."""
         return FileSource(self.root, self.names.select(ids))
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+class Progress:
+    """After five seconds how many images are done, on the error stream: on a terminal in one line
+    that is rewritten, elsewhere in a line every 30 seconds."""
+
+    def __init__(self, what, total=None):
+        self.what, self.total, self.done = what, total, 0
+        self.started = time.perf_counter()
+        self.due = self.started + 5
+
+    def step(self):
+        self.done += 1
+        now = time.perf_counter()
+        if now < self.due:
+            return
+        terminal, rate = sys.stderr.isatty(), self.done / (now - self.started)
+        self.due = now + (0.5 if terminal else 30)
+        line = f"{self.what}: {self.done} images, {rate:.3g}/s"
+        if self.total:
+            left = clock((self.total - self.done) / rate)
+            line = f"{self.what}: {self.done} of {self.total} images, {rate:.3g}/s, left {left}"
+        end = "" if terminal and self.done != self.total else "\n"
+        print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------- tar files
+class TarSource(FileSource):
+    """Images in tars, named and ordered as in the folder that the tars unpack to.
+
+    tars: their paths, with their sizes when indexed. places (N, 3): number of the tar, offset and
+    length of each image. labels, classes: from WebDataset's .cls files. tops: the first folders.
+    """
+
+    def __init__(self, root, names, tars, places, labels=None, classes=None, tops=()):
+        self.root, self.names, self.tars, self.places = root, names, tars, places
+        self.labels, self.classes, self.tops = labels, classes, tops
+
+    def content(self, i):
+        """The bytes of image i, a bytearray. OSError when its tar is not what it was."""
+        which, at, length = self.places[i].tolist()
+        return self.tars.read(which, at, length)
+
+    def select(self, ids, cut=0):
+        """The images at ids, indices, without the first `cut` bytes of their names."""
+        ids = np.asarray(ids, np.int64)
+        labels = None if self.labels is None else self.labels[ids]
+        return TarSource(self.root, self.names.select(ids, cut), self.tars, self.places[ids],
+                         labels, self.classes)
+
+    def part(self, name):
+        """The images in a first folder, by their names in it, and the classes that they have."""
+        part = self.select(self.names.below(name), len(os.fsencode(name)) + 1)
+        if part.labels is not None:
+            used, part.labels = np.unique(part.labels, return_inverse=True)
+            part.classes = [self.classes[i] for i in used if i >= 0]
+            part.labels = part.labels - len(used) + len(part.classes)
+        return part
+
+
+class Tars:
+    """Tar files, opened by whoever reads first: each process by itself, and pickled unopened."""
+
+    def __init__(self, paths, sizes):
+        self.paths, self.sizes, self.fds = paths, sizes, {}
+
+    def __getstate__(self):
+        return self.__dict__ | dict(fds={})
+
+    def __del__(self):
+        for fd in self.fds.values():
+            os.close(fd)
+
+    def read(self, which, at, length):
+        content, kept = bytearray(length), self.fds.get(which)
+        fd = os.open(self.paths[which], os.O_RDONLY) if kept is None else kept
+        if len(self.fds) < OPEN_TARS:
+            kept = self.fds.setdefault(which, fd)           # another thread may have been faster
+        try:
+            size = os.fstat(fd).st_size
+            if os.preadv(fd, [content], at) < length or size != self.sizes[which]:
+                raise OSError(f"{self.paths[which]} has changed since it was opened")
+            return content
+        finally:
+            if fd != kept:
+                os.close(fd)
+
+
+def find_tars(path):
+    """Paths of the tars that a file, a pattern such as shard-{000..146}.tar or a folder stands for.
+
+    None where path is something else: a folder of images, or a list file. DataError: a pack of an
+    older version, a tar of a pattern that is not there.
+    """
+    if os.path.isdir(path):
+        return tars_below(path)
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            head = f.read(512)
+        if head.startswith(OLD_PACK):
+            raise DataError(f"{path} is a pack of an older version; make a tar, which any tool can "
+                            "read, from the folder again: python data.py pack FOLDER FILE.tar")
+        named = path.lower().endswith(".tar") and not head.startswith(tuple(NOT_LISTS))
+        return [path] if named or head[257:262] == b"ustar" else None
+    braces = re.search(r"\{([^{}]*)\}", path)
+    if braces is None:
+        return None
+    ends = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+    parts = braces[1].split(",")
+    if ends:
+        numbers = range(int(ends[1]), int(ends[2]) + 1)
+        parts = [str(i).zfill(len(ends[1])) for i in numbers]
+    found = []
+    for one in (path[:braces.start()] + part + path[braces.end():] for part in parts):
+        tars = find_tars(one)
+        if tars is None:
+            raise DataError(f"{one}: no such tar")
+        found += tars
+    return found
+
+
+def tars_below(folder, depth=3):
+    """Tars in a folder and in those below it, sorted; None if there are images or other folders."""
+    tars, folders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name.lower()
+                if name.endswith(EXTENSIONS):
+                    return None
+                if name.endswith(".tar") and not name.startswith("."):
+                    tars.append(entry.path)
+                elif entry.is_dir() and not name.startswith("."):
+                    folders.append(entry.path)
+    except OSError:                         # said when it is listed
+        return None
+    tars.sort()
+    for inner in sorted(folders):
+        more = tars_below(inner, depth - 1) if depth else None
+        if more is None:
+            return None
+        tars += more
+    return tars or None
+
+
+def tar_number(field):
+    """A number of a tar header: octal or, with its first bit set, the bytes themselves."""
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.rstrip(b"\0 ") or b"0", 8)
+
+
+def pax_records(content):
+    """{key: value} of a pax header, whose records are "length key=value\\n"."""
+    found = {}
+    while content:
+        length = int(content.split(b" ", 1)[0])
+        key, value = content[:length - 1].split(b" ", 1)[1].split(b"=", 1)
+        found[key] = value
+        content = content[length:]
+    return found
+
+
+def tar_members(fd, at, end, where):
+    """(type, name, offset, size) of each member of the tar between two places of a file.
+
+    Types and names are bytes; reads headers alone, in a quarter of tarfile's time. DataError: the
+    tar is damaged or cut short, or has sparse files, which do not lie in one place.
+    """
+    special = {}
+    while True:
+        head = os.pread(fd, 512, at) if at + 512 <= end else b""
+        if head == bytes(512):
+            if os.pread(fd, min(10240, end - at), at).strip(b"\0"):
+                raise DataError(f"{where}: another tar begins after byte {at}; tar -A joins tars")
+            return
+        kind, data, size = head[156:157], at + 512, 0
+        try:
+            if head and tar_number(head[148:156]) != sum(head[:148]) + sum(head[156:]) + 8 * 32:
+                raise ValueError
+            if head and kind not in (b"1", b"2", b"3", b"4", b"5", b"6"):   # all without content
+                size = int(special.get(b"size") or tar_number(head[124:136]))
+            if size < 0:
+                raise ValueError
+            if kind == b"x":
+                special |= pax_records(os.pread(fd, min(size, 1 << 20), data))
+        except ValueError:
+            raise DataError(f"{where}: damaged, there is no header at byte {at}") from None
+        at = data + -(-size // 512) * 512
+        if at > end:
+            raise DataError(f"{where}: cut short, this tar has no end; copy or pack it again")
+        if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in special):
+            raise DataError(f"{where}: has sparse files; make it again without --sparse")
+        if kind == b"L":
+            special[b"path"] = os.pread(fd, min(size, 1 << 20), data).rstrip(b"\0")
+        elif kind not in (b"x", b"g", b"K"):
+            name = head[:100].split(b"\0", 1)[0]
+            if head[257:263] == b"ustar\0" and head[345]:
+                name = head[345:500].split(b"\0", 1)[0] + b"/" + name
+            yield kind, special.get(b"path", name), data, size
+            special = {}
+
+
+def tar_images(path, labels):
+    """(name, offset, size) of each file in a tar that is not hidden, and of those of tars in it, in
+    a folder of the inner tar's name; {KEY: label} of .cls files goes into labels."""
+    with open(path, "rb") as f:
+        todo, links = [(0, os.fstat(f.fileno()).st_size, "")], 0
+        while todo:
+            start, end, folder = todo.pop()
+            for kind, name, offset, size in tar_members(f.fileno(), start, end, path):
+                name = os.fsdecode(name)
+                parts = [part for part in name.split("/") if part not in ("", ".")]
+                if name.startswith("/") or ".." in parts:
+                    raise DataError(f"{path}: refused, {name!r} in this tar leads out of it")
+                links += kind in (b"1", b"2")
+                if kind not in (b"0", b"\0", b"7") or any(part[0] == "." for part in parts):
+                    continue
+                name = folder + "/".join(parts)
+                if name.endswith(".tar"):
+                    todo.append((offset, offset + size, name[:-4] + "/"))
+                elif name.endswith(".cls"):
+                    text = os.pread(f.fileno(), min(size, 4096), offset)
+                    labels[name[:-4]] = text.decode("utf-8", "replace").strip()
+                else:
+                    yield name, offset, size
+    if links:
+        say(f"warning: {path}: passed over {links} links; tar -h "
+            "--hard-dereference packs the files")
+
+
+def label_of(name, labels):
+    """The text of KEY.cls, where KEY is the name to its ending or to its file's first dot."""
+    folder, slash, file = name.rpartition("/")
+    return labels.get(os.path.splitext(name)[0]) or labels.get(
+        folder + slash + file.split(".", 1)[0], "")
+
+
+def index_tars(path, tars):
+    """{names, ends, places, labels, lists}: arrays with all that open_tars needs."""
+    names, places, labels, other = [], array("q"), [], {}
+    progress = Progress(f"indexing {path}")
+    for number, tar in enumerate(tars):
+        texts, first = {}, len(names)
+        for name, *place in tar_images(tar, texts):
+            if not name.lower().endswith(EXTENSIONS):
+                other.setdefault(ending_of(name), []).append(len(names))
+            names.append(name)
+            places.extend((number, *place))
+            progress.step()
+        labels += [label_of(name, texts) if texts else "" for name in names[first:]]
+    places = np.frombuffer(places, np.int64).reshape(-1, 3)
+    files = TarSource(path, Names(names), Tars(tars, list(map(os.path.getsize, tars))), places)
+    passed = {ending: ids for ending, ids in other.items() if not are_images(files.select(
+        sorted({ids[0], ids[len(ids) // 2], ids[-1]})))}
+    say_passed(path, Counter({ending: len(ids) for ending, ids in passed.items()}))
+    rows = sorted(set(range(len(names))).difference(*passed.values()))
+    names, labels, places = [names[i] for i in rows], [labels[i] for i in rows], places[rows]
+    if len(tars) > 1:
+        names = in_folders(path, tars, names, places[:, 0].tolist(), any(labels))
+    else:
+        names = without_top(path, names)
+    keys = [walk_order(name) for name in names]
+    order = sorted(range(len(names)), key=keys.__getitem__)
+    order = [i for i, j in zip(order, order[1:] + [-1])     # the last of one name, as when unpacked
+             if j < 0 or names[i] != names[j]]
+    classes = sorted_classes(set(labels) - {""})
+    numbers = {text: i for i, text in enumerate(classes)} | {"": -1}
+    found = Names([names[i] for i in order])
+    tops = sorted({names[i].split("/", 1)[0] for i in order if "/" in names[i]})
+    return dict(names=np.frombuffer(found.text, np.uint8), ends=found.last, places=places[order],
+                labels=np.array([numbers[labels[i]] for i in order], np.int64),
+                lists=np.frombuffer(json.dumps([classes, tops]).encode(), np.uint8))
+
+
+def walk_order(name):
+    """The key that sorts names as list_files: in each folder its files, then its folders."""
+    folder, _, file = name.rpartition("/")
+    return folder.replace("/", "\0") + "\0\0" + file
+
+
+def without_top(path, names):
+    """The names in one tar without the folder that was packed, if all begin with its name: one that
+    the tar is named after, or one with train/ and the like in it."""
+    top = names[0].split("/")[0] + "/" if names else ""
+    if not all(name.startswith(top) for name in names) or part_kind(top[:-1]):
+        return names
+    inner = {name.split("/")[1] for name in names}
+    if top[:-1] == os.path.basename(path)[:-4] or any(map(part_kind, inner)):
+        return [name[len(top):] for name in names]
+    return names
+
+
+def in_folders(path, tars, names, tar, labelled):
+    """The names of images in several tars, with the folders that their tars stand for.
+
+    Tars below a folder keep the folders they lie in. Where each is named as train, val or test and
+    not all the same, these are the parts. Images without folders and .cls files have the tar's name
+    as their class, but for numbered shards, unless images are named after the tar as ImageNet's.
+    """
+    stems = [os.path.splitext(os.path.basename(one))[0] for one in tars]
+    folders = [""] * len(tars)
+    if os.path.isdir(path):
+        folders = [os.path.relpath(os.path.dirname(one), path) + "/" for one in tars]
+        folders = ["" if folder == "./" else folder for folder in folders]
+    parts = [next(filter(None, map(part_kind, re.split(r"[^a-z]+", stem.lower()))), None)
+             for stem in stems]
+    if None not in parts and len(set(parts)) > 1:
+        folders = [f"{folder}{part}/" for folder, part in zip(folders, parts)]
+    elif not labelled and not any("/" in name for name in names):
+        shards = len({re.sub(r"\d+", "", stem) for stem in stems}) == 1
+        if not shards or all(name.startswith(stems[t]) for t, name in zip(tar, names)):
+            folders = [f"{folder}{stem}/" for folder, stem in zip(folders, stems)]
+    names = [folders[t] + name for t, name in zip(tar, names)]
+    if len(set(names)) < len(set(zip(tar, names))):         # keys that begin anew in each shard
+        split = map(os.path.split, names)
+        names = [os.path.join(folder, f"{stems[t]}_{file}")
+                 for t, (folder, file) in zip(tar, split)]
+    return names
+
+
+def open_tars(path, tars):
+    """TarSource of every image in the tars that `path` stands for.
+
+    Their index is read, or made and kept: beside them, or where that cannot be written in the
+    temporary folder. It holds as long as names, sizes and times of the tars do.
+    """
+    status, full = [os.stat(tar) for tar in tars], os.path.abspath(path)
+    made = [[os.path.relpath(tar, os.path.dirname(full)), s.st_size, s.st_mtime_ns]
+            for tar, s in zip(tars, status)]
+    made = json.dumps([1, EXTENSIONS, made]).encode()
+    cache = os.path.join(tempfile.gettempdir(), f"tar-index-{os.getuid()}")
+    places = (os.path.join(full, "tars.index.npz") if os.path.isdir(path) else f"{full}.index.npz",
+              os.path.join(cache, f"{hashlib.sha256(os.fsencode(full)).hexdigest()[:32]}.npz"))
+    kept = next(filter(None, (read_index(place, made) for place in places)), None)
+    if kept is None:
+        kept = index_tars(path, tars)
+        with contextlib.suppress(OSError):
+            os.makedirs(cache, mode=0o700, exist_ok=True)
+        index = kept | dict(made=np.frombuffer(made, np.uint8))
+        any(write_index(place, index) for place in places)
+    names = Names(text=kept["names"].tobytes(), first=np.append(0, kept["ends"] + 1)[:-1],
+                  last=kept["ends"])
+    classes, tops = json.loads(kept["lists"].tobytes())
+    return TarSource(path, names, Tars(tars, [s.st_size for s in status]), kept["places"],
+                     *(kept["labels"], classes) if classes else (None, None), tops)
+
+
+def read_index(place, made):
+    """The arrays of an index, or None where there is none, or a damaged one or that of others."""
+    try:
+        with np.load(place, allow_pickle=False) as kept:
+            if kept["made"].tobytes() == made:
+                return {key: kept[key] for key in ("names", "ends", "places", "labels", "lists")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def write_index(place, arrays):
+    """Whether the index could be written; a reader finds it whole or not at all."""
+    part = f"{place}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as f:
+            np.savez(f, **arrays)
+        os.replace(part, place)
+        return True
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        return False
 
 
 class Dataset:
@@ -338,11 +735,11 @@ class Dataset:
 
     def label_by_folders(self, train):
         """Labels from the first folder of each name, if all have one; a training set several."""
-        folders = [file[:max(file.find("/"), 0)] for file in self.files]
-        known = {name: unicodedata.normalize("NFC", name) for name in set(folders)}
+        folders = self.files.folders()
+        known = {name: unicodedata.normalize("NFC", os.fsdecode(name)) for name in set(folders)}
         classes = sorted(set(known.values()) - {""})
-        if "" in known and classes:
-            stray = self.file(folders.index(""))
+        if b"" in known and classes:
+            stray = self.file(folders.index(b""))
             self.unlabelled = f"{stray} lies beside the class folders"
         elif len(classes) == 1 and train:
             self.unlabelled = f"it has one class folder only, {classes[0]}"
@@ -384,53 +781,61 @@ COLUMNS = {"file": ("file", "filename", "file_name", "path", "filepath", "image"
            "split": ("split", "part", "subset", "set")}
 
 
-def list_files(root, note=False):
+def list_files(root, warn=False):
     """Names of the image files below root: each folder's own, sorted, before those of its folders.
 
     Hidden ones are left out, and every real folder is visited once, however many links lead there.
-    Files of other endings are taken if it is images that they hold; note: say what is passed over.
+    Files of other endings are taken if it is images that they hold; warn: say what is passed over.
     """
-    blocks, seen, todo, links = {}, set(), [((), root)], []
+    blocks, other, seen, todo, links = {}, {}, set(), [("", root)], []
     while todo or links:
-        parts, folder = todo.pop() if todo else links.pop()
+        prefix, folder = todo.pop() if todo else links.pop()
+        files, found = [], []
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            files, found = [], []
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
+                    name = entry.name
+                    if name[0] == ".":
                         continue
-                    if entry.is_dir(follow_symlinks=False):
-                        todo.append(((*parts, entry.name), entry.path))
+                    if entry.is_file(follow_symlinks=False):
+                        files.append(name)
+                    elif entry.is_dir(follow_symlinks=False):
+                        todo.append((f"{prefix}{name}/", entry.path))
                     elif entry.is_symlink() and entry.is_dir():
-                        found.append(((*parts, entry.name), entry.path))
+                        found.append((f"{prefix}{name}/", entry.path))
                     else:
-                        files.append(entry.name)
+                        files.append(name)
         except OSError as error:
             raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
         links += sorted(found, reverse=True)        # after the real folders, the first at the end
-        if files:
-            blocks[parts] = sorted(files)
-    other = {}                                      # ending: names
-    for parts, files in blocks.items():
-        for name in files:
-            if not name.lower().endswith(EXTENSIONS):
-                other.setdefault(ending_of(name), []).append("/".join((*parts, name)))
-    taken = tuple(ending for ending, names in other.items() if are_images(root, names))
-    passed = Counter({ending: len(names) for ending, names in other.items() if ending not in taken})
-    if note and passed:
-        say(f"note: {root}: passed over {sum(passed.values())} files that are no images: "
-            + ", ".join(f"{n} {ending or 'without an ending'}"
-                        for ending, n in passed.most_common(8)))
-    names = []
-    for parts in sorted(blocks):
-        prefix = "".join(f"{part}/" for part in parts)
-        names += [os.fsencode(prefix + name) for name in blocks[parts]
-                  if name.lower().endswith(EXTENSIONS) or taken and ending_of(name) in taken]
-    return Names(names)
+        blocks[prefix] = [name for name in files if name.lower().endswith(EXTENSIONS)]
+        if len(blocks[prefix]) < len(files):
+            for name in set(files).difference(blocks[prefix]):
+                other.setdefault(ending_of(name), []).append((prefix, name))
+    passed = Counter()
+    for ending, names in other.items():
+        files = sorted(prefix + name for prefix, name in names)
+        if are_images(FileSource(root, sorted({files[0], files[len(files) // 2], files[-1]}))):
+            for prefix, name in names:
+                blocks[prefix].append(name)
+        else:
+            passed[ending] = len(names)
+    if warn:
+        say_passed(root, passed)
+    order = sorted(blocks, key=lambda prefix: prefix.split("/"))
+    return Names(prefix + name for prefix in order for name in sorted(blocks[prefix]))
+
+
+def say_passed(path, passed):
+    """Note how many files of which endings, a Counter, are no images."""
+    if passed:
+        note(f"{path}: passed over {passed.total()} files that are no images: "
+             + ", ".join(f"{n} {ending or 'without an ending'}"
+                         for ending, n in passed.most_common(8)))
 
 
 def ending_of(name):
@@ -439,14 +844,13 @@ def ending_of(name):
     return ending if len(ending) < 7 and ending[1:2].isalpha() else ""
 
 
-def are_images(root, names):
-    """Whether most of three of these files, the first, the middle and the last, are images."""
-    some = {names[0], names[len(names) // 2], names[-1]}
-    source, good = FileSource(root, sorted(some)), 0
+def are_images(source):
+    """Whether most of some files are images."""
+    good = 0
     for i in range(len(source)):
         with contextlib.suppress(BadFile), or_bad_file():
             good += bool(Encoded(source.content(i)))
-    return 2 * good > len(some)
+    return 2 * good > len(source)
 
 
 def part_kind(name):
@@ -485,19 +889,30 @@ def choose_part(path, found, train):
                     "evaluate on; --val-share splits a set that has neither")
 
 
+def open_source(path, train=None):
+    """The source of the images that `path` names, a folder or tars: of its part to train or to test
+    on, if it has parts; of all with train=None."""
+    tars = find_tars(path)
+    if tars:
+        source = open_tars(path, tars)
+        part = "" if train is None else choose_part(path, parts_of(path, source.tops), train)
+        return source.part(part) if part else source
+    if not os.path.isdir(path):
+        raise DataError(f"{path}: no such folder, list file or tar (--data)")
+    part = "" if train is None else choose_part(path, parts_of(path, folder_names(path)), train)
+    root = os.path.join(path, part) if part else path
+    return FileSource(root, list_files(root, warn=True))
+
+
 def folder_names(path):
+    """The first folders of what `path` names, a folder or tars."""
+    tars = find_tars(path)
+    if tars:
+        return open_tars(path, tars).tops
+    if not os.path.isdir(path):
+        return []
     with os.scandir(path) as entries:
         return [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-
-
-def open_source(path, train=None):
-    """The source of the images that `path` names, a folder: of its part to train or to test on, if
-    it has parts; of all with train=None."""
-    if not os.path.isdir(path):
-        raise DataError(f"{path}: no such folder or list file (--data)")
-    part = "" if train is None else choose_part(path, parts_of(path, folder_names(path)), train)
-    root = os.path.join(path, part)
-    return FileSource(root, list_files(root, note=True))
 
 
 NOT_LISTS = {b"PK\3\4": "a zip archive: unpack it",
@@ -599,12 +1014,12 @@ def open_folder(path, train, in_chans, labels_file=None, val_share=0):
         raise DataError(f"--in-chans {in_chans}: images are read with 1 (grey), 3 (RGB) or 4 "
                         "(RGBA) channels")
     name, train_part = path, train or val_share > 0
-    if os.path.isfile(path):
+    if os.path.isfile(path) and not find_tars(path):
         check_list(path)
         if labels_file:
             raise DataError(f"--labels-file {labels_file}: {path} is a list already")
         path, labels_file = os.path.dirname(os.path.abspath(path)), path
-    parts = parts_of(name, folder_names(path)) if path == name and os.path.isdir(path) else {}
+    parts = parts_of(name, folder_names(path)) if path == name else {}
     labels = None
     if labels_file:
         source = open_source(path)
@@ -618,10 +1033,13 @@ def open_folder(path, train, in_chans, labels_file=None, val_share=0):
     dataset = Dataset(source, in_chans=in_chans, name=name)
     if labels:
         dataset.label(labels, sorted_classes(labels))
-        say(f"note: labels of {labels_file}: {len(dataset.classes)} classes, "
+        note(f"labels of {labels_file}: {len(dataset.classes)} classes, "
             f"{', '.join(dataset.classes[:4])}{', ...' if len(dataset.classes) > 4 else ''}")
     elif source.labels is not None and (source.labels >= 0).all():
         dataset.labels, dataset.classes = torch.as_tensor(source.labels), source.classes
+    elif source.labels is not None:
+        missing = np.flatnonzero(source.labels < 0)
+        dataset.unlabelled = f"{len(missing)} have no .cls, first {source.name(missing[0])}"
     else:
         dataset.label_by_folders(train)
     return split_off(dataset, val_share, train) if val_share else dataset
@@ -655,7 +1073,8 @@ def listed_images(source, table, root, parts, train):
     # numbers for folders, as in ImageNet's lists, are known by the folders' names
     folders = [file.split("/")[-2] if "/" in file else None for file in files]
     pairs = len(set(zip(folders, labels)))
-    if None not in folders and pairs == len(set(folders)) == len(set(labels)):
+    numbers = all(label.isdecimal() for label in set(labels))
+    if numbers and None not in folders and pairs == len(set(folders)) == len(set(labels)):
         labels = folders
     return source, [labels[row] for row in mine], parts
 
@@ -681,8 +1100,9 @@ def split_off(dataset, share, train, seed=0):
 
 
 def every_image(path, in_chans=3, value_range=None):
-    """All images below a folder, in whatever part of it, without labels; none if it is none."""
-    source = open_source(path)[0] if os.path.exists(path) else FileSource(path, [])
+    """All images below a folder or in tars, of all parts, without labels; none if it is none."""
+    there = os.path.isdir(path) or find_tars(path)
+    source = open_source(path) if there else FileSource(path, [])
     dataset = Dataset(source, in_chans=in_chans, name=path)
     dataset.range = find_range(dataset, value_range)
     return dataset
@@ -745,7 +1165,7 @@ def find_range(dataset, asked=None, found=None):
         raise DataError(f"{dataset.name}: no image to measure the range of values on", 1)
     low, high = min(values), max(values)
     high = high if high > low else low + 1
-    say(f"note: {dataset.name}: values from {low:g} to {high:g}, measured on a sample, become "
+    note(f"{dataset.name}: values from {low:g} to {high:g}, measured on a sample, become "
         "black to white; --range sets others")
     return low, high
 
@@ -807,11 +1227,11 @@ def report_bad(dataset, max_bad, seen=0):
                         f"allows; first {dataset.file(next(iter(bad)))}", 1)
 
 
-def labelled(dataset, spec=None, seed=0):
+def labelled(dataset, spec=None, seed=0, draw="balanced"):
     """Indices of the images whose labels may be used, sorted, and how they were chosen.
 
-    spec: None for all; "1%" or "5 per class", a class-balanced draw by seed; or a list file
-    (SimCLR's lists).
+    spec: None for all; "1%" or "5 per class", drawn by seed; or a list file (SimCLR's lists).
+    draw: "balanced", that share or number of each class, or "natural", as many in all, of any.
     """
     if dataset.labels is None:
         raise DataError(f"{dataset.name}: no labels, {dataset.unlabelled} (a labelled set has one "
@@ -825,24 +1245,24 @@ def labelled(dataset, spec=None, seed=0):
         root = getattr(dataset.source, "root", None)
         ids = find_listed(dataset.files, [name for name, *_ in rows], f"--labels {spec}", root)
         if any(label for _, label, _ in rows):
-            say(f"note: --labels {spec} chooses images; the labels in it are not used, but those "
+            note(f"--labels {spec} chooses images; the labels in it are not used, but those "
                 f"of {dataset.name}")
         ids, how = torch.tensor(sorted(ids)), f"list {os.path.basename(spec)}"
     else:
-        ids, how = balanced(dataset, spec, seed), f"{spec}, balanced draw, seed {seed}"
+        ids, how = drawn(dataset, spec, seed, draw), f"{spec}, {draw} draw, seed {seed}"
     found = dataset.labels[ids].unique()
     if len(found) < 2:
         raise DataError(f"{dataset.name}: one class only among the {len(ids)} labelled images, "
                         "nothing to tell apart")
-    if len(found) < len(dataset.classes):
+    if len(found) < len(dataset.classes) and draw == "balanced":
         absent = sorted(set(range(len(dataset.classes))) - set(found.tolist()))
         raise DataError(f"--labels {spec!r}: no image of {len(absent)} of the "
                         f"{len(dataset.classes)} classes, first {dataset.classes[absent[0]]}")
     return ids, how
 
 
-def balanced(dataset, spec, seed):
-    """Indices of a share or a number of each class: the first of it in an order hashed by seed."""
+def drawn(dataset, spec, seed, draw):
+    """Indices of a share or a number of each class, or of all: the first in a hashed order."""
     labels, classes = dataset.labels, dataset.classes
     text = spec.replace("per class", "").strip()
     share = text.endswith("%")
@@ -853,6 +1273,10 @@ def balanced(dataset, spec, seed):
                         "file") from None
     if not (0 < value <= 100 if share else value > 0):
         raise DataError(f"--labels {spec!r}: out of range")
+    order = shuffled(len(labels), SUBSET, 3, seed)
+    if draw == "natural":
+        n = max(round(len(labels) * value / 100), 1) if share else value * len(classes)
+        return order[:n].sort().values
     counts = labels.bincount(minlength=len(classes))
     wanted = torch.full_like(counts, value) if not share else (
         (counts * value / 100).round().clamp_min(1).long())
@@ -860,7 +1284,7 @@ def balanced(dataset, spec, seed):
     if short:
         raise DataError(f"--labels {spec!r}: class {classes[short[0]]} has only "
                         f"{counts[short[0]]} images")
-    order, rank = ranked(labels, counts, shuffled(len(labels), SUBSET, 3, seed))
+    order, rank = ranked(labels, counts, order)
     return order[rank < wanted[labels[order]]].sort().values
 
 
@@ -1272,7 +1696,8 @@ def draw(ids, side=32):
 # ---------------------------------------------------------------------------- python data.py check
 NAMED = 20                  # bad files named on the screen; --out names them all
 # what a BadFile says: the kind it is counted under; the first that fits
-KINDS = (("DecompressionBomb", "decompression bomb"), ("PermissionError", "no permission"),
+KINDS = (("empty: ", "empty"), ("DecompressionBomb", "decompression bomb"),
+         ("PermissionError", "no permission"),
          ("FileNotFoundError", "vanished"), ("UnidentifiedImageError", "no image"),
          ("not a regular file", "not a regular file"), ("NaN", "NaN"),
          ("truncated", "truncated"), ("Truncated", "truncated"), ("EOF", "truncated"))
@@ -1316,10 +1741,6 @@ def counted(kinds):
     return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
 
 
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
-
-
 def say_range(dataset, least, largest):
     """Print the range of the values, and what of it the chosen one loses."""
     low, high = dataset.range or (0, 65535)
@@ -1341,28 +1762,24 @@ def check(args):
     if not n:
         raise DataError(f"{args.folder}: no images found (looked for {', '.join(EXTENSIONS)})")
     bad, special, ranges = [], Counter(), []
-    started = told = time.perf_counter()
+    started, progress = time.perf_counter(), Progress(f"checking {args.folder}", n)
     with ThreadPool(args.workers) as pool:  # pillow decodes outside Python's lock
         found = pool.imap(functools.partial(look_or_trouble, dataset), range(n), chunksize=16)
         for i, what in enumerate(found):
             if isinstance(what, str):
-                kind = "empty" if what.startswith("empty: ") else "damaged"
-                kind = next((name for words, name in KINDS if words in what), kind)
+                kind = next((name for words, name in KINDS if words in what), "damaged")
                 bad.append((dataset.file(i), kind, what))
                 if len(bad) <= NAMED:
                     say(f"{os.path.join(args.folder, dataset.file(i))}: {kind} ({what})")
             else:
                 special.update(what[0])
                 ranges += [what[1]] if what[1] else []
-            now = time.perf_counter()
-            if now - told > 5:
-                told, left = now, (now - started) / (i + 1) * (n - i - 1)
-                print(f"{i + 1}/{n} read, {len(bad)} bad, left {clock(left)}", file=sys.stderr,
-                      flush=True)
+            progress.step()
     if len(bad) > NAMED:
         say(f"... and {len(bad) - NAMED} more")
     among = f", among them {counted(special)}" if special else ""
-    say(f"{n - len(bad)} of {n} images are good{among}; {clock(time.perf_counter() - started)}")
+    took = clock(time.perf_counter() - progress.started)
+    say(f"{n - len(bad)} of {n} images are good{among}; {took}")
     if ranges:
         say_range(dataset, min(low for low, _ in ranges), max(high for _, high in ranges))
     if args.out:
@@ -1376,6 +1793,137 @@ def check(args):
         kinds = Counter(kind for _, kind, _ in bad)
         raise DataError(f"{len(bad)} of {n} images are bad: {counted(kinds)}", 1)
     return bad
+
+
+# ---------------------------------------------------------------------------- python data.py pack
+def shrunk(content, short_side=None, quality=90):
+    """The bytes to keep of an image file, or a BadFile: as they are, or with a short side given and
+    shorter than the image's as a JPEG; images with transparency or 16 bits stay as they are."""
+    image = Encoded(content)
+    with or_bad_file():
+        if short_side is None or min(image.size) <= short_side:
+            image.decode(8 if image.is_jpeg else 1).load()  # only to know that it can be decoded
+            return content
+        fits = [f for f in (8, 4, 2) if image.is_jpeg and min(image.size) >= 2 * f * short_side]
+        small = image.decode(max(fits, default=1))
+        mode = small.mode
+        if "a" in mode.lower() or mode[0] in "IF" or "transparency" in small.info:
+            return content                  # more than a JPEG can hold
+        small = small.convert("L" if mode in ("1", "L") else "RGB")
+        scale = short_side / min(small.size)
+        sides = [max(round(side * scale), 1) for side in small.size]
+        small = small.resize(sides, Image.LANCZOS)
+        small.info.clear()
+        packed = io.BytesIO()
+        small.save(packed, "JPEG", quality=quality)
+        return packed.getvalue()
+
+
+def tar_header(name, size):
+    member = tarfile.TarInfo(name)
+    member.size = size
+    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+def pack(args):
+    """Write every image of a source into a tar, in order; one that was begun is gone on with."""
+    if args.verify:
+        return check(argparse.Namespace(folder=args.folder, workers=args.workers, out=None,
+                                        range=None))
+    dataset, path, part = every_image(args.folder), args.tar, f"{args.tar}.part"
+    if not len(dataset):
+        raise DataError(f"{args.folder}: no images found (looked for {', '.join(EXTENSIONS)})")
+    if os.path.exists(path):
+        raise DataError(f"{path} is there already; remove it to pack again")
+    if getattr(dataset.source, "labels", None) is not None:
+        raise DataError(f"{args.folder}: has its labels in .cls files, which pack does not write")
+    keep = functools.partial(shrunk, short_side=args.short_side, quality=args.quality)
+    asked = f"short side {args.short_side}, quality {args.quality}" if args.short_side else "bytes"
+    head = tarfile.TarInfo.create_pax_global_header({"comment": f"packed images: {asked}"})
+    try:
+        with open(part, "r+b" if os.path.exists(part) else "w+b") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(f"{part} is being written by another process") from None
+            done = go_on(f, part, head, dataset.source, keep)
+            todo = [i for i, name in enumerate(dataset.files) if name not in done]
+            if done:
+                print(f"going on: {len(dataset) - len(todo)} of {len(dataset)} images are packed "
+                      "already", flush=True)
+            fill(f, dataset, todo, keep, args.workers, args.max_bad)
+            if len(dataset.bad) == len(dataset):
+                raise DataError("none of the images can be read", 1)
+            f.write(bytes(1024 + -(f.tell() + 1024) % 10240))
+            f.flush()
+            os.fsync(f.fileno())
+            os.replace(part, path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}", 1) from None
+    print(f"wrote {path}: {len(dataset) - len(dataset.bad)} images, "
+          f"{os.path.getsize(path) / 2 ** 30:.2f} GiB, {len(dataset.bad)} skipped", flush=True)
+
+
+def go_on(f, part, head, source, keep):
+    """Names of the images in a tar that was begun; f is left at the end of the last whole one.
+
+    Of the last 2 SYNC bytes the disk may not have all when the power failed: compared with the
+    source again, in order, up to the first difference.
+    """
+    size, begun, done, end = os.fstat(f.fileno()).st_size, f.read(len(head)), set(), len(head)
+    if begun != head[:len(begun)]:
+        raise DataError(f"{part} was begun with other options, or is something else: remove it")
+    if len(begun) < len(head):
+        f.seek(0)
+        f.write(head)
+    places = {}
+    with contextlib.suppress(DataError, BadFile):           # at what was being written
+        for _, name, offset, length in tar_members(f.fileno(), 0, size, part):
+            name = os.fsdecode(name)
+            if offset + length > size - 2 * SYNC:
+                places = places or {name: i for i, name in enumerate(source.names)}
+                if name not in places:
+                    break
+                if keep(source.content(places[name])) != os.pread(f.fileno(), length, offset):
+                    break
+            done.add(name)
+            end = offset + -(-length // 512) * 512
+    f.seek(end)
+    f.truncate()
+    return done
+
+
+def fill(f, dataset, todo, keep, workers, max_bad):
+    """Append the images `todo` to a tar; those that cannot be read go into dataset.bad."""
+    synced = f.tell()
+
+    def prepare(i):
+        try:
+            with or_bad_file():
+                return keep(dataset.source.content(i))
+        except BadFile as error:
+            return str(error)
+
+    def prepared():
+        with ThreadPoolExecutor(workers) as pool:           # pillow decodes without Python's lock
+            for start in range(0, len(todo), 32 * workers):                 # bounds the memory
+                some = todo[start:start + 32 * workers]
+                yield from zip(some, pool.map(prepare, some))
+
+    progress = Progress(f"packing {dataset.name}", len(todo))
+    for i, content in prepared():
+        progress.step()
+        if isinstance(content, str):
+            dataset.bad[i] = content
+            report_bad(dataset, max_bad, len(dataset.bad) - 1)
+            continue
+        f.write(tar_header(dataset.file(i), len(content)))
+        f.write(content)
+        f.write(bytes(-len(content) % 512))
+        if f.tell() - synced > SYNC:
+            f.flush()
+            os.fsync(f.fileno())
+            synced = f.tell()
 
 
 class Parser(argparse.ArgumentParser):
@@ -1395,29 +1943,50 @@ def value_range(text):
 
 def get_args(argv=None):
     parser = Parser(prog="data.py", allow_abbrev=False, description="Commands for sets of images.")
-    commands = parser.add_subparsers(dest="command", metavar="check", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="check|pack", required=True)
     add = commands.add_parser("check", allow_abbrev=False, help="find bad images",
                               description="Read every image, and name the bad ones.").add_argument
-    add("folder", help="folder of images, with all that is below it")
+    add("folder", help="folder of images, with all that is below it, or tars")
     add("--workers", type=int, default=os.cpu_count(), help="images read at once")
     add("--range", type=value_range, metavar="LOW,HIGH|auto",
         help="values of 16-bit and float images that become black and white")
     add("--out", help="file for the list of bad ones: name, tab, kind, tab, what is wrong")
+    add = commands.add_parser("pack", allow_abbrev=False, help="many images into one tar",
+                              description="Many images into one tar, which --data reads as it does "
+                              "their folder; stopped, it is gone on with.").add_argument
+    add("folder", help="folder of images, with all that is below it, or tars")
+    add("tar", nargs="?", help="tar to write")
+    add("--short-side", type=int, help="pixels: shrink larger images to it, as JPEGs; those with "
+        "transparency or 16 bits stay as they are (default: keep every byte)")
+    add("--quality", type=int, default=90, help="of the JPEGs that are shrunk")
+    add("--workers", type=int, default=os.cpu_count(), help="images read at once")
+    add("--max-bad", type=float, default=0.01, help="fail when more than this share is bad")
+    add("--verify", action="store_true", help="write nothing, decode every image of a tar")
     args = parser.parse_args(argv)
     if not 1 <= args.workers <= 256:
         parser.error(f"--workers {args.workers}: 1 to 256")
-    if args.out and (os.path.isdir(args.out)
-                     or not os.path.isdir(os.path.dirname(args.out) or ".")):
-        parser.error(f"--out {args.out}: cannot write there")
-    if not os.path.isdir(args.folder):
-        parser.error(f"{args.folder}: no such folder")
+    out = args.out if args.command == "check" else args.tar
+    if out and (os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or ".")):
+        parser.error(f"{out}: cannot write there")
+    if args.command == "pack":
+        if (args.tar is None) != args.verify:
+            parser.error("a tar alone with --verify, else images and the tar to write")
+        if args.short_side is not None and not 16 <= args.short_side <= 16384:
+            parser.error(f"--short-side {args.short_side}: 16 to 16384")
+        if not 1 <= args.quality <= 100:
+            parser.error(f"--quality {args.quality}: 1 to 100")
+        if not 0 <= args.max_bad <= 1:
+            parser.error(f"--max-bad {args.max_bad}: 0 to 1")
+    if not os.path.isdir(args.folder) and not find_tars(args.folder):
+        parser.error(f"{args.folder}: no such folder or tar")
     return args
 
 
 def program(argv=None):
     """The exit code of the command line; what the user can mend is one line."""
     try:
-        check(get_args(argv))
+        args = get_args(argv)
+        (pack if args.command == "pack" else check)(args)
         return 0
     except DataError as error:
         print(f"data.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

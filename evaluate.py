@@ -1,17 +1,19 @@
-"""Evaluate frozen encoders by the paper's protocols: linear, k-NN and few-shot accuracy, or write features.
+"""Evaluate frozen encoders by the paper's protocols (linear, k-NN, few labels), or use them: write
+features, classify images, export.
 
-    python evaluate.py --mode linear                                        # what graft_train.py wrote
+    python evaluate.py --mode linear                                # what graft_train.py wrote
     python evaluate.py --mode fewshot --labels 1% --checkpoint out/mae out/moco out/graft
     torchrun --nproc_per_node 8 evaluate.py --mode linear --data IMAGENET --checkpoint out/graft
-    python evaluate.py --mode predict --classifier out/classifier-linear.pt --input NEW_PICTURES
-    python evaluate.py --table                                              # results.jsonl as a table
+    python evaluate.py --mode predict --classifier out/classifier-linear.pt --input NEW_IMAGES
+    python evaluate.py --table                                      # results.jsonl as a table
 
-Each result is one JSON line, printed and appended to results.jsonl in --out. Fine-tuning and the depth probe are in
-finetune.py and can be called from here too: --mode finetune, --mode probe.
+Each result is one JSON line, printed and appended to results.jsonl in --out. `--mode finetune` and
+`--mode probe` start finetune.py with the other options.
 """
-import csv
+import argparse
 import math
 import os
+import statistics
 import sys
 import time
 
@@ -22,122 +24,191 @@ import torch.nn.functional as F
 import augment
 import checkpoint
 import data
-import peers
 import run
-from data import UsageError
-from features import digest, extract, knn_scores
-from model import BatchNorm1d, VisionTransformer, gather
-from run import number, numbers
+from model import (BatchNorm1d, VisionTransformer, accuracies, confusion_matrix, gather,
+                   knn_scores)
+from run import RunError, UsageError, number, numbers
 
 # {1, 3, 5, 7, 9} x 10^{-5..1}, times batch / 256: the released sweep
 SWEEP = [m * 10.0 ** e for e in range(-5, 2) for m in (1, 3, 5, 7, 9)]
 MODES = ("linear", "knn", "fewshot", "features", "predict", "finetune", "probe")
+FEWEST = 50             # held-out images that may choose a rate; fewer: cross-validation
+FOLDS = 5
+# where no option is given: without --data, and with it
+SMALL = dict(batch_size=256, cache_features=True)
+PAPER = dict(batch_size=1024, cache_features=False)
 
 
 def get_args(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
-    for mode in ("finetune", "probe"):                                      # a file of their own, with its own options
-        if mode in argv and argv[max(argv.index(mode) - 1, 0)] == "--mode" or f"--mode={mode}" in argv:
-            import finetune
-            rest = [a for i, a in enumerate(argv) if a not in ("--mode", f"--mode={mode}")
-                    and not (a == mode and argv[i - 1] == "--mode")]
-            rest = ["--probe-block" if a == "--block" and mode == "probe" else a for a in rest]
-            args = finetune.get_args(rest)
-            args.mode = mode
-            return args
-    parser = run.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    # what
-    add("--mode", choices=MODES, default="linear", help="finetune and probe take finetune.py's options")
-    add("--checkpoint", nargs="+", default=["out/graft"], help="runs' folders or files: ours, MAE, MoCo v3, DINO, timm")
-    add("--weights", choices=("base", "momentum"), default="base", help="of a MoCo v3 file that holds both encoders")
-    add("--data", help="folder with train/ and val/ or test/, cifar10, cifar100 (default: $DATA, else an embedded set)")
-    add("--stats", choices=("imagenet", "data"), default="imagenet", help="channel statistics, where the file has none")
-    add("--img-size", type=run.image_size, help="224 or HEIGHTxWIDTH (default: the checkpoint's)")
-    add("--labels", help="labels used: 1%%, 10%%, '5 per class', a list file (default: all; fewshot 1%%)")
-    add("--seeds", type=numbers(kind=int, high=2 ** 31), default=[0], help="comma list; several give mean and deviation")
-    # linear
-    add("--lr", type=numbers(above=True), default=SWEEP, help="base rates for batch 256, all trained at once (35 rates)")
-    add("--epochs", type=number(int, 1), default=90, help="of the linear classifier")
-    add("--batch-size", type=number(int, 1), help="global (default 1024; embedded 256)")
-    add("--cache-features", action=run.argparse.BooleanOptionalAction, help="linear on features of the centre crops, "
-        "computed once: minutes instead of hours, no augmentation (default: only for the embedded set)")
-    add("--batchnorm", action="store_true", help="parameter-free BatchNorm before the linear classifier (MAE's protocol)")
-    # knn, features, predict, export, table
-    add("--k", type=numbers(kind=int, low=1), default=[20], help="neighbours, a comma list; the first is reported as top-1")
-    add("--block", type=number(int, 1), help="features: of this block, before the final norm (default: after the last)")
-    add("--classifier", help="predict: a classifier-*.pt that linear, fewshot or finetune wrote")
-    add("--input", help="features, predict: a folder of pictures, with or without classes")
-    add("--export", nargs=2, metavar=("timm|hf", "FILE"), help="write the encoder for timm or transformers, and stop")
+    parser = run.Parser(__doc__, SMALL, PAPER)
+    add = parser.group("what to do")
+    add("--mode", choices=MODES, default="linear", help="finetune, probe: see finetune.py")
+    add("--export", nargs=2, metavar=("timm|hf|onnx", "FILE"), help="write the encoder, and stop")
     add("--table", action="store_true", help="print results.jsonl as a Markdown table, and stop")
-    # run
-    add("--out", default="out", help="folder for results.jsonl, classifiers, features and predictions")
-    add("--workers", type=number(int, 0, 256), default=min(os.cpu_count(), 10), help="reading processes per device")
-    add("--max-bad", type=number(float, 0, 1), default=0.01, help="stop when this share of the files cannot be read")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 if the hardware has it")
+    add = parser.group("encoder")
+    add("--checkpoint", nargs="+", default=["out/graft"], help="runs' folders or files: ours, MAE, "
+        "MoCo v3, DINO, timm, transformers")
+    run.add_options(add, "weights heads init-size img-size")
+    add("--block", type=number(int, 1), help="features of this block, not the last; through the "
+        "final norm, but in --mode features")
+    add = parser.group("data")
+    run.add_options(add, "data labels-file val-share stats range workers max-bad")
+    add("--labels", help="labels used: 1%%, 10%%, '5 per class', a list file (default: all; of "
+        "fewshot 1%%)")
+    add("--draw", choices=("balanced", "natural"), default="balanced",
+        help="of --labels: the share of each class, or of all images whatever their class")
+    add("--seeds", type=numbers(kind=int, high=2 ** 31), default=[0], help="comma list; the table "
+        "has mean and deviation (default: 0)")
+    add = parser.group("linear")
+    add("--lr", type=numbers(above=True), default=SWEEP, help="base rates for batch 256, trained "
+        "together (default: 35 rates)")
+    add("--epochs", type=number(int, 1), default=90, help="of the linear classifier")
+    add("--batch-size", type=number(int, 1), help="global, of all devices")
+    add("--cache-features", action=argparse.BooleanOptionalAction, help="on features of the centre "
+        "crops, computed once: minutes in place of hours, no augmentation")
+    add("--batchnorm", action="store_true", help="parameter-free BatchNorm before the classifier, "
+        "as in MAE's protocol")
+    add = parser.group("k-NN, features, predict")
+    add("--k", type=numbers(kind=int, low=1), default=[20], help="neighbours, a comma list; the "
+        "first is reported as top-1 (default: 20)")
+    add("--per-class", action="store_true", help="also write precision, recall and F1 of each "
+        "class and the confusion matrix")
+    add("--classifier", help="predict: what linear, fewshot or finetune.py wrote")
+    add("--input", help="features, predict: a folder of images, with or without classes")
+    add("--all-probabilities", action="store_true", help="predict: a column for each class")
+    add = parser.group("run")
+    run.add_options(add, "out device amp compile timeout-minutes", out="out")
     args = parser.parse_args(argv)
     args.data = args.data or os.environ.get("DATA")
-    run.fill(args, dict(batch_size=1024 if args.data else 256, cache_features=not args.data))
+    run.fill(args, PAPER if args.data else SMALL)
     args.seeds = [int(seed) for seed in args.seeds]
     if args.mode == "fewshot":
         run.fill(args, dict(labels="1%"))
+    if args.mode in ("finetune", "probe"):
+        parser.error(f"--mode {args.mode} is finetune.py's: from Python, call finetune.main")
     if args.mode == "predict" and not (args.classifier and args.input):
         parser.error("--mode predict needs --classifier FILE and --input FOLDER")
-    if args.export and args.export[0] not in ("timm", "hf"):
-        parser.error(f"--export {args.export[0]!r}: it must be timm or hf, then a file")
+    if args.export and args.export[0] not in ("timm", "hf", "onnx"):
+        parser.error(f"--export {args.export[0]!r}: it must be timm, hf or onnx, then a file")
     if args.export and args.table:
         parser.error("--export and --table: one at a time")
-    for option, value, modes in (("--block", args.block, ("features",)), ("--classifier", args.classifier, ("predict",)),
-                                 ("--input", args.input, ("features", "predict"))):
+    if args.export and len(args.checkpoint) > 1:
+        parser.error("--export writes one encoder: give one --checkpoint")
+    for option, value, modes in (
+            ("--block", args.block, ("linear", "knn", "fewshot", "features")),
+            ("--classifier", args.classifier, ("predict",)),
+            ("--all-probabilities", args.all_probabilities, ("predict",)),
+            ("--per-class", args.per_class, ("linear", "knn", "fewshot")),
+            ("--input", args.input, ("features", "predict"))):
         if value and args.mode not in modes:
             parser.error(f"{option} goes with --mode {' or '.join(modes)}")
-    if not (args.table or args.export) and args.mode != "predict":
-        for path in args.checkpoint:
-            if not os.path.exists(path):
-                parser.error(f"no checkpoint {path}: run `python mae_pretrain.py` and `python graft_train.py` first, "
-                             "or give --checkpoint FILE")
+    for path in [] if args.table or args.mode == "predict" else args.checkpoint:
+        if not checkpoint.there(path):
+            parser.error(f"no checkpoint {path}: run `python mae_pretrain.py` and "
+                         "`python graft_train.py` first, or give --checkpoint FILE")
     run.check(parser, args)
     return args
 
 
-def load_encoder(path, args, device):
-    """The frozen encoder of a checkpoint, and what its file said of itself."""
-    source = checkpoint.read_encoder(path, args.weights)
+# ----------------------------------------------------------------------------------------- encoders
+def read(path, args):
+    return checkpoint.read_encoder(path, args.weights, args.heads, args.init_size)
+
+
+def load_encoder(path, args, env):
+    """The frozen encoder of a checkpoint on the device, and what its file said of itself."""
+    source = read(path, args)
     state, config = checkpoint.fit(source, args.img_size)
     try:
         encoder = VisionTransformer(**config)
     except ValueError as error:
         raise UsageError(error) from None
+    if args.block and args.block > encoder.depth:
+        raise UsageError(f"--block {args.block}: the encoder has {encoder.depth} blocks")
     encoder.load_state_dict(state)
-    return encoder.to(device).eval().requires_grad_(False), source
+    encoder.to(env.device).eval().requires_grad_(False)
+    run.compile_blocks(encoder, args.compile, env.device)
+    return encoder, source
 
 
-# ------------------------------------------------------------------------------------------------- protocols
-def accuracy(scores, labels):
-    """(top-1, top-5) in percent of scores (N, classes) against labels (N,)."""
-    hits = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-    return hits[:, 0].float().mean().item() * 100, hits.any(1).float().mean().item() * 100
+def feature(block=None):
+    """function(encoder, images) -> (n, D): the class token (of a block) after the final norm."""
+    def of_block(encoder, images):
+        return encoder.norm(encoder.intermediate(images, [block])[0][:, 0])
+
+    return of_block if block else lambda encoder, images: encoder.forward_features(images)
+
+
+class Frozen:
+    """A frozen encoder, and how it gets its images: statistics, range, processes, workers."""
+
+    def __init__(self, path, args, env):
+        self.encoder, source = load_encoder(path, args, env)
+        self.args, self.env, self.path, self.meta = args, env, path, source["meta"]
+        self.digest, self.function = checkpoint.digest(self.encoder), feature(args.block)
+        own = {} if args.stats else self.meta
+        self.mean, self.std = own.get("mean"), own.get("std")
+        self.unreadable = 0                                 # images met so far
+        if env.rank == 0:
+            print("\n".join(checkpoint.report(source)), flush=True)
+
+    def load(self, source, train=True):
+        """The images of `source` with the channels and the range that the encoder has seen."""
+        args, in_chans = self.args, self.encoder.config["in_chans"]
+        dataset = data.load(source, train, in_chans, args.stats or "imagenet", args.max_bad,
+                            args.range or self.meta.get("range"), args.labels_file, args.val_share)
+        return dataset.hold(self.env.device)
+
+    def extract(self, dataset, function=None):
+        """(features (N, D), readable (N,)) of every image; rows that cannot be read are zeros."""
+        return run.extract(self.encoder, dataset, self.env, workers=self.args.workers,
+                           mean=self.mean, std=self.std, function=function or self.function,
+                           max_bad=self.args.max_bad)
+
+    def labelled(self, dataset):
+        """(features (n, D), labels (n,), readable (N,)): of the n images that can be read."""
+        x, readable = self.extract(dataset)
+        if not readable.any():
+            raise RunError(f"{dataset.name}: none of {len(dataset)} images can be read")
+        self.unreadable += int((~readable).sum())
+        labels = dataset.labels[readable].to(x.device)
+        return (x if readable.all() else x[readable.to(x.device)]), labels, readable
+
+
+# ---------------------------------------------------------------------------------------- protocols
+def scored(ranked, labels, classes):
+    """Figures of a test: ranked (n, 5), the likeliest classes first, and the true labels (n,)."""
+    confusion = confusion_matrix(ranked[:, 0], labels, classes).cpu()
+    among_five = int((ranked == labels[:, None]).sum())
+    return dict(accuracies(confusion, among_five), tested=len(labels), confusion=confusion)
+
+
+def likeliest(scores):
+    """Scores (n, classes) -> (n, 5), the classes with the highest, or all where there are fewer."""
+    return scores.topk(min(5, scores.shape[1]), dim=1).indices
 
 
 class LinearSweep:
-    """One linear classifier per rate, trained together by SGD with momentum 0.9 and no weight decay.
+    """One linear classifier per rate, trained together by SGD, momentum 0.9, no weight decay.
 
-    The R classifiers are one matrix (D, R C): a step costs two matrix products, about what one classifier costs.
+    The R classifiers are one matrix (D, R C): a step costs two products, about what one would cost.
     """
 
     def __init__(self, rates, dim, classes, device, batchnorm, seed):
-        self.rates = torch.tensor(rates, device=device).repeat_interleave(classes)          # (R C,)
+        self.rates = torch.tensor(rates, device=device).repeat_interleave(classes)      # (R C,)
         self.classes = classes
-        weight = torch.empty(dim, classes).normal_(std=0.01, generator=torch.Generator().manual_seed(seed))
-        self.weight = weight.repeat(1, len(rates)).to(device)                               # (D, R C)
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.empty(dim, classes).normal_(std=0.01, generator=generator)
+        self.weight = weight.repeat(1, len(rates)).to(device)                           # (D, R C)
         self.bias = torch.zeros(len(rates) * classes, device=device)
         self.velocity = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
-        self.norm = BatchNorm1d(dim, eps=1e-6, affine=False).to(device) if batchnorm else torch.nn.Identity()
+        norm = BatchNorm1d(dim, eps=1e-6, affine=False) if batchnorm else torch.nn.Identity()
+        self.norm = norm.to(device)
 
     def state(self):
         """Its tensors, to go on from: all that a step changes."""
-        return dict(weight=self.weight, bias=self.bias, velocity=self.velocity, norm=self.norm.state_dict())
+        return dict(weight=self.weight, bias=self.bias, velocity=self.velocity,
+                    norm=self.norm.state_dict())
 
     def restore(self, state):
         self.weight.copy_(state["weight"])
@@ -151,11 +222,13 @@ class LinearSweep:
         return torch.addmm(self.bias, x, self.weight).unflatten(1, (-1, self.classes))
 
     def step(self, x, labels, factor):
-        """One step on features x (n, D); every rate times factor. The gradient of cross-entropy, written out."""
+        """One step on features x (n, D), every rate times factor: the gradient is written out."""
+        if len(x) <= isinstance(self.norm, BatchNorm1d):        # no statistics of a single image
+            return
         x = self.norm.train()(x)
         error = self.logits(x).softmax(2)
         error[torch.arange(len(x), device=x.device), :, labels] -= 1
-        error = error.flatten(1)                                                            # (n, R C)
+        error = error.flatten(1)                                                        # (n, R C)
         self.velocity[0].addmm_(x.T, error, beta=0.9, alpha=1 / len(x))
         self.velocity[1].mul_(0.9).add_(error.sum(0), alpha=1 / len(x))
         for value, velocity in zip((self.weight, self.bias), self.velocity):
@@ -185,113 +258,182 @@ class LinearSweep:
         return weight, bias
 
 
-def resume_linear(sweep, path, asked):
-    """Put back what an earlier, stopped evaluation of the same kind had reached; returns the epochs done."""
+def folds_of(labels, order):
+    """(n,) the fold of each image for cross-validation: the classes are dealt out in turn."""
+    by_class = order[labels[order].argsort(stable=True)]
+    folds = torch.empty_like(order)
+    folds[by_class] = torch.arange(len(order)) % min(FOLDS, len(order))
+    return folds
+
+
+def step_all(sweeps, x, labels, folds, factor):
+    """A step of the first sweep on all of x (n, D), of the k-th after it on all but fold k."""
+    sweeps[0].step(x, labels, factor)
+    for k, sweep in enumerate(sweeps[1:]):
+        sweep.step(x[folds != k], labels[folds != k], factor)
+
+
+def linear(frozen, train, test, args, seed):
+    """The linear protocol: (fields of the result, classifier). The rate is chosen on held-out
+    training images, or by cross-validation where a tenth of them are fewer than FEWEST."""
+    env, classes = frozen.env, len(train.classes)
+    order = augment.shuffled(len(train), augment.SUBSET, 4, seed)
+    held = min(len(train) // 10, 10000)
+    fit, chooser, folds = train.select(order[held:]), train.select(order[:held]), None
+    if held < FEWEST:
+        fit, chooser, folds = train, train, folds_of(train.labels, order)
+    batch_size = min(args.batch_size, len(fit))
+    batch_size -= 0 if args.cache_features else batch_size % env.processes
+    if batch_size == 0:
+        raise UsageError(f"--batch-size {args.batch_size} and {len(fit)} labelled images are too "
+                         f"few for {env.processes} processes: each needs an image at a time")
+    test_x, test_labels, _ = frozen.labelled(test)
+    x, labels, readable = frozen.labelled(chooser)
+    rates = [lr * batch_size / 256 for lr in args.lr]
+    sweeps = [LinearSweep(rates, x.shape[1], classes, x.device, args.batchnorm, seed)
+              for _ in range(1 if folds is None else 2 + int(folds.max()))]
+    fit_on = fit_on_features if args.cache_features else fit_on_crops
+    fit_on(sweeps, frozen, fit, folds, batch_size, seed)
+    if folds is None:
+        on_held_out, chosen_on = sweeps[0].accuracies(x, labels), f"{held} held-out training images"
+    else:
+        fold = folds[readable].to(x.device)
+        on_held_out = sum(sweep.accuracies(x[fold == k], labels[fold == k]) * (fold == k).sum()
+                          for k, sweep in enumerate(sweeps[1:]) if (fold == k).any()) / len(x)
+        chosen_on = f"{len(sweeps) - 1}-fold cross-validation of {len(x)} training images"
+    chosen = int(on_held_out.argmax())
+    protocol = "linear" + (f", block {args.block}" if args.block else "")
+    protocol += " (cached features)" if args.cache_features else ""
+    protocol += ", BatchNorm" if args.batchnorm else ""
+    fields = dict(protocol=protocol, lr=args.lr[chosen],
+                  **scored(likeliest(sweeps[0].scores(test_x, chosen)), test_labels, classes),
+                  chosen_on=chosen_on, held_out_top1=on_held_out[chosen].item(), epochs=args.epochs,
+                  batch_size=batch_size,
+                  best_on_test=sweeps[0].accuracies(test_x, test_labels).max().item(),
+                  best_on_test_note="chosen on the test images, as released code does")
+    weight, bias = sweeps[0].classifier(chosen)
+    return fields, dict(weight=weight, bias=bias, normalise=False)
+
+
+def fit_on_features(sweeps, frozen, fit, folds, batch_size, seed):
+    """Train on features of the centre crops, computed once: the same work in every process."""
+    seen = frozen.unreadable
+    x, labels, readable = frozen.labelled(fit)
+    if folds is not None:                               # the images that choose: counted already
+        folds, frozen.unreadable = folds[readable].to(x.device), seen
+    batch_size = min(batch_size, len(x))
+    epoch_steps = len(x) // batch_size
+    steps = frozen.args.epochs * epoch_steps
+    progress = run.Progress("linear", steps, "steps", quiet=frozen.env.rank > 0)
+    for step in range(steps):
+        epoch, place = divmod(step, epoch_steps)
+        if place == 0:
+            order = augment.shuffled(len(x), augment.ORDER, seed, epoch).to(x.device)
+        ids = order[place * batch_size:(place + 1) * batch_size]
+        factor = 0.5 * (1 + math.cos(math.pi * step / steps))
+        step_all(sweeps, x[ids], labels[ids], None if folds is None else folds[ids], factor)
+        progress.step()
+
+
+def fit_on_crops(sweeps, frozen, fit, folds, batch_size, seed):
+    """Train on a new random crop of each image in each epoch. What is done is kept in --out after
+    each epoch, and the same evaluation goes on from it."""
+    env, encoder, args = frozen.env, frozen.encoder, frozen.args
+    size, local = encoder.config["img_size"], env.share(batch_size)
+    loader = data.Loader(fit, [augment.TRAIN_VIEW], size, local, seed, args.workers, env.device,
+                         env.rank, env.processes, max_bad=args.max_bad, mean=frozen.mean,
+                         std=frozen.std)
+    features, labels = env.autocast(frozen.function), fit.labels.to(env.device)
+    folds, bad = None if folds is None else folds.to(env.device), torch.zeros_like(labels)
+    path = os.path.join(args.out, f"linear-{frozen.digest}-seed{seed}.part.pt")
+    asked = dict(lr=args.lr, epochs=args.epochs, batch_size=batch_size, batchnorm=args.batchnorm,
+                 labels=args.labels, draw=args.draw, data=args.data, images=len(fit),
+                 block=args.block, sweeps=len(sweeps))
+    first = resume_linear(sweeps, path, asked)
+    steps, step = args.epochs * len(loader), first * len(loader)
+    progress = run.Progress("linear", steps, "steps", quiet=env.rank > 0)
+    progress.done = step
+    for epoch in range(first, args.epochs):
+        for batch in loader.epoch(epoch):
+            with torch.no_grad():
+                x = gather(features(encoder, batch.view(0)).float())
+            ids = gather(augment.upload(batch.ids, env.device))
+            if env.processes > 1 or not batch.readable.all():
+                good = gather(augment.upload(batch.readable, env.device))
+                bad[ids[~good]] = 1
+                x, ids = x[good], ids[good]
+            factor = 0.5 * (1 + math.cos(math.pi * step / steps))
+            step_all(sweeps, x, labels[ids], None if folds is None else folds[ids], factor)
+            step += 1
+            progress.step()
+        if env.rank == 0:
+            state = [sweep.state() for sweep in sweeps]
+            checkpoint.save(dict(asked=asked, epoch=epoch + 1, sweeps=state), path)
+    frozen.unreadable += int(bad.sum()) if folds is None else 0
+    if env.rank == 0:
+        os.remove(path)
+
+
+def resume_linear(sweeps, path, asked):
+    """Put back what an earlier, stopped evaluation of this kind had reached: the epochs done."""
     epoch = 0
     if os.path.exists(path):
         try:
             content = checkpoint.read(path)
             if content["asked"] == asked:
-                sweep.restore(content["sweep"])
+                for sweep, state in zip(sweeps, content["sweeps"]):
+                    sweep.restore(state)
                 epoch = content["epoch"]
-        except (UsageError, KeyError, TypeError, RuntimeError) as error:
-            print(f"warning: {path} is damaged, linear evaluation starts over ({str(error).splitlines()[0]})", flush=True)
-    peers.same("epochs to go on from in --out", epoch)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            print(f"warning: {path} is damaged, linear evaluation starts over "
+                  f"({str(error).splitlines()[0]})", flush=True)
+    run.same("epochs to go on from in --out", epoch)
     return epoch
 
 
-def linear(encoder, train, test, args, seed, how):
-    """The linear protocol: (fields of the result, classifier). The rate is chosen on held-out training pictures."""
-    order = data.shuffled(len(train), augment.SUBSET, 4, seed)
-    held = min(len(train) // 10, 10000)
-    fit, chooser = train.select(order[held:]), train.select(order[:held])
-    test_x, chooser_x = extract(encoder, test, **how), extract(encoder, chooser, **how)
-    device = test_x.device
-    batch_size = min(args.batch_size, len(fit))
-    processes = how["processes"]
-    sweep = LinearSweep([lr * batch_size / 256 for lr in args.lr], test_x.shape[1], len(train.classes), device,
-                        args.batchnorm, seed)
-    labels = fit.labels.to(device)
-    if args.cache_features:
-        x = extract(encoder, fit, **how)
-        steps = args.epochs * (len(fit) // batch_size)
-        for step in range(steps):
-            epoch, place = divmod(step, len(fit) // batch_size)
-            if place == 0:
-                order = data.shuffled(len(fit), augment.ORDER, seed, epoch).to(device)
-            ids = order[place * batch_size:(place + 1) * batch_size]
-            sweep.step(x[ids], labels[ids], 0.5 * (1 + math.cos(math.pi * step / steps)))
-    else:
-        batch_size -= batch_size % processes
-        loader = data.Loader(fit, [augment.TRAIN_VIEW], encoder.config["img_size"], batch_size // processes, seed,
-                             args.workers, device, how["rank"], processes, max_bad=args.max_bad, mean=how["mean"],
-                             std=how["std"])
-        path = os.path.join(args.out, f"linear-{digest(encoder)}-seed{seed}.part.pt")
-        asked = dict(lr=args.lr, epochs=args.epochs, batch_size=batch_size, batchnorm=args.batchnorm, labels=args.labels,
-                     data=args.data, pictures=len(fit))
-        os.makedirs(args.out, exist_ok=True)
-        first = resume_linear(sweep, path, asked)
-        steps, step, started = args.epochs * len(loader), first * len(loader), time.perf_counter()
-        for epoch in range(first, args.epochs):
-            for batch in loader.epoch(epoch):
-                with torch.no_grad(), torch.autocast(device.type, how["dtype"], enabled=how["dtype"] is not None):
-                    x = encoder.forward_features(batch.views[0][:]).float()
-                own = labels[augment.upload(batch.shown, device)]
-                sweep.step(gather(x), gather(own), 0.5 * (1 + math.cos(math.pi * step / steps)))
-                step += 1
-            if how["rank"] == 0:
-                checkpoint.save(dict(asked=asked, epoch=epoch + 1, sweep=sweep.state()), path)
-                left = (time.perf_counter() - started) / (epoch + 1 - first) * (args.epochs - epoch - 1)
-                print(f"epoch {epoch + 1}/{args.epochs} left {run.duration(left)}", file=sys.stderr, flush=True)
-        if how["rank"] == 0:
-            os.remove(path)
-    held_out = sweep.accuracies(chooser_x, chooser.labels.to(device))
-    chosen = int(held_out.argmax())
-    on_test = sweep.accuracies(test_x, test.labels.to(device))
-    top1, top5 = accuracy(sweep.scores(test_x, chosen), test.labels.to(device))
-    protocol = "linear" + (" (cached features)" if args.cache_features else "") + (", BatchNorm" if args.batchnorm else "")
-    fields = dict(protocol=protocol, top1=top1, top5=top5, lr=args.lr[chosen],
-                  chosen_on=f"{held} held-out training pictures", held_out_top1=held_out[chosen].item(),
-                  epochs=args.epochs, batch_size=batch_size,
-                  best_on_test=on_test.max().item(), best_on_test_note="chosen on the test pictures, as released code does")
-    weight, bias = sweep.classifier(chosen)
-    return fields, dict(weight=weight, bias=bias, normalise=False)
-
-
-def knn(encoder, train, test, args, seed, how):
-    """DINO's weighted k-NN, at several k at once."""
-    bank, queries = extract(encoder, train, **how), extract(encoder, test, **how)
-    labels = test.labels.to(queries.device)
-    scores = knn_scores(queries, bank, train.labels.to(bank.device), len(train.classes), [int(k) for k in args.k])
-    by_k = {str(int(k)): accuracy(score, labels)[0] for k, score in zip(args.k, scores)}
-    top1, top5 = accuracy(scores[0], labels)
-    return dict(protocol=f"{int(args.k[0])}-NN", top1=top1, top5=top5, chosen_on="nothing", by_k=by_k), None
+def knn(frozen, train, test, args, seed):
+    """DINO's weighted k-NN, at several k at once. Every process scores its share of the queries."""
+    env, ks = frozen.env, [int(k) for k in args.k]
+    bank, bank_labels, _ = frozen.labelled(train)
+    queries, labels, _ = frozen.labelled(test)
+    share = math.ceil(len(queries) / env.processes)
+    mine = (torch.arange(share) + env.rank * share).clamp_max(len(queries) - 1).to(queries.device)
+    progress = run.Progress("k-NN", share, quiet=env.rank > 0)
+    parts = []
+    for part in (queries[mine] if env.processes > 1 else queries).split(1024):
+        scores = knn_scores(part, bank, bank_labels, len(train.classes), ks)
+        parts.append(torch.stack([likeliest(score) for score in scores], 1))            # (n, ks, 5)
+        progress.step(len(part))
+    ranked = gather(torch.cat(parts))[:len(queries)]
+    found = [scored(ranked[:, i], labels, len(train.classes)) for i in range(len(ks))]
+    by_k = {str(k): each["top1"] for k, each in zip(ks, found)}
+    return dict(protocol=f"{ks[0]}-NN", **found[0], chosen_on="nothing", by_k=by_k), None
 
 
 def centre_and_normalise(x):
-    """Each feature vector (row) minus its own mean, then to unit length: no statistics over the data set."""
+    """Each feature vector (row) minus its own mean, then to unit length: no set statistics."""
     return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
 
 def logistic_regression(x, labels, classes, penalty, tolerance=1e-6, max_iterations=5000):
     """Weights (C, D) that minimise mean cross-entropy + penalty / 2 |W|^2, no intercept; x (n, D).
 
-    L-BFGS until no entry of the gradient exceeds `tolerance`, in coordinates in which the Hessian at W = 0 is about
-    the identity (the minimiser does not depend on coordinates, the number of iterations does): in float32, then to
-    the end in float64.
+    L-BFGS until no entry of the gradient exceeds `tolerance`, in coordinates in which the Hessian
+    at W = 0 is about the identity (the minimiser does not depend on coordinates, the number of
+    iterations does): in float32, then to the end in float64.
     """
     n, dim = x.shape
     x = x.double()
-    root = torch.linalg.cholesky(x.T @ x / (n * classes) + penalty * torch.eye(dim, dtype=x.dtype, device=x.device))
-    to_w = torch.linalg.inv(root).T                                         # W^T = to_w @ v, so dL/dW^T = root @ dL/dv
+    identity = torch.eye(dim, dtype=x.dtype, device=x.device)
+    root = torch.linalg.cholesky(x.T @ x / (n * classes) + penalty * identity)
+    to_w = torch.linalg.inv(root).T                     # W^T = to_w @ v, so dL/dW^T = root @ dL/dv
 
     def descend(v, dtype):
         """L-BFGS from v in this precision, to the tolerance or until float32 gains no more."""
         z, basis, back = (x @ to_w).to(dtype), to_w.to(dtype), root.to(dtype)
         v = v.to(dtype).requires_grad_()
-        optimizer = torch.optim.LBFGS([v], max_iter=5, history_size=20, tolerance_grad=0, tolerance_change=0,
-                                      line_search_fn="strong_wolfe")
-
+        optimizer = torch.optim.LBFGS([v], max_iter=5, history_size=20, tolerance_grad=0,
+                                      tolerance_change=0, line_search_fn="strong_wolfe")
         norms = []
 
         def objective():
@@ -304,10 +446,11 @@ def logistic_regression(x, labels, classes, penalty, tolerance=1e-6, max_iterati
         last = objective().item()
         steps = 0
         while norms[0] > tolerance and steps < max_iterations:
-            norms.clear()                                                   # norms[0]: where this step started
+            norms.clear()                                   # norms[0]: where this step started
             loss = optimizer.step(objective).item()
             steps += 5
-            if not math.isfinite(loss) or (dtype is torch.float32 and steps > 5 and last - loss < 1e-6 * loss):
+            gains_no_more = steps > 5 and last - loss < 1e-6 * loss
+            if not math.isfinite(loss) or (dtype is torch.float32 and gains_no_more):
                 break
             last = loss
         return v.detach()
@@ -318,152 +461,208 @@ def logistic_regression(x, labels, classes, penalty, tolerance=1e-6, max_iterati
     return (to_w @ v.double()).T
 
 
-def fewshot(encoder, train, test, args, seed, how):
-    """The 1 % protocol: multinomial logistic regression on frozen features, lambda = 2.5e-4 / n, no intercept."""
-    x, test_x = (centre_and_normalise(extract(encoder, part, **how)) for part in (train, test))
-    weight = logistic_regression(x, train.labels.to(x.device), len(train.classes), 2.5e-4 / len(x)).float()
-    top1, top5 = accuracy(test_x @ weight.T, test.labels.to(x.device))
-    fields = dict(protocol=f"few-shot {args.labels}", top1=top1, top5=top5, chosen_on="nothing")
+def fewshot(frozen, train, test, args, seed):
+    """The 1 % protocol: multinomial logistic regression on frozen features, lambda = 2.5e-4 / n, no
+    intercept."""
+    (x, labels, _), (test_x, test_labels, _) = frozen.labelled(train), frozen.labelled(test)
+    x, test_x = centre_and_normalise(x), centre_and_normalise(test_x)
+    weight = logistic_regression(x, labels, len(train.classes), 2.5e-4 / len(x)).float()
+    found = scored(likeliest(test_x @ weight.T), test_labels, len(train.classes))
+    fields = dict(protocol=f"few-shot {args.labels}", **found, chosen_on="nothing")
     return fields, dict(weight=weight, bias=torch.zeros(len(weight)), normalise=True)
 
 
-# --------------------------------------------------------------------------------- features, predictions, tables
-def write_features(encoder, args, how, path):
-    """One .npz: class token and mean of the patch tokens (N, D), labels (or none) and file names."""
-    pictures = data.load_data(args.input or args.data, True, encoder.config["in_chans"], max_bad=args.max_bad)
+# ------------------------------------------------------------------ features, predictions, tables
+def write_features(frozen, args):
+    """One .npz: class token, mean of the patch tokens (N, D), file names, which could be read."""
+    dataset, dim = frozen.load(args.input or args.data), frozen.encoder.dim
 
     def both(net, images):
         tokens = net.intermediate(images, [args.block])[0] if args.block else net.tokens(images)
         return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
 
-    if args.block and args.block > encoder.depth:
-        raise UsageError(f"--block {args.block}: the encoder has {encoder.depth} blocks")
-    x = extract(encoder, pictures.hold(how["device"]), function=both, **how).cpu().numpy()
-    fields = dict(class_token=x[:, :encoder.dim], patch_mean=x[:, encoder.dim:],
-                  files=np.array([pictures.file(i) for i in range(len(pictures))]))
-    if pictures.labels is not None:
-        fields |= dict(labels=pictures.labels.numpy(), classes=np.array(pictures.classes))
-    np.savez(path, **fields)
-    print(f"wrote {path}: class_token and patch_mean of {len(pictures)} pictures", flush=True)
+    x, readable = frozen.extract(dataset, both)
+    x, path = x.cpu().numpy(), os.path.join(args.out, f"features-{frozen.digest}.npz")
+    fields = dict(class_token=x[:, :dim], patch_mean=x[:, dim:], readable=readable.numpy(),
+                  files=np.array([dataset.file(i) for i in range(len(x))]))
+    if dataset.labels is not None:
+        fields |= dict(labels=dataset.labels.numpy(), classes=np.array(dataset.classes))
+    if frozen.env.rank == 0:
+        with run.atomic(path) as temporary, open(temporary, "wb") as f:
+            np.savez(f, **fields)
+        print(f"wrote {path}: class_token and patch_mean of {len(x)} images, "
+              f"{int((~readable).sum())} of them unreadable", flush=True)
 
 
-def predict(args, device, dtype):
-    """A CSV with file, class and probability for every picture of --input, by a classifier that was saved."""
-    content = checkpoint.read(args.classifier)
-    if "classifier" in content:
-        checkpoint.check_linear(content, args.classifier)
-        encoder, source = load_encoder(content["checkpoint"] if args.checkpoint == ["out/graft"] else args.checkpoint[0],
-                                       args, device)
-        if digest(encoder) != content["encoder_digest"]:
-            raise UsageError(f"{args.classifier} was trained on the features of another encoder "
-                             f"({content['checkpoint']}, {content['encoder_digest']}) than {source['path']}")
-        head = {k: v.to(device) if torch.is_tensor(v) else v for k, v in content["classifier"].items()}
+def saved_classifier(args, env):
+    """(network, function(network, images) -> logits, what is saved with it) of --classifier."""
+    path = checkpoint.in_folder(args.classifier, "classifier.pt")
+    content = checkpoint.read(path)
+    if not isinstance(content, dict) or "classifier" not in content:
+        net, content = checkpoint.load_classifier(path)
+        return net.to(env.device), lambda net, images: net(images), content
+    checkpoint.check_linear(content, path)
+    normalise = content["classifier"]["normalise"]
+    weight, bias = (content["classifier"][k].to(env.device) for k in ("weight", "bias"))
+    args.block, args.weights = content.get("block"), content.get("weights", args.weights)
+    args.heads, args.img_size = args.heads or content.get("heads"), content.get("img_size")
+    given = args.checkpoint != ["out/graft"]
+    trained_on = content["checkpoint"]
+    encoder, source = load_encoder(args.checkpoint[0] if given else trained_on, args, env)
+    if checkpoint.digest(encoder) != content["encoder_digest"]:
+        raise UsageError(f"{path} was trained on the features of another encoder ({trained_on}, "
+                         f"{content['encoder_digest']}) than {source['path']}")
+    function = feature(args.block)
 
-        def logits(net, images):
-            x = net.forward_features(images).float()
-            x = centre_and_normalise(x) if head["normalise"] else x
-            return x @ head["weight"].T + head["bias"]
-    else:
-        import finetune
-        encoder, content = finetune.load_classifier(args.classifier)
-        encoder = encoder.to(device).eval()
+    def logits(net, images):
+        x = function(net, images).float()
+        x = centre_and_normalise(x) if normalise else x
+        return x @ weight.T + bias
 
-        def logits(net, images):
-            return net(images)
+    return encoder, logits, content
 
-    pictures = data.every_picture(args.input, encoder.config["in_chans"])
-    if not len(pictures):
-        raise UsageError(f"--input {args.input}: no pictures found there")
-    how = dict(device=device, dtype=dtype, workers=args.workers, mean=content["mean"], std=content["std"])
-    probability, best = extract(encoder, pictures, function=logits, **how).softmax(1).max(1)
-    path = os.path.join(args.out, "predictions.csv")
-    os.makedirs(args.out, exist_ok=True)
-    with open(path, "w", newline="") as f:
-        rows = csv.writer(f)
-        rows.writerow(["file", "class", "probability"])
-        for i, (name, c, p) in enumerate(zip(pictures.files, best.tolist(), probability.tolist())):
-            rows.writerow([name, "", "unreadable"] if i in pictures.bad else [name, content["classes"][c], f"{p:.4f}"])
-    print(f"wrote {path}: {len(pictures)} pictures", flush=True)
+
+def predict(args, env):
+    """A CSV with file, class and probability for every image of --input, by a saved classifier."""
+    net, logits, content = saved_classifier(args, env)
+    value_range = args.range or content.get("range")
+    dataset = data.every_image(args.input, net.config["in_chans"], value_range)
+    if not len(dataset):
+        raise UsageError(f"--input {args.input}: no images found there")
+    scores, readable = run.extract(net, dataset, env, workers=args.workers, mean=content["mean"],
+                                   std=content["std"], function=logits, max_bad=1.0)
+    classes, path = content["classes"], os.path.join(args.out, "predictions.csv")
+    every = classes if args.all_probabilities else []
+    rows = [["file", "class", "probability", *every]]
+    for i, row in enumerate(scores.softmax(1).cpu()):
+        best = int(row.argmax())
+        found = [classes[best], f"{row[best]:.4f}", *(f"{p:.4f}" for p in row[:len(every)])]
+        rows.append([dataset.file(i), *(found if readable[i] else ["", "unreadable"])])
+    if env.rank == 0:
+        run.write_csv(path, rows)
+        print(f"wrote {path}: {len(dataset)} images, {int((~readable).sum())} of them unreadable",
+              flush=True)
     return path
 
 
 def table(entries):
-    """Markdown: systems as rows, protocols as columns, top-1; mean ± standard deviation where there are several."""
-    import statistics
+    """Markdown: systems as rows, protocols as columns, top-1; mean ± deviation of several."""
     columns = list(dict.fromkeys(e["protocol"] for e in entries))
-    rows = list(dict.fromkeys(e["system"] for e in entries))
     lines = ["| system | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for system in rows:
+    for system in dict.fromkeys(e["system"] for e in entries):
         cells = []
         for protocol in columns:
-            found = [e["top1"] for e in entries if e["system"] == system and e["protocol"] == protocol]
+            key = (system, protocol)
+            found = [e["top1"] for e in entries if (e["system"], e["protocol"]) == key]
             spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.1f}{spread}" if found else "")
         lines.append(f"| {system} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------ main
+# --------------------------------------------------------------------------------------------- main
+def make_folder(option, folder):
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option} {folder}: cannot write there ({error.strerror})") from None
+
+
+def print_table(args):
+    path = os.path.join(args.out, "results.jsonl")
+    entries = run.read_results(path)
+    for entry in entries:
+        named = all(isinstance(entry.get(k), str) for k in ("system", "protocol"))
+        if not named or type(entry.get("top1")) not in (int, float):
+            raise UsageError(f"{path}: an entry lacks system, protocol or top1: {str(entry)[:80]}")
+    print(table(entries))
+    return entries
+
+
+def evaluate(frozen, train, test, how, args, seed):
+    """One result: printed, filed and returned; its classifier and figures by class in --out."""
+    started, meta, frozen.unreadable = time.perf_counter(), frozen.meta, 0
+    protocol = {"linear": linear, "knn": knn, "fewshot": fewshot}[args.mode]
+    fields, classifier = protocol(frozen, train, test, args, seed)
+    confusion, rounded = fields.pop("confusion"), ("top1", "top5", "balanced", "best_on_test")
+    fields = {k: round(v, 2) if k in rounded else v for k, v in fields.items()}
+    system = meta.get("system", os.path.basename(os.path.normpath(frozen.path)))
+    pretraining = {k: meta.get(k) for k in ("epochs", "step", "seed", "data", "commit")}
+    entry = dict(system=system, **fields, unreadable=frozen.unreadable, checkpoint=frozen.path,
+                 digest=frozen.digest, weights=args.weights, data=train.name, labels=how,
+                 labelled=len(train), seed=seed, pretraining=pretraining,
+                 seconds=round(time.perf_counter() - started, 1), commit=run.commit())
+    assert checkpoint.digest(frozen.encoder) == frozen.digest, "the evaluation changed the encoder"
+    if frozen.env.rank > 0:
+        return entry
+    run.write_result(args.out, entry)
+    if args.per_class:
+        name = f"{args.mode}-{frozen.digest}-seed{seed}"
+        run.write_per_class(args.out, name, confusion, train.classes)
+    if classifier is not None:
+        classifier = {k: v.cpu() if torch.is_tensor(v) else v for k, v in classifier.items()}
+        checkpoint.save(dict(
+            classifier=classifier, classes=train.classes, checkpoint=frozen.path,
+            encoder_digest=frozen.digest, mean=list(frozen.mean or train.mean),
+            std=list(frozen.std or train.std), range=train.range, block=args.block,
+            img_size=list(frozen.encoder.config["img_size"]), heads=args.heads,
+            weights=args.weights, protocol=fields["protocol"],
+        ), os.path.join(args.out, f"classifier-{args.mode}.pt"))
+    return entry
+
+
 def main(args):
-    if args.mode in ("finetune", "probe"):
-        import finetune
-        return finetune.main(args)
     if args.table:
-        path = os.path.join(args.out, "results.jsonl")
-        print(table(run.read_results(path)))
-        return []
+        return print_table(args)
     if args.export:
-        source = checkpoint.read_encoder(args.checkpoint[0], args.weights)
+        make_folder("--export", os.path.dirname(args.export[1]) or ".")
+        source = read(args.checkpoint[0], args)
         print(checkpoint.export(source, *args.export))
         return []
-    device, rank, processes = run.setup(args.device)
-    dtype = run.precision(args.amp, device)
+    make_folder("--out", args.out)
+    env = run.setup(args)
     if args.mode == "predict":
-        return predict(args, device, dtype)
-    results = []
-    loaded = {}
+        return predict(args, env)
+    results, loaded = [], {}
     for path in args.checkpoint:
-        encoder, source = load_encoder(path, args, device)
-        before, started = digest(encoder), time.perf_counter()
-        meta = source["meta"]
-        how = dict(device=device, dtype=dtype, workers=args.workers, mean=meta.get("mean"), std=meta.get("std"),
-                   rank=rank, processes=processes)
+        frozen = Frozen(path, args, env)
         if args.mode == "features":
-            os.makedirs(args.out, exist_ok=True)
-            write_features(encoder, args, how, os.path.join(args.out, f"features-{before}.npz"))
+            write_features(frozen, args)
             continue
-        in_chans = encoder.config["in_chans"]
-        if in_chans not in loaded:
-            train = data.load_data(args.data, True, in_chans, args.stats, args.max_bad)
-            test = data.same_classes(train, data.load_data(args.data, False, in_chans, args.stats, args.max_bad))
+        key = (frozen.encoder.config["in_chans"], str(frozen.meta.get("range")))
+        if key not in loaded:
+            train, test = frozen.load(args.data), frozen.load(args.data, train=False)
+            test = data.same_classes(train, test)
             test.mean, test.std = train.mean, train.std
-            peers.same("numbers of pictures", len(train))
-            peers.same("numbers of test pictures", len(test))
-            loaded[in_chans] = train.hold(device), test.hold(device)
-        train, test = loaded[in_chans]
+            run.same("numbers of images", len(train))
+            run.same("numbers of test images", len(test))
+            loaded[key] = train, test
+        train, test = loaded[key]
         for seed in args.seeds:
-            ids, how_labelled = data.labelled(train, args.labels, seed)
-            protocol = {"linear": linear, "knn": knn, "fewshot": fewshot}[args.mode]
-            fields, classifier = protocol(encoder, train.select(ids), test, args, seed, how)
-            fields = {k: round(v, 2) if k in ("top1", "top5", "best_on_test") else v for k, v in fields.items()}
-            entry = dict(system=meta.get("system", os.path.basename(path)), **fields, checkpoint=path, digest=before,
-                         weights=args.weights, data=train.name, labels=how_labelled, labelled=len(ids), tested=len(test),
-                         seed=seed, pretraining={k: meta.get(k) for k in ("epochs", "step", "seed", "data", "commit")},
-                         seconds=round(time.perf_counter() - started, 1), commit=run.commit())
-            assert digest(encoder) == before, "the evaluation changed the encoder"
-            if rank == 0:
-                run.write_result(args.out, entry)
-                if classifier is not None:
-                    classifier = {k: v.cpu() if torch.is_tensor(v) else v for k, v in classifier.items()}
-                    saved = dict(classifier=classifier, classes=train.classes, checkpoint=path, encoder_digest=before,
-                                 mean=list(how["mean"] or train.mean), std=list(how["std"] or train.std),
-                                 protocol=fields["protocol"])
-                    checkpoint.save(saved, os.path.join(args.out, f"classifier-{args.mode}.pt"))
-            results.append(entry)
-    if rank == 0 and len(results) > 1:
+            ids, how = data.labelled(train, args.labels, seed, args.draw)
+            results.append(evaluate(frozen, train.select(ids), test, how, args, seed))
+    if env.rank == 0 and len(results) > 1:
         print(table(results), flush=True)
     return results
 
 
+def handed_on(argv):
+    """finetune.py's arguments where --mode is finetune or probe, whose --block is --probe-block."""
+    parser = run.Parser(__doc__, add_help=False)
+    parser.add_argument("--mode")
+    known, rest = parser.parse_known_args(argv)
+    if known.mode == "probe":
+        parser.add_argument("--block")
+        known, rest = parser.parse_known_args(argv)
+        if not known.block:
+            parser.error("--mode probe needs --block K, the block whose tokens are probed")
+        rest += ["--probe-block", known.block]
+    return rest if known.mode in ("finetune", "probe") else None
+
+
 if __name__ == "__main__":
+    rest = handed_on(sys.argv[1:])
+    if rest is not None:
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "finetune.py")
+        os.execv(sys.executable, [sys.executable, script, *rest])
     run.program(main, get_args)

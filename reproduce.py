@@ -1,16 +1,22 @@
-"""Train every system of the paper, evaluate each by every protocol and fill the paper's tables for a data set.
+"""Train every system of the paper, evaluate each by every protocol, fill the paper's tables and
+draw its figures, for a dataset.
 
-    python reproduce.py --preset demo                       # embedded pictures, two CPU cores
-    python reproduce.py --preset cifar10-small --data CIFAR # real pictures, cut to what two CPU cores carry
-    python reproduce.py --preset cifar10 --data CIFAR       # ViT-Tiny, patch 4, 32x32, hours on one GPU
-    python reproduce.py --preset imagenet --data IMAGENET --dry-run             # the paper's; prints what it takes
-    python reproduce.py --preset demo --only table1,figure4                     # a part of it
+    python reproduce.py --preset demo                       # embedded images, two CPU cores
+    python reproduce.py --preset cifar10-small --data CIFAR # cut to what two CPU cores carry
+    python reproduce.py --preset cifar10 --data CIFAR       # ViT-Tiny, patch 4, hours on one GPU
+    torchrun --nproc_per_node 8 reproduce.py --preset imagenet --data IMAGENET  # the paper's
+    python reproduce.py --preset imagenet --data IMAGENET --only table2 --dry-run   # its cost
+    python reproduce.py --preset imagenet --data IMAGENET --mae MAE.pth --moco MOCO.pth
 
-Everything is done by the stage scripts' own main(). A run that is killed goes on where it stopped, what is done is
-skipped; several of these commands may work in one --out at a time if their --seeds differ. Writes results.jsonl and
-results.md into --out.
+Everything is done by the stage scripts' own main(). A run that is killed goes on where it stopped,
+what is done is skipped; several of these commands may work in one --out at a time if their --seeds
+differ. Writes results.jsonl, results.md and, under figures/, the analyses into --out.
 """
+import run  # first: a Ctrl-C while torch is imported ends in one line
+
 import copy
+import functools
+import glob
 import itertools
 import json
 import os
@@ -20,415 +26,616 @@ import statistics
 import time
 from contextlib import contextmanager
 
+from PIL import Image
+
+import analyze
 import data
 import evaluate
 import finetune
 import graft_train
 import mae_pretrain
-import run
-from data import UsageError
+import segment
 from model import ARCHS
-from run import numbers
+from run import UsageError, numbers
 
-# What a preset decides: options of every training run, epochs, rates. The rest follows from the paper's table.
-# rates: of grafting's three stages; grid: the rates tried for each stage (Figure 4); schedules: other numbers of stages
-# and boundaries; splits: (MAE epochs, grafting epochs) that cost about the same; mae, contrastive: options of either
-# kind of run; tuning: epochs of the short runs that choose, and the rates and smallest crops that are tried one at a time
+# What a preset decides: sizes, epochs, rates, what is evaluated. The rest follows from the paper's
+# table. images, tests: of the dataset, and rate: operations a second (with all that is not an
+# operation), for the estimate alone. rates: of grafting's three stages; grid: the rates tried for
+# each stage (Figure 4); short, grid_epochs: of the paper's runs of 100 epochs. few, many: the
+# shares of labels. fine, few_fine: fine-tuning with all labels, and with `many` of them: the same
+# for every row. tuned: epochs of the short runs that choose, and the rates and smallest crops that
+# are tried one at a time.
 DECADES = ("1.5e-6", "1.5e-5", "1.5e-4")
+PLAIN = dict(rand_augment=0, mixup=0, cutmix=0, erasing=0)  # a few epochs cannot take the paper's
+PROBES = ((6, 9, 12), (0, 1, 2, 4))                         # Table 5: blocks, new blocks on top
+SMALL = dict(
+    images=10000, tests=10000, rate=1.8e11, arch=dict(arch="vit_mini", patch_size=4, img_size=32),
+    vicreg=dict(lr="1e-3"), grid_epochs=1, many="10%", linear=dict(cache_features=True),
+    probes=((3, 6), (0, 1)), partial=(0, 2, 4), rates="1.5e-4,5e-4,1.5e-3", never=("table6",))
 PRESETS = {
-    "demo": dict(
-        data=None, depth=6, common=["--log-every", "32"], mae_epochs=16, cl_epochs=5, short_epochs=3, grid_epochs=1,
-        mae_lr="3e-3", cl_lr="1.5e-3", rates=("5e-4", "5e-4", "1.5e-3"),
-        grid=(("1.5e-4", "5e-4", "1.5e-3"), ("5e-4",), ("1.5e-4", "5e-4", "1.5e-3")), hidden=["--hidden-dim", "512"],
-        vicreg=["--hidden-dim", "512", "--lr", "1e-3"], arch=["--arch", "vit_mini"], size=[], fine=["--epochs", "3"],
-        anchor="1e-5", few=("3 per class", "10%"), probes=((3, 6), (0, 1)), partial=(0, 2, 4),
-        linear=["--cache-features"]),
-    "cifar10-small": dict(
-        data="cifar10", depth=6, common=["--log-every", "39", "--workers", "0"], mae=["--crop-min", "0.2"],
-        contrastive=["--crop-min", "0.2"],
-        batch=["--batch-size", "128"], mae_epochs=16, cl_epochs=5, short_epochs=2, grid_epochs=1, mae_lr="1.5e-3",
-        cl_lr="5e-4", rates=("1.5e-4", "5e-4", "1.5e-3"),
-        grid=(("1.5e-4",), ("1.5e-4", "5e-4"), ("1.5e-4", "5e-4", "1.5e-3")), hidden=["--hidden-dim", "512"],
-        vicreg=["--hidden-dim", "512", "--lr", "1e-3"], arch=["--arch", "vit_mini", "--patch-size", "4"],
-        size=["--img-size", "32"], anchor="1e-5", few=("1%", "10%"), probes=((3, 6), (0, 1)), partial=(0, 2, 4),
-        linear=["--cache-features"],
-        fine=["--epochs", "2", "--batch-size", "64", "--lr", "4e-3", "--crop-min", "0.4", "--rand-augment", "0",
-              "--mixup", "0", "--cutmix", "0", "--erasing", "0"],
-        projector=["--epochs", "10", "--batch-size", "64", "--lr", "4e-3", "--crop-min", "0.4", "--rand-augment", "0",
-                   "--mixup", "0", "--cutmix", "0", "--erasing", "0"],
-        tuning={"epochs": (8, 2), "MAE": (("5e-4", "1.5e-3", "4.5e-3"), ("0.2", "0.5")),
-                "MoCo v3": (("1.5e-4", "5e-4", "1.5e-3", "4.5e-3"), ("0.08", "0.2", "0.4"))},
-        main=("MAE", "MoCo v3", "MTL", "Layer grafted", "MAE, equal seconds", "MoCo v3, equal seconds")),
+    "demo": SMALL | dict(
+        data=None, images=4096, tests=2048, common=dict(log_every=32), short=4, few="3 per class",
+        mae=dict(epochs=25, lr="3e-3"), contrastive=dict(epochs=8, lr="1.5e-3", hidden_dim=512),
+        rates="5e-4,5e-4,1.5e-3", fine=dict(epochs=3), few_fine=dict(epochs=60),
+        grid=(("1.5e-4", "5e-4", "1.5e-3"), ("5e-4",), ("1.5e-4", "5e-4", "1.5e-3")),
+        tuned={"MAE": (8, ("1e-3", "3e-3", "6e-3"), ("0.2", "0.4")),
+                "MoCo v3": (3, ("5e-4", "1.5e-3", "3e-3"), ("0.2", "0.4"))}),
+    "cifar10-small": SMALL | dict(
+        data="cifar10", common=dict(log_every=39, workers=0, batch_size=128, crop_min=0.2),
+        mae=dict(epochs=32, lr="1.5e-3"), short=13, few="1%",
+        contrastive=dict(epochs=40, lr="5e-4", hidden_dim=512),
+        grid=(("1.5e-4",), ("1.5e-4", "5e-4"), ("1.5e-4", "5e-4", "1.5e-3")),
+        fine=dict(epochs=2, batch_size=64, lr="4e-3", crop_min=0.4) | PLAIN,
+        few_fine=dict(epochs=10, batch_size=64, lr="4e-3", crop_min=0.4) | PLAIN,
+        tuned={"MAE": (8, ("5e-4", "1.5e-3", "4.5e-3"), ("0.2", "0.5")),
+                "MoCo v3": (2, ("1.5e-4", "5e-4", "1.5e-3", "4.5e-3"), ("0.08", "0.2", "0.4"))},
+        main=("MAE", "MoCo v3", "MTL", "Layer grafted", "MAE, equal cost", "MoCo v3, equal cost")),
     "cifar10": dict(
-        data="cifar10", depth=12, common=[], mae=["--crop-min", "0.2"], contrastive=["--crop-min", "0.2"],
-        mae_epochs=200, cl_epochs=60, short_epochs=30, grid_epochs=15, mae_lr="1.5e-4", cl_lr="1.5e-4",
-        rates=("1.5e-5", "1.5e-5", "1.5e-4"), grid=(DECADES, ("1.5e-5",), DECADES), hidden=["--hidden-dim", "2048"],
-        vicreg=["--hidden-dim", "2048", "--lr", "1.5e-4"], arch=["--arch", "vit_tiny", "--patch-size", "4"],
-        size=["--img-size", "32"], fine=["--epochs", "50", "--crop-min", "0.2"], projector=["--crop-min", "0.2"],
-        anchor="1e-5", few=("1%", "10%"), probes=((6, 9, 12), (0, 1, 2, 4)), partial=(0, 2, 4, 6, 8, 10, 12),
-        linear=["--cache-features"], batch=["--batch-size", "1024"],
-        tuning={"epochs": (50, 15), "MAE": (("1.5e-4", "5e-4", "1.5e-3"), ("0.2", "0.5")),
-                "MoCo v3": (("1.5e-4", "5e-4", "1.5e-3"), ("0.08", "0.2", "0.4"))},
-        # one boundary after block 4, 6, 8 or 10; two, three, four and six stages that rise by equal factors
-        schedules=(",".join(["1.5e-5"] * 4 + ["1.5e-4"] * 8), "1.5e-5,1.5e-4", ",".join(["1.5e-5"] * 10 + ["1.5e-4"] * 2),
-                   "1.5e-5,4.7e-5,1.5e-4", "1.5e-5,3.2e-5,7e-5,1.5e-4", "1.5e-5,2.4e-5,3.8e-5,6e-5,9.5e-5,1.5e-4"),
-        splits=((50, 85), (400, 25))),
+        data="cifar10", images=50000, tests=10000, rate=2e13,
+        arch=dict(arch="vit_tiny", patch_size=4, img_size=32),
+        common=dict(batch_size=1024, crop_min=0.2), mae=dict(epochs=200, lr="1.5e-4"),
+        contrastive=dict(epochs=60, lr="1.5e-4", hidden_dim=2048), vicreg=dict(lr="1.5e-4"),
+        rates="1.5e-5,1.5e-5,1.5e-4", grid=(DECADES, ("1.5e-5",), DECADES), short=30,
+        grid_epochs=15, few="1%", many="10%", fine=dict(epochs=50, crop_min=0.2),
+        few_fine=dict(epochs=400, lr="3e-5", crop_min=0.2), linear=dict(cache_features=True),
+        probes=PROBES, partial=(0, 2, 4, 6, 8, 10, 12), never=("table6",),
+        tuned={"MAE": (50, ("1.5e-4", "5e-4", "1.5e-3"), ("0.2", "0.5")),
+                "MoCo v3": (15, ("1.5e-4", "5e-4", "1.5e-3"), ("0.08", "0.2", "0.4"))}),
+    # the paper's; warm-up 40 at any length is that of the released script
     "imagenet": dict(
-        data=None, depth=12, common=[], mae_epochs=1600, cl_epochs=300, short_epochs=100, grid_epochs=100,
-        mae_lr="1.5e-4", cl_lr="1.5e-4", rates=("1.5e-5", "1.5e-5", "1.5e-4"), grid=(DECADES,) * 3, hidden=[],
-        vicreg=["--lr", "1.5e-4"],
-        arch=["--arch", "vit_base"], size=[], fine=[], anchor="1e-5", few=("1%", "10%"),
-        probes=((6, 9, 12), (0, 1, 2, 4)), partial=(0, 2, 4, 6, 8, 10, 12), linear=[]),
+        data=None, images=1281167, tests=50000, rate=3e14, common=dict(warmup_epochs=40),
+        arch=dict(arch="vit_base", patch_size=16, img_size=224),
+        mae=dict(epochs=1600, lr="1.5e-4"), contrastive=dict(epochs=300, lr="1.5e-4"),
+        vicreg=dict(lr="1.5e-4"), rates="1.5e-5,1.5e-5,1.5e-4", grid=(DECADES,) * 3, short=100,
+        grid_epochs=100, few="1%", many="10%", fine=dict(epochs=100),
+        few_fine=dict(epochs=400, lr="3e-5"), linear={}, probes=PROBES,
+        partial=(0, 2, 4, 6, 8, 10, 12), never=("tuning", "longtail")),
 }
+PRESETS["imagenet-large"] = PRESETS["imagenet"] | dict(
+    arch=dict(arch="vit_large", patch_size=16, img_size=224),
+    contrastive=dict(epochs=300, lr="1.5e-4", batch_size=2080),
+    fine=dict(epochs=50, layer_decay=0.8, drop_path=0.2),
+    few_fine=dict(epochs=400, lr="3e-5", layer_decay=0.65),
+    # the paper's ViT-L has the regulariser; its Table 7 shows both
+    table2=("MAE", "MoCo v3", "Layer grafted, anchored"),
+    table3=("MAE", "MoCo v3", "Layer grafted, anchored"),
+    only=("table2", "table3", "table7"))
 
 TOTAL = "MoCo v3, epochs of MAE + grafting"
-# trained for as many seconds as MAE and grafting took together: what it is a longer run of
-EQUAL = {"MAE, equal seconds": "MAE", "MoCo v3, equal seconds": "MoCo v3"}
-EVERY = ("MAE", "MoCo v3", "MTL", "CL -> MIM grafting", "MIM -> CL grafting", "VICReg", "Layer grafted VICReg",
-         "Layer grafted", *EQUAL)
-# table: (rows, columns); "%" columns are filled in with the preset's shares of labels. A row that ends in a blank
-# stands for every system whose name begins so.
+# trained for as many operations as MAE and grafting together: what it is a longer run of
+EQUAL = {"MAE, equal cost": "MAE", "MoCo v3, equal cost": "MoCo v3"}
+EVERY = ("MAE", "MoCo v3", "MTL", "CL -> MIM grafting", "MIM -> CL grafting", "VICReg",
+         "Layer grafted VICReg", "Layer grafted", *EQUAL)
+TAIL = ", long tail"                # after the name of a system that was trained on one
+# table: (title, rows, columns). A row that ends in a blank stands for every system whose name
+# begins so; a preset may have rows of its own.
 TABLES = {
-    "table1": (("MAE", "MoCo v3", "MTL", "CL -> MIM grafting", "MIM -> CL grafting"), ("linear", "few", "fine-tune")),
-    "table2": (("MAE", "MoCo v3", TOTAL, "Layer grafted"), ("linear", "few", "projector", "k-NN")),
-    "table3": (("MAE", "MoCo v3", "Layer grafted"), ("fine-tune",)),
-    "table4": (("VICReg", "Layer grafted VICReg"), ("linear", "fine-tune")),
-    "table5": (("MAE", "MoCo v3"), ("probe",)),
-    "table7": (("Layer grafted", "Layer grafted, anchored"), ("linear", "few", "projector", "fine-tune")),
-    "figure4": (("grid ",), ("linear",)),
-    "figure5": (("MAE", "Layer grafted"), ("partial",)),
-    "main": (EVERY, ("linear", "k-NN", "few", "projector", "fine-tune")),
-    "labels": (EVERY, ("linear", "k-NN", "few", "projector")),
-    "tuning": (("tune ", "grid "), ("linear",)),
-    "schedules": (("rates ",), ("linear", "few")),
-    "splits": (("split ",), ("linear", "few")),
+    "table1": ("Table 1: combining the losses, and the order of grafting",
+               EVERY[:5], ("linear", "few", "fine-tune")),
+    "table2": ("Table 2: label efficiency",
+               ("MAE", "MoCo v3", "Layer grafted"), ("linear", "few", "many", "k-NN")),
+    "table3": ("Table 3: fine-tuning", ("MAE", "MoCo v3", "Layer grafted"), ("fine-tune",)),
+    "table4": ("Table 4: VICReg as the contrastive end",
+               ("VICReg", "Layer grafted VICReg"), ("linear", "fine-tune")),
+    "table5": ("Table 5: new blocks on frozen features", ("MAE", "MoCo v3"), ("probe",)),
+    "table6": ("Table 6: segmentation of ADE20K with UperNet (mIoU)",
+               ("MAE", "MoCo v3", "Layer grafted"), ("segment",)),
+    "table7": ("Table 7: keeping lower layers near MAE",
+               ("Layer grafted", "Layer grafted, anchored"),
+               ("linear", "few", "many", "fine-tune")),
+    "figure4": ("Figure 4: the rate of each stage", ("grid ",), ("linear", "fine-tune")),
+    "figure5": ("Figure 5: partial fine-tuning", ("MAE", "Layer grafted"), ("partial",)),
+    "main": ("Every system by every protocol",
+             EVERY, ("linear", "k-NN", "few", "many", "fine-tune")),
+    "labels": ("Every system with frozen or few labels", EVERY, ("linear", "k-NN", "few", "many")),
+    "longer": ("MoCo v3 for as many epochs as MAE and grafting (ours)",
+               ("MoCo v3", TOTAL, "Layer grafted"), ("linear", "few", "many", "k-NN")),
+    "longtail": ("Trained on a long tail: balanced accuracy",
+                 ("MAE" + TAIL, "MoCo v3" + TAIL, "Layer grafted" + TAIL), ("linear", "tail")),
+    "tuning": ("Tuning of the parts, on held-out training images", ("tune ", "grid "), ("linear",)),
 }
+ANALYSES = "analyses"                                       # Figures 1, 3 to 8, by analyze.py
 PAPERS = [name for name in TABLES if name.startswith(("table", "figure"))]
-TITLES = {
-    "table1": "Table 1: combining the losses, and the order of grafting", "table2": "Table 2: label efficiency",
-    "table3": "Table 3: fine-tuning", "table4": "Table 4: VICReg as the contrastive end",
-    "table5": "Table 5: new blocks on frozen features", "table7": "Table 7: keeping lower layers near MAE",
-    "figure4": "Figure 4: the rate of each stage (linear)", "figure5": "Figure 5: partial fine-tuning",
-    "main": "Every system by every protocol", "labels": "Every system with frozen or few labels",
-    "tuning": "Tuning of the parts, on held-out training pictures", "schedules": "Stages and where the boundary lies",
-    "splits": "MAE epochs against grafting epochs at about the same cost",
-}
-# top-1 on ImageNet-1k with ViT-B/16, from the paper; its Table 7 is ViT-L/16
+SHOWN = {"tuning": "held_out_top1", "longtail": "balanced", "table6": "miou"}     # not top-1
+# top-1 on ImageNet-1k, from the paper: system -> linear, few (1 %), many (10 %), fine-tune; and mIoU
 PAPER = {
-    ("MAE", "linear"): 68.0, ("MAE", "few"): 51.1, ("MAE", "projector"): 73.3, ("MAE", "fine-tune"): 83.6,
-    ("MoCo v3", "linear"): 76.7, ("MoCo v3", "few"): 63.4, ("MoCo v3", "projector"): 75.4, ("MoCo v3", "fine-tune"): 83.2,
-    ("MTL", "linear"): 68.4, ("MTL", "few"): 47.6, ("MTL", "fine-tune"): 81.0,
-    ("CL -> MIM grafting", "linear"): 65.5, ("CL -> MIM grafting", "few"): 32.5, ("CL -> MIM grafting", "fine-tune"): 82.5,
-    ("MIM -> CL grafting", "linear"): 74.5, ("MIM -> CL grafting", "few"): 56.5, ("MIM -> CL grafting", "fine-tune"): 83.6,
-    ("Layer grafted", "linear"): 77.7, ("Layer grafted", "few"): 65.5, ("Layer grafted", "projector"): 77.8,
-    ("Layer grafted", "fine-tune"): 83.9, ("VICReg", "linear"): 70.1, ("VICReg", "fine-tune"): 81.2,
-    ("Layer grafted VICReg", "linear"): 74.9, ("Layer grafted VICReg", "fine-tune"): 83.6,
-}
+    "vit_base": {
+        "MAE": (68.0, 51.1, 73.3, 83.6, 48.1), "MoCo v3": (76.7, 63.4, 75.4, 83.2, 47.3),
+        "MTL": (68.4, 47.6, None, 81.0), "CL -> MIM grafting": (65.5, 32.5, None, 82.5),
+        "MIM -> CL grafting": (74.5, 56.5, None, 83.6),
+        "Layer grafted": (77.7, 65.5, 77.8, 83.9, 48.7), "VICReg": (70.1, None, None, 81.2),
+        "Layer grafted VICReg": (74.9, None, None, 83.6)},
+    "vit_large": {
+        "MAE": (75.8, 55.2, 78.7, 85.9), "MoCo v3": (77.6, None, None, 84.1),
+        "Layer grafted": (80.5, 68.9, 79.8, 85.7),
+        "Layer grafted, anchored": (81.0, 69.3, 80.1, 85.9)}}
+# its Table 5: system -> top-1 on block 6 under 0, 1, 2 and 4 new blocks, then on 9, then on 12
+PAPER_PROBES = {
+    "MAE": (38.9, 70.1, 76.3, 78.5, 59.3, 77.8, 80.2, 81.2, 68.0, 78.9, 80.6, 81.4),
+    "MoCo v3": (43.6, 72.7, 76.8, 78.1, 65.5, 78.1, 79.2, 79.4, 76.7, 79.1, 79.7, 79.2)}
 
 
 def get_args(argv=None):
-    parser = run.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = run.Parser(__doc__)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="demo", help="demo, cifar10-small: two cores; cifar10: a GPU; imagenet: "
-        "the paper's")
+    add("--preset", choices=PRESETS, default="demo",
+        help="demo, cifar10-small: two cores; cifar10: a GPU; imagenet and -large: the paper's")
     add("--data", help="folder with train/ and val/ or test/ in place of the preset's")
-    add("--only", help=f"comma list of {', '.join(TABLES)} (default: the paper's tables and figures)")
-    add("--seeds", type=numbers(kind=int, high=2 ** 31), help="comma list (default 0; cifar10 0,1,2)")
-    add("--common", default="", help="options for every training run, quoted: \"--epochs 2 --workers 4\"")
+    add("--mae", metavar="FILE", help="public weights in place of the MAE run")
+    add("--moco", metavar="FILE", help="public weights in place of the MoCo v3 run")
+    add("--labels-1", metavar="LIST", help="list of the 1%% of the images whose labels are used")
+    add("--labels-10", metavar="LIST", help="the same for the 10%%")
+    add("--ade20k", metavar="FOLDER", help="ADE20K, for table6")
+    add("--only", help=f"comma list of {', '.join([*TABLES, ANALYSES])} (default: the paper's "
+        "tables and figures)")
+    add("--seeds", type=numbers(kind=int, high=2 ** 31), help="comma list (0; cifar10: 0,1,2)")
+    add("--common", default="", help="options for every training run, in quotes")
     add("--out", help="default out/PRESET")
     add("--dry-run", action="store_true", help="print the commands and what they take, and stop")
     args = parser.parse_args(argv)
-    args.only = args.only.split(",") if args.only else list(PAPERS)
-    unknown = [name for name in args.only if name not in TABLES]
-    if unknown:
-        parser.error(f"--only {unknown[0]}: there are {', '.join(TABLES)}")
+    p = PRESETS[args.preset]
+    default = [name for name in p.get("only", PAPERS) if name != "table6" or args.ade20k]
+    args.only = args.only.split(",") if args.only else [*default, ANALYSES]
     for name in args.only:
-        if not rows_of(PRESETS[args.preset], name):
+        if name not in TABLES and name != ANALYSES:
+            parser.error(f"--only {name}: there are {', '.join([*TABLES, ANALYSES])}")
+        if name in p.get("never", ()):
             parser.error(f"--only {name}: preset {args.preset} has none of it")
-    if args.preset == "imagenet" and not (args.data or os.environ.get("DATA")):
-        parser.error("--preset imagenet needs --data FOLDER (with train/ and val/)")
-    run.fill(args, dict(out=os.path.join("out", args.preset), seeds=[0, 1, 2] if args.preset == "cifar10" else [0]))
+    if "table6" in args.only and not args.ade20k:
+        parser.error("--only table6 needs --ade20k FOLDER")
+    for path in (args.mae, args.moco, args.labels_1, args.labels_10, args.ade20k):
+        if path and not os.path.exists(path):
+            parser.error(f"{path}: no such file or folder")
+    if args.preset.startswith("imagenet") and not (args.data or os.environ.get("DATA")):
+        parser.error(f"--preset {args.preset} needs --data FOLDER (with train/ and val/)")
+    seeds = [0, 1, 2] if args.preset == "cifar10" else [0]
+    run.fill(args, dict(out=os.path.join("out", args.preset), seeds=seeds))
     run.check(parser, args)
     return args
 
 
-# ----------------------------------------------------------------------------------------- systems and protocols
+def plan(args):
+    """The preset with what the command line puts in its place."""
+    p = PRESETS[args.preset]
+    given = {name: path for name, path in (("MAE", args.mae), ("MoCo v3", args.moco)) if path}
+    return p | dict(data=args.data or p["data"], given=given, out=args.out, only=args.only,
+                    lists=(args.labels_1 or p["few"], args.labels_10 or p["many"]),
+                    more=shlex.split(args.common), ade20k=args.ade20k)
+
+
+def depth_of(p):
+    return ARCHS[p["arch"]["arch"]][0][2]
+
+
+# ------------------------------------------------------------------------ systems and protocols
 def systems(p):
-    """Name -> (stage, its options). {NAME} stands for the folder of that other system, trained before."""
-    lower = str(p["depth"] * 2 // 3)                    # the blocks that grafting keeps fixed: the first two stages
-    mae = [*p["arch"], *p["size"], "--lr", p["mae_lr"]]
-    scratch = ["--init", "none", *p["arch"], *p["size"]]
-    contrastive = ["--epochs", p["cl_epochs"], *p["hidden"]]
-    stages = ",".join(p["rates"])
-    vicreg = ["--loss", "vicreg", "--epochs", p["short_epochs"], *p["vicreg"]]
-    vicreg_stages = ["--loss", "vicreg", "--epochs", p["short_epochs"], *p["vicreg"][:-1], stages]
+    """Name -> (stage, its options). {NAME} stands for the folder of that other system."""
+    lower = dict(freeze_blocks=depth_of(p) * 2 // 3)    # what grafting keeps: two of three stages
+    mae = p["common"] | p["mae"]
+    contrastive = p["common"] | p["contrastive"]
+    scratch = dict(init="none") | p["arch"] | contrastive
+    grafted = dict(init="{MAE}") | contrastive | dict(lr=p["rates"])
+    short = dict(epochs=p["short"])
+    vicreg = dict(loss="vicreg") | p["vicreg"] | short
+    anchor = dict(anchor_weight="1e-5", anchor_blocks=depth_of(p) // 2)
+    thirds = -(-p["contrastive"]["epochs"] // 3)        # 100, 200 and 300 in the paper
+    total = dict(epochs=p["mae"]["epochs"] + p["contrastive"]["epochs"])
     found = {
-        "MAE": (mae_pretrain, [*mae, "--epochs", p["mae_epochs"]]),
-        "MoCo v3": (graft_train, [*scratch, *contrastive, "--lr", p["cl_lr"]]),
-        "MTL": (graft_train, [*scratch, *contrastive, "--lr", p["cl_lr"], "--mim-weight", "1"]),
-        "CL -> MIM grafting": (mae_pretrain, ["--init", "{MoCo v3}", "--freeze-blocks", lower, "--lr", p["mae_lr"],
-                                              "--epochs", p["short_epochs"]]),
-        "MIM -> CL grafting": (graft_train, ["--init", "{MAE}", "--freeze-blocks", lower, "--lr", p["cl_lr"], *p["hidden"],
-                                             "--epochs", p["short_epochs"]]),
-        "Layer grafted": (graft_train, ["--init", "{MAE}", *contrastive, "--lr", stages]),
-        TOTAL: (graft_train, [*scratch, *p["hidden"], "--epochs", p["mae_epochs"] + p["cl_epochs"], "--lr", p["cl_lr"]]),
-        "VICReg": (graft_train, [*scratch, *vicreg]),
-        "Layer grafted VICReg": (graft_train, ["--init", "{MAE}", *vicreg_stages]),
-        "Layer grafted, anchored": (graft_train, ["--init", "{MAE}", *contrastive, "--lr", stages, "--anchor-weight",
-                                                  p["anchor"], "--anchor-blocks", str(p["depth"] // 2)]),
+        "MAE": (mae_pretrain, p["arch"] | mae),
+        "MoCo v3": (graft_train, scratch),
+        "MTL": (graft_train, scratch | dict(mim_weight=1, every_epochs=thirds)),
+        "CL -> MIM grafting": (mae_pretrain, dict(init="{MoCo v3}") | mae | lower | short),
+        "MIM -> CL grafting": (graft_train, dict(init="{MAE}") | contrastive | lower | short),
+        "Layer grafted": (graft_train, grafted),
+        "Layer grafted, anchored": (graft_train, grafted | anchor),
+        "VICReg": (graft_train, scratch | vicreg),
+        "Layer grafted VICReg": (graft_train, grafted | vicreg | dict(lr=p["rates"])),
+        TOTAL: (graft_train, scratch | total),
     }
-    for rates in itertools.product(*p["grid"]):
-        lr = ",".join(rates)
-        found[f"grid {lr}"] = (graft_train, ["--init", "{MAE}", *p["hidden"], "--epochs", p["grid_epochs"], "--lr", lr])
+    for name in ("MAE", "MoCo v3", "Layer grafted"):
+        stage, options = found[name]
+        init = dict(init=f"{{MAE{TAIL}}}") if name == "Layer grafted" else {}
+        found[name + TAIL] = (stage, options | init | dict(data="{" + TAIL + "}"))
+    for rates in map(",".join, itertools.product(*p["grid"])):
+        found[f"grid {rates}"] = (graft_train, grafted | dict(lr=rates, epochs=p["grid_epochs"]))
+    whole = flops(p, *found["MAE"]) + flops(p, *found["Layer grafted"])
     for name, shorter in EQUAL.items():
         stage, options = found[shorter]
-        place = options.index("--epochs") + 1                               # how many is known when those are trained
-        found[name] = (stage, [*options[:place], "?", *options[place + 1:]])
-    for lr in p.get("schedules", ()):
-        found[f"rates {lr}"] = (graft_train, ["--init", "{MAE}", *p["hidden"], "--epochs", p["grid_epochs"], "--lr", lr])
-    for first, second in p.get("splits", ()):
-        found[f"MAE {first} epochs"] = (mae_pretrain, [*mae, "--epochs", first])
-        found[f"split {first} + {second}"] = (graft_train, ["--init", f"{{MAE {first} epochs}}", *p["hidden"], "--lr",
-                                                            stages, "--epochs", second])
-    return found | tuning(p)
-
-
-def tuning(p):
-    """The short runs that chose rate and smallest crop of MAE and MoCo v3: name -> (stage, options)."""
-    if "tuning" not in p:
-        return {}
-    found, (mae_epochs, cl_epochs) = {}, p["tuning"]["epochs"]
-    for name, rate, own, more in (("MAE", p["mae_lr"], p["mae"], ["--epochs", mae_epochs]),
-                                  ("MoCo v3", p["cl_lr"], p["contrastive"],
-                                   ["--epochs", cl_epochs, "--init", "none", *p["hidden"]])):
-        rates, crops = p["tuning"][name]
-        for lr, crop in dict.fromkeys([(lr, own[1]) for lr in rates] + [(rate, crop) for crop in crops]):
-            found[f"tune {name} {lr} crop {crop}"] = (mae_pretrain if name == "MAE" else graft_train, [
-                *p["arch"], *p["size"], *more, "--lr", lr, "--crop-min", crop])
+        epochs = whole / flops(p, stage, options) * options["epochs"]
+        found[name] = (stage, options | dict(epochs=max(1, round(epochs))))
+    for name, (epochs, rates, crops) in p.get("tuned", {}).items():
+        stage, options = found[name]
+        own = options.get("crop_min", crops[0])
+        for lr, crop in [(lr, own) for lr in rates] + [(options["lr"], crop) for crop in crops]:
+            found[f"tune {name} {lr} crop {crop}"] = (stage, options | dict(
+                epochs=epochs, lr=lr, crop_min=crop))
     return found
 
 
 def protocols(p, column, name):
-    """Column of a table -> list of (protocol name, script, options)."""
-    few, many = p["few"]
-    # MAE and what ends with MAE has no projector: its 10 % row is plain fine-tuning with those labels
-    projector = [] if name.startswith("MAE") or name == "CL -> MIM grafting" else ["--from-projector"]
-    return {
-        "linear": [("linear", evaluate, ["--mode", "linear", *p["linear"]])],
-        "k-NN": [("k-NN", evaluate, ["--mode", "knn"])],
-        "few": [(f"few-shot {few}", evaluate, ["--mode", "fewshot", "--labels", few])],
-        "projector": [(f"fine-tune {many}", finetune, ["--labels", many, *projector, *p.get("projector", [])])],
+    """Column of a table -> [(title, the result's name, script, options)]. Titles of one result are
+    one evaluation: without new blocks on the last one it is linear evaluation (Table 5), with no
+    block fixed it is fine-tuning (Figure 5)."""
+    linear, tail = dict(mode="linear") | p["linear"], dict(data="{" + TAIL + "}")
+    few, many = (dict(labels=labels) for labels in p["lists"])
+    # MAE and what ends with MAE has no projector: from the class token, else the same
+    if not name.startswith(("MAE", "CL -> MIM")):
+        many["from_projector"] = True
+
+    def probe(k, n):
+        if n:
+            return finetune, dict(probe_block=k, blocks=n) | p["fine"]
+        return evaluate, linear | (dict(block=k) if k < depth_of(p) else {})
+
+    found = {
+        "linear": [("linear", evaluate, linear)],
+        "k-NN": [("k-NN", evaluate, dict(mode="knn"))],
+        "few": [(f"few-shot {p['few']}", evaluate, dict(mode="fewshot") | few)],
+        "many": [(f"fine-tune {p['many']}", finetune, many | p["few_fine"])],
         "fine-tune": [("fine-tune", finetune, p["fine"])],
-        "probe": [(f"block {k} + {n}", finetune, ["--probe-block", k, "--blocks", n, *p["fine"]])
-                  for k in p["probes"][0] for n in p["probes"][1]],
-        "partial": [(f"{k} blocks fixed", finetune, ["--freeze-blocks", k, *p["fine"]]) for k in p["partial"]],
+        "partial": [(f"{k} blocks fixed", finetune, p["fine"] | dict(freeze_blocks=k))
+                    for k in p["partial"]],
+        "probe": [(f"block {k} + {n}", *probe(k, n)) for k, n in itertools.product(*p["probes"])],
+        "segment": [("UperNet", segment, dict(data=p["ade20k"]))],
+        "tail": [("linear, labels of the tail", evaluate, linear | tail),
+                 ("k-NN, labels of the tail", evaluate, dict(mode="knn") | tail)],
     }[column]
+    same = {f"block {depth_of(p)} + 0": "linear", "0 blocks fixed": "fine-tune"}
+    return [(title, same.get(title, title), *job) for title, *job in found]
 
 
-def folder(args, seed, name):
-    return os.path.join(args.out, f"seed{seed}", re.sub(r"[^a-z0-9.]+", "-", name.lower()))
+def paper_figure(p, column, name, title):
+    """The paper's top-1 for a cell of a table, or None."""
+    figures = PAPER.get(p["arch"]["arch"], PAPER["vit_base"]).get(name)
+    if column == "probe" and p["probes"] == PROBES:
+        places = [f"block {k} + {n}" for k, n in itertools.product(*PROBES)]
+        return PAPER_PROBES[name][places.index(title)]
+    columns = dict(zip(("linear", "few", "many", "fine-tune", "segment"), figures or ()))
+    return columns.get(column)
+
+
+def folder(p, seed, name):
+    """Where a system is: its run's folder, or the file that was given for it."""
+    if name == TAIL:
+        return os.path.join(p["out"], "longtail")
+    return p["given"].get(name) or os.path.join(p["out"], f"seed{seed}", slug(name))
+
+
+def slug(name):
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower())
 
 
 def needed(p, name):
-    """The systems that must be trained before this one."""
-    if name in EQUAL:
-        return ["MAE", "Layer grafted", EQUAL[name]]
-    return re.findall(r"\{(.+?)\}", " ".join(map(str, systems(p)[name][1])))
+    """What a system is made of and itself, in the order in which they are made, each once."""
+    if name == TAIL:
+        return [name]
+    inside = re.findall(r"\{(.+?)\}", " ".join(map(str, systems(p)[name][1].values())))
+    before = itertools.chain.from_iterable(needed(p, other) for other in inside)
+    return [*dict.fromkeys(before), name]
 
 
-def seconds_of(out):
-    """Seconds that the training run in a folder took, by its log; None without one."""
-    path = os.path.join(out, "log.jsonl")
-    return sum(line["seconds"] for line in run.read_results(path)) if os.path.isfile(path) else None
-
-
-def equal_epochs(args, p, seed, name):
-    """Epochs that take a system as long as MAE and grafting together took; '?' while those are not trained."""
-    seconds = [seconds_of(folder(args, seed, system)) for system in needed(p, name)]
-    if None in seconds:
-        return "?"
-    options = systems(p)[EQUAL[name]][1]
-    return max(1, round(options[options.index("--epochs") + 1] * (seconds[0] + seconds[1]) / seconds[2]))
-
-
-def data_options(args, p):
-    source = args.data or p["data"]
-    return ["--data", source] if source else []
-
-
-def command(args, p, seed, name):
-    """(stage, argument list) that trains a system."""
-    stage, options = systems(p)[name]
-    options = [folder(args, seed, o[1:-1]) if str(o).startswith("{") else str(o) for o in options]
-    if name in EQUAL:
-        options[options.index("?")] = str(equal_epochs(args, p, seed, name))
-    own = p.get("mae" if stage is mae_pretrain else "contrastive", [])
-    own = [] if "--crop-min" in options else own
-    return stage, [*options, *data_options(args, p), *own, *p["common"], *p.get("batch", []), *shlex.split(args.common),
-                   "--seed", str(seed), "--out", folder(args, seed, name)]
+def command(p, seed, options, *more):
+    """Options as a list of arguments; {NAME} becomes that system's folder."""
+    found = []
+    for key, value in ((dict(data=p["data"]) if p["data"] else {}) | options).items():
+        value = re.sub(r"\{(.+?)\}", lambda match: folder(p, seed, match[1]), str(value))
+        found += ["--" + key.replace("_", "-"), *([] if value == "True" else [value])]
+    return [*found, *more]
 
 
 def rows_of(p, table):
     """The systems of a table, in order."""
     known = systems(p)
     rows = []
-    for row in p.get("main", EVERY) if table in ("main", "labels") else TABLES[table][0]:
-        rows += [name for name in known if name.startswith(row)] if row.endswith(" ") else [row]
+    for row in p.get("main" if table == "labels" else table, TABLES[table][1]):
+        rows += [name for name in known if name.startswith(row)] if row[-1] == " " else [row]
     return rows
 
 
-def jobs(args, p):
-    """Every (seed, system, protocol, script, options) asked for, each once; what one needs comes before it."""
-    seen = {}
-    for table in args.only:
-        for name, seed in itertools.product(rows_of(p, table), args.seeds):
-            for column in TABLES[table][1]:
-                for protocol, script, options in protocols(p, column, name):
-                    seen[(seed, name, protocol)] = (script, [str(o) for o in options])
-    return seen
+def jobs(p, seeds):
+    """Every (seed, system, result's name) asked for, each once -> (script, options)."""
+    found = {}
+    for table in p["only"]:
+        _, _, columns = TABLES.get(table, ("", (), ()))
+        for name, seed in itertools.product(rows_of(p, table) if columns else (), seeds):
+            for column in columns:
+                for _, protocol, script, options in protocols(p, column, name):
+                    found[(seed, name, protocol)] = (script, options)
+    return found
 
 
-# ----------------------------------------------------------------------------------------------------- reports
-def cell(results, name, protocol, figure="top1", digits=1):
-    """Mean ± standard deviation over seeds of top-1 (or another figure of the results), or nothing."""
+# ---------------------------------------------------------------------------------- operations
+def block_flops(width, tokens, asking=None):
+    """Operations of a transformer block forward on one image. asking: tokens whose output is
+    needed, of an encoder's last block the class token alone."""
+    asking = asking or tokens
+    # keys and values of all; query, output and MLP of those that ask
+    return 2 * width ** 2 * (2 * tokens + 10 * asking) + 4 * width * tokens * asking
+
+
+def encoder_flops(p, depth=None):
+    """(operations forward on one image for block `depth`'s class token, those of one block, the
+    step of MAE without backward through frozen blocks)."""
+    (_, width, layers, _), (narrow, of_decoder, _) = ARCHS[p["arch"]["arch"]]
+    patches = (p["arch"]["img_size"] // p["arch"]["patch_size"]) ** 2
+    pixels = 3 * p["arch"]["patch_size"] ** 2
+    block, last = (block_flops(width, 1 + patches, asking) for asking in (None, 1))
+    forward = 2 * pixels * width * patches + ((depth or layers) - 1) * block + last
+    kept = patches // 4
+    decoder = of_decoder * block_flops(narrow, 1 + patches)
+    decoder += 2 * narrow * (width * (1 + kept) + pixels * (1 + patches))
+    small = block_flops(width, 1 + kept)
+    # backward takes twice the forward; there is no gradient of the pixels
+    mae = 3 * layers * small + 3 * decoder + 4 * pixels * width * kept
+    return forward, block, mae, small
+
+
+def flops(p, stage, options):
+    """Operations of a training run, a multiplication and an addition being two: its matrix
+    products, what the run starts from not counted."""
+    forward, block, mae, small = encoder_flops(p)
+    frozen = options.get("freeze_blocks", 0)
+    width = ARCHS[p["arch"]["arch"]][0][1]
+    vicreg = options.get("loss") == "vicreg"
+    hidden = options.get("hidden_dim", 8192 if vicreg else 4096)
+    step = 0
+    if stage is mae_pretrain or "mim_weight" in options:
+        step += mae - 2 * frozen * small
+    if stage is graft_train:
+        view = 3 * forward - 2 * frozen * block             # of each of two
+        if vicreg:
+            view += 6 * (width * hidden + 2 * hidden ** 2)
+        else:                                               # and the momentum encoder's forward
+            projector = 2 * (width * hidden + hidden ** 2 + 256 * hidden)
+            view += forward + 4 * projector + 6 * 2 * 256 * hidden
+        step += 2 * view
+    share = sum(tail_share(10)) / 10 if TAIL in str(options.get("data")) else 1
+    return step * options["epochs"] * p["images"] * share
+
+
+def cost(p, name):
+    """Operations of a system with all that it starts from."""
+    return sum(flops(p, *systems(p)[each]) for each in needed(p, name) if each != TAIL)
+
+
+def evaluation_flops(p, script, options):
+    """Operations of an evaluation; classifiers on features and UperNet are not counted."""
+    if script is segment:                                   # 160,000 steps of 16 crops of 512
+        crop = p["arch"] | dict(img_size=512)
+        return 160000 * 16 * 3 * encoder_flops(p | dict(arch=crop))[0]
+    forward, block, *_ = encoder_flops(p, options.get("block", options.get("probe_block")))
+    tests = forward * p["tests"]
+    if script is evaluate:
+        passes = 90 if options["mode"] == "linear" and "cache_features" not in options else 1
+        return passes * forward * p["images"] * (0.01 if "labels" in options else 1) + tests
+    step = 3 * forward - 2 * options.get("freeze_blocks", 0) * block
+    if "probe_block" in options:
+        step = forward + 3 * options["blocks"] * block
+    share = float(p["many"].rstrip("%")) / 100 if "labels" in options else 1
+    return step * options["epochs"] * p["images"] * share + tests
+
+
+# ----------------------------------------------------------------------------------- long tail
+def tail_share(classes, imbalance=100):
+    """The share of each class that CIFAR-LT's rule keeps: imbalance^(-i / (classes - 1))."""
+    return [imbalance ** (-i / (classes - 1)) for i in range(classes)]
+
+
+def write_long_tail(source, out):
+    """A folder with the first images of each class, ever fewer, and all test images, of a dataset
+    in memory; list.txt, written last, says what is in it."""
+    if os.path.exists(os.path.join(out, "list.txt")):
+        return
+    names = []
+    for part, train in (("train", True), ("test", False)):
+        dataset = data.load(source, train)
+        if dataset.images is None or dataset.labels is None:
+            raise UsageError(f"{source}: the long tail needs small images with labels")
+        for c, share in enumerate(tail_share(len(dataset.classes))):
+            ids = (dataset.labels == c).nonzero()[:, 0].tolist()
+            place = os.path.join(out, part, dataset.classes[c])
+            os.makedirs(place, exist_ok=True)
+            for i in ids[:max(1, int(share * len(ids)))] if train else ids:
+                pixels = dataset.images[i].permute(1, 2, 0).cpu().numpy()
+                Image.fromarray(pixels).save(os.path.join(place, f"{i:05}.png"))
+                names += [f"{dataset.classes[c]}/{i:05}.png"] * train
+    with run.atomic(os.path.join(out, "list.txt")) as temporary, open(temporary, "w") as f:
+        f.write("\n".join(names) + "\n")
+
+
+# ------------------------------------------------------------------------------------- reports
+def cell(results, name, protocol, figure="top1"):
+    """Mean ± standard deviation over seeds of top-1 (or another figure), or nothing."""
     found = [e[figure] for e in results if e["name"] == name and e["protocol_name"] == protocol]
     if not found:
         return ""
-    spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
-    return f"{statistics.mean(found):.{digits}f}{spread}"
+    spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.1f}{spread}"
 
 
-def markdown(results, args, p):
-    """Every table that was asked for or is filled already, the paper's figure (ImageNet-1k, ViT-B/16) in brackets
-    where it has one."""
+def table_lines(titles, rows):
+    lines = [titles, ["---"] * len(titles), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+
+def grid_lines(results, p, protocol):
+    """Figure 4 as numbers: for each rate of the third stage the first in rows, the second in
+    columns."""
+    lines = []
+    firsts, seconds, thirds = p["grid"]
+    for third in reversed(thirds):
+        rows = [[first] + [cell(results, f"grid {first},{second},{third}", protocol)
+                           for second in seconds] for first in firsts]
+        lines += table_lines([f"{protocol}, third stage {third}", *seconds], rows)
+    return lines
+
+
+def markdown(results, p):
+    """Every table that was asked for or is filled already, the paper's figure (ImageNet-1k) in
+    brackets where it has one."""
     lines = []
     there = {(e["name"], e["protocol_name"]) for e in results}
-    for table, (_, columns) in TABLES.items():
-        rows = rows_of(p, table)
-        cells = {(name, head) for name in rows for column in columns for head, _, _ in protocols(p, column, name)}
-        if table not in args.only and not (cells and cells <= there):
+    for table, (title, _, columns) in TABLES.items():
+        if table in p.get("never", ()):
             continue
-        lines += [f"### {TITLES[table]}", ""]
+        asked = {(name, protocol) for name in rows_of(p, table) for column in columns
+                 for _, protocol, *_ in protocols(p, column, name)}
+        if table not in p["only"] and not asked <= there:
+            continue
+        lines += [f"### {title}", ""]
         if table == "figure4":
-            firsts, seconds, thirds = p["grid"]
-            for third in reversed(thirds):
-                lines += [f"third stage {third}: rows first stage, columns second stage", "",
-                          "| | " + " | ".join(seconds) + " |", "|---" * (len(seconds) + 1) + "|"]
-                for first in firsts:
-                    cells = [cell(results, f"grid {first},{second},{third}", "linear") for second in seconds]
-                    lines.append(f"| {first} | " + " | ".join(cells) + " |")
-                lines.append("")
+            lines += [line for column in columns for line in grid_lines(results, p, column)]
             continue
-        heads = [(column, head) for column in columns for head, _, _ in protocols(p, column, "Layer grafted")]
-        cost = ["training seconds"] if EVERY == TABLES[table][0] else []    # MAE's count where it was started from
-        titles = ["system", *cost, *(head for _, head in heads)]
-        lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-        for name in rows:
-            cells = [cell(results, name, "linear", "train_seconds", 0)] if cost else []
-            for column, head in heads:
-                paper = PAPER.get((name, column)) if table not in ("table7", "figure5", "table5") else None
-                figure = "held_out_top1" if table == "tuning" else "top1"
-                cells.append(cell(results, name, head, figure) + (f" ({paper:.1f})" if paper else ""))
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        lines.append("")
+        heads = [(column, head, protocol) for column in columns
+                 for head, protocol, *_ in protocols(p, column, "Layer grafted")]
+        costs = ["operations (10^15)"] * (table in ("main", "labels", "longer", "longtail"))
+        rows = []
+        for name in rows_of(p, table):
+            rows.append([name] + [f"{cost(p, name) / 1e15:.3g}" for _ in costs])
+            for column, head, protocol in heads:
+                # the paper's Table 7 is of ViT-L alone
+                no_paper = table == "table7" and p["arch"]["arch"] != "vit_large"
+                paper = None if no_paper else paper_figure(p, column, name, head)
+                text = cell(results, name, protocol, SHOWN.get(table, "top1"))
+                rows[-1].append(text + (f" ({paper:.1f})" if paper else ""))
+        lines += table_lines(["system", *costs, *(head for _, head, _ in heads)], rows)
     return "\n".join(lines)
 
 
-def gpu_hours(p, images=1281167, rate=3e14):
-    """Hours on one GPU that sustains `rate` operations a second, for the training runs of the preset by epochs.
-
-    Encoder forward: 2 x weights x tokens; MAE trains a quarter of the tokens and its decoder (about as much again),
-    MoCo v3 two views forward and backward (3 x) and two forward in the momentum encoder.
-    """
-    (patch, dim, depth, _), _ = ARCHS[p["arch"][1]]
-    tokens = (224 // patch) ** 2 + 1
-    forward = 2 * 12 * dim * dim * depth * tokens + 4 * dim * tokens ** 2 * depth
-    mae, contrastive = 3 * forward * 0.5, (2 * 3 + 2) * forward
-    total = 0.0
-    for name, (stage, options) in systems(p).items():
-        if name in EQUAL:                                                   # in none of the paper's tables
-            continue
-        epochs = options[options.index("--epochs") + 1]
-        total += epochs * images * (mae if stage is mae_pretrain else contrastive)
-    return total / rate / 3600
-
-
+# ----------------------------------------------------------------------------------------- main
 @contextmanager
-def pictures_read_once():
-    """Every run and evaluation asks for the same pictures: what data.load_data returned is kept and handed out again."""
-    load, kept = data.load_data, {}
+def images_read_once():
+    """Every run and evaluation asks for the same images: what data.load returned is kept."""
+    load, kept = data.load, {}
 
-    def load_data(*args, **more):
-        key = (args, *sorted(more.items()))
+    def read(*args, **more):
+        key = repr((args, sorted(more.items())))
         if key not in kept:
             kept[key] = load(*args, **more)
-        return copy.copy(kept[key])                                         # class numbers and device may be changed
+        return copy.copy(kept[key])                         # class numbers may be changed
 
-    data.load_data = load_data
+    data.load = read
     try:
         yield
     finally:
-        data.load_data = load
+        data.load = load
 
 
 def main(args):
-    with pictures_read_once():
-        reproduce(args)
+    with images_read_once():
+        return reproduce(args)
+
+
+def train(args, p, seed, name, say):
+    """Train one system, or make the set that some are trained on."""
+    out = folder(p, seed, name)
+    if name == TAIL:
+        if int(os.environ.get("RANK", 0)) == 0 and not args.dry_run:
+            write_long_tail(p["data"], out)
+        while not args.dry_run and not os.path.exists(os.path.join(out, "list.txt")):
+            time.sleep(1)                                   # there is no process group yet
+        return
+    stage, options = systems(p)[name]
+    options = command(p, seed, options, *p["more"], "--seed", str(seed), "--out", out)
+    say(f"== {name}, seed {seed}: python {stage.__name__}.py {shlex.join(options)}")
+    if not args.dry_run:
+        stage.main(stage.get_args(options))
+        run.same("systems", name)                   # what one process wrote is there for all
 
 
 def reproduce(args):
-    """Train what is missing, evaluate it, write the tables."""
-    p = PRESETS[args.preset]
+    """Train what is missing, evaluate it, write the tables, draw the figures -> the results."""
+    p = plan(args)
+    first = int(os.environ.get("RANK", 0)) == 0
+    say = functools.partial(print, flush=True) if first else lambda line: None
     path = os.path.join(args.out, "results.jsonl")
     results = run.read_results(path) if os.path.exists(path) else []
     done = {(e["seed"], e["name"], e["protocol_name"]) for e in results}
-    todo = {key: job for key, job in jobs(args, p).items() if key not in done}
-    names = dict.fromkeys((seed, name) for seed, name, _ in todo)
-    if args.preset == "imagenet":
-        print(f"about {gpu_hours(p):,.0f} GPU-hours for one seed at 300 TFLOP/s, evaluations not counted", flush=True)
-    print(f"{len(names)} systems to train or resume, {len(todo)} evaluations, {len(done)} results are there", flush=True)
-    started = time.perf_counter()
-
-    trained = set()
-
-    def train(seed, name):
-        """Train a system, after those it starts from; each once."""
-        if (seed, name) in trained:
-            return
-        for other in needed(p, name):
-            train(seed, other)
-        stage, options = command(args, p, seed, name)
-        print(f"== {name}, seed {seed}: python {stage.__name__}.py {shlex.join(options)}", flush=True)
-        if not args.dry_run:
-            stage.main(stage.get_args(options))
-        trained.add((seed, name))
-
+    todo = {key: job for key, job in jobs(p, args.seeds).items() if key not in done}
+    of_job = {(seed, name): [each for each in needed(p, name) if each not in p["given"]]
+              for seed, name, _ in todo}
+    models = {(seed, each) for (seed, _), names in of_job.items() for each in names
+              if each != TAIL}
+    training = sum(flops(p, *systems(p)[name]) for _, name in models)
+    evaluating = sum(evaluation_flops(p, *job) for job in todo.values())
+    say(f"{len(models)} systems to train or resume, {len(todo)} evaluations, {len(done)} results "
+        f"are there; {training:.3g} operations to train, {evaluating:.3g} to evaluate: about "
+        f"{run.duration((training + evaluating) / p['rate'])} on one device at {p['rate']:.0e} "
+        "a second")
+    started, trained = time.perf_counter(), set()
     for (seed, name, protocol), (script, options) in todo.items():
-        train(seed, name)
-        own = folder(args, seed, name)
-        seeds = ["--seeds", str(seed)] if script is evaluate else ["--seed", str(seed)]
-        out = os.path.join(own, re.sub(r"[^a-z0-9]+", "-", protocol.lower()))
-        options = [*options, *data_options(args, p), *seeds, "--checkpoint", own, "--out", out]
-        print(f"== {name}, seed {seed}, {protocol}: python {script.__name__}.py {shlex.join(options)}", flush=True)
+        for each in of_job[seed, name]:
+            if (seed, each) not in trained:
+                train(args, p, seed, each, say)
+            trained.add((seed, each))
+        own = os.path.join(args.out, f"seed{seed}", slug(name), slug(protocol))
+        arguments = command(p, seed, options, "--seeds" if script is evaluate else "--seed",
+                            str(seed), "--init" if script is segment else "--checkpoint",
+                            folder(p, seed, name), "--out", own)
+        say(f"== {name}, seed {seed}, {protocol}: python {script.__name__}.py "
+            f"{shlex.join(arguments)}")
         if args.dry_run:
             continue
-        entry = script.main(script.get_args(options))
-        entry = entry[0] if isinstance(entry, list) else entry
-        costs = [name] if name in EQUAL else [name, *needed(p, name)]
-        more = dict(name=name, protocol_name=protocol, seed=seed, preset=args.preset,
-                    train_seconds=sum(seconds_of(folder(args, seed, each)) or 0 for each in costs))
+        entry = script.main(script.get_args(arguments))
+        run.same("evaluations", protocol)
+        entry = dict(entry[0] if isinstance(entry, list) else entry)
+        entry |= dict(name=name, protocol_name=protocol, seed=seed, preset=args.preset,
+                      operations=cost(p, name))
         if name.startswith("grid "):
-            more["lr"] = [float(rate) for rate in name.removeprefix("grid ").split(",")]
-        with open(path, "a") as f:
-            f.write(json.dumps(entry | more) + "\n")
-        results = run.read_results(path)                                    # another process may have written too
-        with open(os.path.join(args.out, "results.md"), "w") as f:
-            f.write(markdown(results, args, p) + "\n")
-    if results and not args.dry_run:
-        print(markdown(results, args, p), flush=True)
-        print(f"wrote {args.out}/results.md; {run.duration(time.perf_counter() - started)}", flush=True)
-    elif not results and not args.dry_run:
-        raise UsageError("nothing to do")
+            entry["lr"] = [float(rate) for rate in name.removeprefix("grid ").split(",")]
+        if options.get("mode") == "linear":                 # Table 5 without new blocks
+            entry |= dict(blocks=0, probe_block=options.get("block", depth_of(p)))
+        if first:
+            with open(path, "a") as f:
+                f.write(json.dumps(entry) + "\n")
+            results = run.read_results(path)                # another process may have written too
+            with open(os.path.join(args.out, "results.md"), "w") as f:
+                f.write(markdown(results, p) + "\n")
+    if run.peers is not None:                               # the figures are one process's
+        run.peers.part()
+        run.peers = None
+    if first and not args.dry_run:
+        if ANALYSES in args.only:
+            draw(p, args.seeds[0], bool(todo))
+        say(markdown(results, p))
+        say(f"wrote {args.out}/results.md; {run.duration(time.perf_counter() - started)}")
+    return results
+
+
+def analyses(p, seed):
+    """Analysis -> options of analyze.py, for the systems that are there: Figures 1 and 8 from the
+    MTL weights that were kept, 6 with the fine-tuned MAE among the curves, 7 and 3; then those
+    that read the results."""
+    kept = sorted(glob.glob(os.path.join(folder(p, seed, "MTL"), "epoch*.pt")))
+    if kept and int(kept[-1][-7:-3]) < p["contrastive"]["epochs"]:      # the end is in last.pt
+        kept.append(os.path.join(folder(p, seed, "MTL"), "last.pt"))
+    paths = [folder(p, seed, name) for name in ("MAE", "MoCo v3", "Layer grafted")]
+    there = [path for path in paths
+             if os.path.isfile(path) or os.path.exists(os.path.join(path, "encoder.pt"))]
+    fine = os.path.join(p["out"], f"seed{seed}", "mae", "fine-tune")
+    curves = there + [fine] * os.path.exists(os.path.join(fine, "classifier.pt"))
+    found = {}
+    for name, own in dict(gradients=kept, vic=curves, attention=there, tsne=there).items():
+        if own:
+            found[name] = command(p, seed, {}, "--checkpoint", *own)
+    return found | {name: ["--results", p["out"]] for name in ("lr-grid", "partial", "depth")}
+
+
+def draw(p, seed, again):
+    """The paper's figures, in one process; again: also those that are there already."""
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    out = os.path.join(p["out"], "figures")
+    for name, options in analyses(p, seed).items():
+        if not again and os.path.exists(os.path.join(out, f"{name}.csv")):
+            continue
+        print(f"== python analyze.py {shlex.join([name, *options])}", flush=True)
+        try:
+            analyze.main(analyze.get_args([name, *options, "--out", out]))
+        except (ValueError, RuntimeError) as error:
+            if not hasattr(error, "exit_code"):
+                raise
+            print(f"no {name}: {error}", flush=True)        # the results hold nothing of the kind
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ sys.excepthook = interrupted
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import fcntl
 import json
@@ -41,6 +42,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -661,6 +663,11 @@ def same(what, value):
                          "files")
 
 
+def gather_objects(value):
+    """The value (JSON) of every process, by rank."""
+    return [value] if peers is None else peers.ask("what they found", value)
+
+
 # ------------------------------------------------------------------------------- results, progress
 def commit():
     """The commit of this code, with + if it was changed since; None where git does not know."""
@@ -706,6 +713,39 @@ def write_result(out, entry):
     except OSError as error:
         raise RunError(f"cannot write {path} ({error.strerror}); the result was {line}") from None
     print(line, flush=True)
+
+
+def write_csv(path, rows):
+    """Rows of cells as a CSV, whole or not at all. A text that a spreadsheet would compute (it begins
+    with = + - or @) is quoted by an apostrophe; names of files keep their bytes."""
+    def cell(value):
+        formula = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
+        return f"'{value}" if formula else value
+
+    with atomic(path) as temporary:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
+            csv.writer(f).writerows([cell(value) for value in row] for row in rows)
+
+
+def write_per_class(out, name, confusion, classes):
+    """Into the folder `out`, from a confusion matrix (C, C) with true classes as rows: per-class-NAME.csv
+    with support, precision, recall and F1, confusion-NAME.csv, and its rows as shares in a PNG."""
+    right, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    figures = torch.stack([right / predicted, right / support, 2 * right / (support + predicted)], 1)
+    figures = [["" if math.isnan(v) else f"{v:.4f}" for v in row] for row in figures.tolist()]
+    write_csv(os.path.join(out, f"per-class-{name}.csv"), [
+        ["class", "support", "precision", "recall", "f1"],
+        *([c, n, *row] for c, n, row in zip(classes, support.tolist(), figures))])
+    write_csv(os.path.join(out, f"confusion-{name}.csv"), [
+        ["true class / predicted", *classes],
+        *([c, *row] for c, row in zip(classes, confusion.tolist()))])
+    share = confusion / support.clamp_min(1)[:, None]
+    side = math.ceil(480 / len(classes))                                # pixels of a cell
+    pixels = (255 * (1 - share)).round().to(torch.uint8).repeat_interleave(side, 0)
+    path = os.path.join(out, f"confusion-{name}.png")
+    with atomic(path) as temporary:
+        Image.fromarray(pixels.repeat_interleave(side, 1).numpy()).save(temporary, "png")
+    print(f"wrote {path[:-4]}.csv, {path} and per-class-{name}.csv", flush=True)
 
 
 def read_results(path):

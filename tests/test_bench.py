@@ -1,0 +1,240 @@
+"""bench/: every case runs, what it counts is right, the references compute what ours do. No speed
+is asserted. And torch.compile as the stages use it: how many graphs it makes."""
+from functools import partial
+
+import pytest
+import torch
+
+import augment
+import data
+import graft_train
+import mae_pretrain
+import model
+import run
+from bench import bench, references
+from conftest import folder_of
+
+TINY = dict(img_size=[16, 16], patch_size=4, in_chans=3, dim=24, depth=3, heads=3, mlp_ratio=4.0)
+VIT_B = dict(img_size=[224, 224], patch_size=16, dim=768, depth=12, heads=12)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Tiny sizes for all that is not an option, and every turn in this process."""
+    monkeypatch.setattr(bench, "alone", bench.turn)
+    monkeypatch.setattr(bench, "LEAST", 0.0)
+    monkeypatch.setattr(bench, "HEADS", (64, 16))
+    monkeypatch.setattr(bench, "EPOCHS", dict(linear=2, loop=2))
+    monkeypatch.setitem(bench.MATRIX, "cpu", 64)
+    monkeypatch.setitem(bench.FEWSHOT, "cpu", (60, 5))
+    drawn = data.embedded(n=32)
+    monkeypatch.setattr(data, "embedded", lambda *_: drawn)
+    for stage in (mae_pretrain, graft_train):
+        monkeypatch.setitem(stage.SMALL, "batch_size", 16)
+
+
+def options(*more):
+    return bench.get_args(["--arch", "vit_mini", "--batch-size", "4", "--repeats", "1", "--device",
+                           "cpu", "--amp", "off", *map(str, more)])
+
+
+# ------------------------------------------------------------------------------------- the cases
+OURS = {"mae": {"ours"}, "graft": {"ours", "undivided"}, "augment": {"ours"},
+        "reading": {"ours, worker", "ours, worker and device", "decoding alone, pillow"},
+        "linear": {"35 rates", "1 rate"}, "fewshot": {"ours"},
+        "loop": {"ours, training loop", "bare steps"}}
+PACKAGES = {"mae": ("timm", "transformers"), "graft": ("timm",), "augment": ("torchvision",),
+            "reading": ("torchvision",), "fewshot": ("sklearn",)}
+
+
+@pytest.mark.parametrize("name", bench.CASES)
+def test_every_case_gives_its_rows_beside_every_reference(quick, tmp_path, capsys, name):
+    folder_of(tmp_path, ["1.jpg", "2.jpg"], (60, 50))
+    folder_of(tmp_path, ["3.jpg"], (60, 51))                # of several sizes: read anew each time
+    rows = bench.main(options("--only", name, "--data", tmp_path, "--against"))
+    said = capsys.readouterr().out
+    missing = {p for p in PACKAGES.get(name, ()) if f"{p} is not installed: left out" in said}
+    assert {row["code"] for row in rows} == OURS[name] | set(PACKAGES.get(name, ())) - missing
+    first = {row["case"]: row for row in reversed(rows)}
+    for row in rows:
+        assert row["ms"] > 0 and row["peak_mib"] > 0 and f"\n{row['case']}  " in said
+        assert row["images_per_second"] == pytest.approx(row["batch"] / row["ms"] * 1e3)
+        assert (row["floor_ms"] is None) == (name not in ("mae", "graft", "linear"))
+        assert (row["data_wait"] is None) == (row["code"] != "ours, training loop")
+        assert row["ours_faster"] == pytest.approx(row["ms"] / first[row["case"]]["ms"])
+
+
+def test_codes_take_turns_and_the_median_counts(monkeypatch, capsys):
+    seconds = {"a": iter((0.3, 0.1, 0.2)), "b": iter((0.6, 0.5, 7.0))}
+    order = []
+
+    def alone(args, name, number, code):
+        order.append(code)
+        return bench.Measured(next(seconds[code]), 0.1, None, 2 ** 20)
+
+    case = bench.Case("two", 10, None, {code: bench.Code(print) for code in seconds})
+    monkeypatch.setattr(bench, "CASES", {"two": lambda b: [case]})
+    monkeypatch.setattr(bench, "alone", alone)
+    rows = bench.main(options("--only", "two", "--repeats", "3", "--json"))
+    assert "".join(order) == "ababab" and [row["ms"] for row in rows] == [200, 600]
+    assert [row["ours_faster"] for row in rows] == [1, pytest.approx(3)]
+    assert [bench.json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+
+
+def test_a_code_runs_in_a_process_of_its_own():
+    args = options("--only", "fewshot", "--arch", "vit_mini")
+    found = bench.alone(args, "fewshot", 0, "ours")
+    assert found.seconds > 0 and found.cpu > 0 and found.peak > 100 << 20
+
+
+def test_a_code_that_is_killed_for_want_of_memory_ends_in_a_line(monkeypatch):
+    def killed(*_):
+        raise bench.BrokenProcessPool
+
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", killed)
+    with pytest.raises(run.RunError, match="fewshot: the process of ours was killed"):
+        bench.alone(options(), "fewshot", 0, "ours")
+
+
+def test_a_loop_is_timed_by_its_log(tmp_path):
+    log = tmp_path / "log.jsonl"
+    lines = [dict(seconds=1.0, images_per_second=1.0, data_wait=0.9),
+             dict(seconds=5.0, images_per_second=100.0, data_wait=0.1),
+             dict(seconds=10.0, images_per_second=50.0, data_wait=0.4)]
+    log.write_text("".join(bench.json.dumps(line) + "\n" for line in lines))
+    found = bench.loop_times(log, 50)                       # 10 steps of 0.5 s, 10 of 1 s
+    assert found.seconds == pytest.approx(0.75) and found.waited == pytest.approx(4.5 / 15)
+    log.write_text(bench.json.dumps(lines[0]) + "\n")
+    with pytest.raises(run.RunError, match="too short"):
+        bench.loop_times(log, 50)
+
+
+# ------------------------------------------------------------------------------ what is counted
+def test_flops_of_vit_b_are_the_published_ones():
+    """17.56 G multiply-adds, less what only the class token needs of the last block."""
+    tokens, width = 197, 768
+    linear = tokens * width * (3 * width + width + 4 * width + 4 * width)
+    by_hand = 196 * 3 * 16 * 16 * width + 12 * (linear + 2 * tokens * tokens * width)
+    assert by_hand == pytest.approx(17.56e9, rel=1e-3)
+    spared = 196 * (2 * tokens * width + 9 * width ** 2)
+    assert bench.forward_flops(VIT_B) == 2 * (by_hand - spared)
+
+
+def test_a_step_counts_its_backward_pass():
+    """Twice the forward one, less the gradient of the pixels."""
+    make = partial(model.VisionTransformer, **TINY)
+    forward = bench.flops_of(TINY, make, lambda net, x: net(x[0]))
+    step = bench.flops_of(TINY, make, lambda net, x: net(x[0]).sum())
+    assert step == 3 * forward - 2 * 16 * 48 * 24
+
+
+# ------------------------------------------------------------------------------- the references
+def test_transformers_mae_has_our_weights():
+    pytest.importorskip("transformers")
+    nets = model.MaskedAutoencoder(16, 2, 2, **TINY), references.transformers_mae(TINY, (16, 2, 2))
+    assert len({sum(p.numel() for p in net.parameters()) for net in nets}) == 1
+
+
+def test_timm_blocks_compute_what_ours_do():
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    x1, x2 = torch.randn(2, 6, 3, 16, 16, dtype=torch.float64)
+    noise = torch.rand(6, 16)
+    mae = model.MaskedAutoencoder(16, 2, 2, **TINY).double()
+    moco = model.MoCoV3(model.VisionTransformer(**TINY), 32, 16).double()
+    expected = mae(x1, 0.75, noise)[0], moco(x1, x2)[0]
+    mae, moco = (references.with_timm_blocks(net).double() for net in (mae, moco))
+    assert not any(isinstance(m, model.Block) for net in (mae, moco) for m in net.modules())
+    assert not any(p.requires_grad for p in moco.momentum_encoder.parameters())
+    found = mae(x1, 0.75, noise)[0], moco(x1, x2)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--only", "mae", "nothing"], "invalid choice: 'nothing'"),
+    (["--batch-size", "0"], "at least 1"), (["--arch", "resnet"], "invalid choice"),
+    (["--data", "nowhere"], "no such folder")])
+def test_bad_options_end_in_one_line_and_code_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.get_args(argv)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and message in said
+
+
+# -------------------------------------------------------------------------------- on a GPU alone
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stage", ["mae", "graft"])
+def test_nothing_in_a_step_waits_for_the_gpu(stage):
+    """Views, noise and step, with torch told to fail on what synchronises."""
+    b = bench.Bench(bench.get_args(["--arch", "vit_mini", "--compile", "off"]))
+    views = [augment.MAE_VIEW] if stage == "mae" else list(augment.MOCO_VIEWS)
+    batch = next(b.loader(views, 8, 40).epoch(0))
+    if stage == "mae":
+        net = model.MaskedAutoencoder(*b.decoder, **b.config)
+        step = b.step(net, lambda: net(batch.view(0), 0.75, batch.noise(64))[0])
+    else:
+        net = model.MoCoV3(model.VisionTransformer(**b.config), 64, 16)
+        step = b.step(net, lambda: net(batch.view(0), batch.view(1))[0], momentum=0.99)
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --------------------------------------------------------------------------------- torch.compile
+@pytest.fixture
+def graphs(monkeypatch):
+    """The input sizes of every graph that torch.compile makes; they then run as they are."""
+    found = []
+
+    def backend(module, inputs):
+        found.append([tuple(x.shape) if torch.is_tensor(x) else x for x in inputs])
+        return module.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    run.compile_blocks(torch.nn.Identity(), "on", CPU)      # what it tries is no block's
+    found.clear()
+    yield found
+    torch._dynamo.reset()
+
+
+def test_mae_compiles_one_graph_an_encoder_and_one_a_decoder(graphs):
+    net = model.MaskedAutoencoder(16, 4, 2, **TINY)
+    run.compile_blocks(net, "on", CPU, dynamic=False)
+    run.micro_batch(0, lambda n: net(torch.randn(n, 3, 16, 16))[0].backward(), 6, run.Env(CPU))
+    assert not graphs                                       # to measure memory is no training step
+    for _ in range(2):
+        net(torch.randn(6, 3, 16, 16))[0].backward()
+    assert len(graphs) == 2
+
+
+def test_a_grafting_run_keeps_all_its_graphs(graphs):
+    """Frozen and trained blocks, both encoders, the class token alone, a shorter last micro-batch:
+    more than torch's own limit of 8."""
+    net = model.MoCoV3(model.VisionTransformer(**TINY), 16, 8)
+    model.freeze(net, 3, [0.0, 1.0, 1.0], patch_embed=True)
+    run.compile_blocks(net, "on", CPU, dynamic=False)
+    x = torch.randn(8, 3, 16, 16)
+    net(x, x, 3)[0].backward()
+    made = len(graphs)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        net(x, x, 3)[0].backward()
+    assert made > 8 and len(graphs) == made
+
+
+def test_without_a_compiler_auto_goes_on_and_on_says_why(monkeypatch, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand much more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    block = model.Block(24, 3)
+    with pytest.raises(run.RunError, match=r"--compile on: .*C\+\+ compiler found\); go without"):
+        run.compile_blocks(block, "on", CPU)
+    monkeypatch.setattr(torch, "ones", lambda *args, device: None)          # as if there were a GPU
+    run.compile_blocks(block, "auto", torch.device("cuda"))
+    assert "warning: torch.compile does not work here" in capsys.readouterr().out
+    assert block._compiled_call_impl is None
