@@ -80,7 +80,7 @@ class Help(argparse.HelpFormatter):
     """Every default in the help, but those that depend on other options: their help says so."""
 
     def _get_help_string(self, action):
-        told = action.default in (None, False, "") or "default" in action.help
+        told = action.default in (None, False, "", argparse.SUPPRESS) or "default" in action.help
         positional = not action.option_strings
         return action.help + ("" if told or positional else " (default: %(default)s)")
 
