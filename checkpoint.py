@@ -27,7 +27,7 @@ import zipfile
 import torch
 import torch.nn.functional as F
 
-from model import ARCHS, VisionTransformer
+from model import ARCHS, Classifier, VisionTransformer
 
 # pickle operations in a file: a ViT-H with its optimizer has some 50,000
 LONGEST = 1_000_000
@@ -98,12 +98,12 @@ def write_safetensors(state, f):
 
 
 def read_safetensors(path):
-    """{name: tensor}; ValueError and its like for a damaged file."""
+    """{name: tensor}. Their bytes are there, once each."""
     size, total, state = os.path.getsize(path), 0, {}
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if length > min(size - 8, 1 << 22):
-            raise ValueError("its header is longer than the file, or than that of any model")
+            raise CheckpointError("its header is longer than the file, or than any model's")
         header = json.loads(f.read(length))
         header.pop("__metadata__", None)
         for name, part in header.items():
@@ -111,7 +111,7 @@ def read_safetensors(path):
             total += end - start
             if (not 0 <= start <= end or total > size - 8 - length
                     or end - start != math.prod(part["shape"]) * dtype.itemsize):
-                raise ValueError(f"{name} claims bytes that are not there")
+                raise CheckpointError(f"{name:.40} claims bytes that are not there")
             f.seek(8 + length + start)
             content = bytearray(f.read(end - start))
             tensor = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0)
@@ -133,46 +133,46 @@ class Dtype:
         self.order = state[1].replace("|", "<")
 
 
-def number(dtype, content):
-    return struct.unpack(dtype.order + FORMATS[dtype.code], content)[0]
+def standing_for(place, found):
+    """`found` under the name of something else in a pickle."""
+    found.__module__, _, found.__name__ = place.rpartition(".")
+    found.__qualname__ = found.__name__
+    return found
 
 
 # the options in MAE's and DINO's own files, and numbers of numpy 1 and 2
-HARMLESS = [argparse.Namespace, (Dtype, "numpy.dtype"), (number, "numpy.core.multiarray.scalar"),
-            (number, "numpy._core.multiarray.scalar")]
+HARMLESS = [argparse.Namespace, standing_for("numpy.dtype", Dtype)] + [
+    standing_for(f"numpy.{core}.multiarray.scalar", lambda dtype, content: struct.unpack(
+        dtype.order + FORMATS[dtype.code], content)[0]) for core in ("core", "_core")]
 
 
 def read(path):
     """What a checkpoint holds, on the CPU: tensors and plain values. Code is refused, not run."""
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such checkpoint")
-    kind = "PyTorch checkpoint"
-    try:
-        with open(path, "rb") as f:
-            if f.read(9)[8:] == b"{":
-                kind = "safetensors file"
-                return read_safetensors(path)
-        with naming(path):
+    with naming(path):
+        try:
+            with open(path, "rb") as f:
+                if f.read(9)[8:] == b"{":
+                    return read_safetensors(path)
             check_pickle(path)
-        with torch.serialization.safe_globals(HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        with naming(path):
+            with torch.serialization.safe_globals(HARMLESS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
             check_sizes(content, os.path.getsize(path))
-        return content
-    except CheckpointError:
-        raise
-    except Exception as error:                          # torch raises many kinds for a bad file
-        said = str(error)
+            return content
+        except CheckpointError:
+            raise
+        except Exception as error:                      # torch raises many kinds for a bad file
+            said = str(error)
         # torch's words for a class or a function
         if "global" in said.lower() or "unrecognized function" in said:
             named = re.search(r"(GLOBAL|function|class) [<'`]*([\w. -]+\w)", said)
             raise CheckpointError(
-                f"{path}: refused, it holds more than tensors and plain values "
+                f"refused, it holds more than tensors and plain values "
                 f"({named[2] if named else 'a class':.60}), which could run code when read. If you "
                 "trust it, save its weights alone: c = torch.load(FILE, weights_only=False); "
-                "torch.save(c.get('model') or c['state_dict'], NEW)") from None
-        raise CheckpointError(f"{path}: not a readable {kind} "
-                              f"({type(error).__name__}: {said.split('. ')[0][:80]})") from None
+                "torch.save(c.get('model') or c['state_dict'], NEW)")
+        raise CheckpointError(f"not a readable checkpoint ({said.split('. ')[0]:.80})")
 
 
 def check_pickle(path):
@@ -241,6 +241,7 @@ ANCHORS = {"patch_embed.proj.weight": "timm", "conv_proj.weight": "torchvision",
            "embeddings.patch_embeddings.projection.weight": "transformers"}
 # facebook/vit-mae-base, not out/mae or a file
 HUB_NAME = re.compile(r"(?!out/)[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)")
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # name there -> official name; each row is applied to every name in turn
 RENAMES = {
@@ -277,8 +278,10 @@ UNLIKE = (
 
 
 def in_folder(path, name="encoder.pt"):
-    """A run's folder stands for the encoder.pt in it."""
-    return os.path.join(path, name) if os.path.isdir(path) else path
+    """The file that a run's folder stands for; a folder of transformers stays as it is."""
+    inside = os.path.join(path, name)
+    foreign = any(os.path.exists(os.path.join(path, weights)) for weights in HUB_FILES)
+    return inside if os.path.isdir(path) and (os.path.exists(inside) or not foreign) else path
 
 
 def locate(path):
@@ -296,7 +299,7 @@ def locate(path):
                                   f"{cache}; `hf download {path}` fetches one from the hub")
         path = found[-1]
     if os.path.isdir(path):
-        for name in ("encoder.pt", "model.safetensors", "pytorch_model.bin"):
+        for name in ("encoder.pt", *HUB_FILES):
             if os.path.exists(os.path.join(path, name)):
                 return os.path.join(path, name)
         if glob.glob(os.path.join(glob.escape(path), "*.index.json")):
@@ -305,19 +308,17 @@ def locate(path):
     return in_folder(path)
 
 
-def described(path):
-    """What config.json and preprocessor_config.json beside transformers' weights say."""
-    said = [{}, {}]
-    if os.path.basename(path) in ("model.safetensors", "pytorch_model.bin"):
-        for i, name in enumerate(("config.json", "preprocessor_config.json")):
-            beside = os.path.join(os.path.dirname(path), name)
-            if os.path.isfile(beside):
-                try:
-                    with open(beside, "rb") as f:
-                        said[i] = dict(json.loads(f.read(1 << 20)))
-                except (ValueError, TypeError, OSError, RecursionError) as error:
-                    raise CheckpointError(f"{beside}: not readable ({str(error):.80})") from None
-    return said
+def beside(path, name):
+    """The settings in a JSON file of transformers, where one is beside its weights."""
+    if os.path.basename(path) in HUB_FILES:
+        try:
+            with open(os.path.join(os.path.dirname(path), name), "rb") as f:
+                return dict(json.loads(f.read(1 << 20)))
+        except FileNotFoundError:
+            pass
+        except (ValueError, TypeError, OSError, RecursionError) as error:
+            raise CheckpointError(f"{name} beside it is not readable ({str(error):.80})") from None
+    return {}
 
 
 def groups(content, name="", depth=2):
@@ -339,14 +340,14 @@ def find(content, weights):
             if anchor:
                 prefix = key.removesuffix(anchor)
                 place = (group + prefix).strip(".")
-                words = set(re.split(r"[._]", place))
+                words = set(re.split(r"[._]", place.lower()))
                 kind = next((k for k in ("ema", "momentum") if k in words), "base")
                 rank = {"ema": 2, "momentum": 3}.get(kind, "student" in words)
                 found[place] = (rank, kind, group, prefix, ANCHORS[anchor])
     if not found:
         keys = [k for k in content if isinstance(k, str)]
-        raise CheckpointError("no ViT in it (no patch_embed.proj.weight and pos_embed, nor their "
-                              f"like); its first keys are {', '.join(keys[:3]) or 'none'}")
+        raise CheckpointError("no ViT in it (no patch_embed.proj.weight or its like); its first "
+                              f"keys are {', '.join(keys[:3]) or 'none'}")
     fitting = [place for place, f in found.items() if weights in ("base", f[1])]
     if not fitting:
         what = {"momentum": "momentum encoder", "ema": "averaged weights (ema)"}[weights]
@@ -371,9 +372,9 @@ def unwrap(content, weights="base"):
         raise CheckpointError(f"holds a {type(content).__name__}, not a dict of tensors")
     place, group, prefix, layout, notes = find(content, weights)
     if layout == "timm":
-        words = set(re.split(r"[.]", place))
-        layout = ("MoCo v3" if words & {"base_encoder", "momentum_encoder"} else
-                  "DINO" if words & {"teacher", "student"} else
+        parts = set(place.split("."))
+        layout = ("MoCo v3" if parts & {"base_encoder", "momentum_encoder"} else
+                  "DINO" if parts & {"teacher", "student"} else
                   "MAE" if group == "model." else "timm")
     state, rest = {}, {}
     for key, value in dict(groups(content))[group].items():
@@ -421,7 +422,7 @@ def grid_of(pos, size, patch):
                               "register tokens)")
     # rows of the true grid resemble their neighbours; those of a wrong one are scrambled
     table, steps = pos[0, 1:].float(), {side: math.inf}
-    for h in (h for h in range(2, n // 2 + 1) if n % h == 0):
+    for h in (h for h in range(-(-side // 4), 4 * side + 1) if n % h == 0 and 1 < h < n):
         grid = table.reshape(h, n // h, -1)
         steps[h] = (grid[1:] - grid[:-1]).square().mean().item()
     best = min(steps, key=steps.get)
@@ -482,23 +483,22 @@ def check_config(config, state, path):
     """Refuse what no ViT is, before one of that size is made: a file may claim any width."""
     sides = config.get("img_size")
     sides = sides if isinstance(sides, (list, tuple)) else [sides, sides]
-    ratio = config.get("mlp_ratio", 4.0)
     claims = [("img_size", side) for side in sides]
     claims += [(k, v) for k, v in config.items() if k in LARGEST]
-    for name, value in claims:
-        if type(value) is not int or not 1 <= value <= LARGEST.get(name, 16384):
-            raise CheckpointError(f"{path}: refused, it claims a ViT with {name} {value!r:.40}")
-    if len(sides) != 2 or not isinstance(ratio, (int, float)) or not 0 < ratio <= 64:
-        raise CheckpointError(f"{path}: refused, it claims a ViT with img_size {sides!r:.40} and "
-                              f"mlp_ratio {ratio!r:.40}")
+    wrong = [f"{k} {v!r:.40}" for k, v in claims
+             if type(v) is not int or not 1 <= v <= LARGEST.get(k, 16384)]
+    if len(sides) != 2:
+        wrong.append(f"img_size {sides!r:.40}")
+    if not finite([config.get("mlp_ratio", 4.0)], 1e-3, 64):
+        wrong.append(f"mlp_ratio {config['mlp_ratio']!r:.40}")
     blocks = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
     if config.get("depth", blocks) != blocks:
-        raise CheckpointError(f"{path}: refused, it claims {config['depth']} blocks and has "
-                              f"{blocks}")
-    lengths = [state[k].numel() for k in ("cls_token", "norm.weight") if k in state]
-    if any(n != config.get("dim", n) for n in lengths):
-        raise CheckpointError(f"{path}: refused, it claims a width of {config['dim']} and has "
-                              f"{lengths[0]}")
+        wrong.append(f"{config['depth']} blocks and has {blocks}")
+    for n in (state[k].numel() for k in ("cls_token", "norm.weight") if k in state):
+        if config.get("dim", n) != n:
+            wrong.append(f"a width of {config['dim']} and has {n}")
+    if wrong:
+        raise CheckpointError(f"{path}: refused, it claims a ViT with {wrong[0]}")
 
 
 def finite(values, low, high):
@@ -509,15 +509,17 @@ def finite(values, low, high):
 def check_meta(meta, config, path):
     """Mean, std (a number a channel) and range (low, high) that a file gives for its images."""
     channels = config.get("in_chans", 3)
-    for name, low, high, n in (("mean", -1e4, 1e4, channels), ("std", 1e-6, 1e4, channels),
-                               ("range", -1e30, 1e30, 2)):
-        values = meta.get(name)
-        if values is not None and not (finite(values, low, high) and len(values) == n):
-            raise CheckpointError(f"{path}: refused, its {name} of the images is {values!r:.60}")
-    if meta.get("range") is not None and meta["range"][0] >= meta["range"][1]:
-        raise CheckpointError(f"{path}: refused, its range of the images is {meta['range']!r:.60}")
+    wrong = [name for name, low, high, n in (("mean", -1e4, 1e4, channels),
+                                             ("std", 1e-6, 1e4, channels),
+                                             ("range", -1e30, 1e30, 2))
+             if meta.get(name) is not None
+             and not (finite(meta[name], low, high) and len(meta[name]) == n)]
+    if not wrong and meta.get("range") is not None and meta["range"][0] >= meta["range"][1]:
+        wrong = ["range"]
     if not isinstance(meta.get("system", ""), str):
-        raise CheckpointError(f"{path}: refused, its system is {meta['system']!r:.40}, no name")
+        wrong.append("system")
+    if wrong:
+        raise CheckpointError(f"{path}: refused, its {wrong[0]} is {meta[wrong[0]]!r:.60}")
 
 
 def check_weights(state):
@@ -528,29 +530,23 @@ def check_weights(state):
 
 
 def check_linear(content, path, width=None):
-    """Refuse a classifier-*.pt whose parts are not what evaluate.py writes.
-
-    width: that of the features it is for.
-    """
-    head, classes = content.get("classifier"), content.get("classes")
-    kinds = (("checkpoint", str), ("encoder_digest", str), ("classes", (list, tuple)),
-             ("classifier", dict), ("mean", (list, tuple)), ("std", (list, tuple)))
-    wrong = [name for name, kind in kinds if not isinstance(content.get(name), kind)]
-    if not wrong and not all(isinstance(name, str) for name in classes):
-        wrong = ["classes"]
-    if not wrong:
-        weight, bias = head.get("weight"), head.get("bias")
-        if not (torch.is_tensor(weight) and torch.is_tensor(bias) and weight.ndim == 2
-                and bias.shape == weight.shape[:1] == (len(classes),) != (0,)
-                and isinstance(head.get("normalise"), bool)):
-            wrong = ["classifier"]
-    if wrong:
-        raise CheckpointError(f"{path}: not a classifier that evaluate.py wrote ({wrong[0]})")
+    """Refuse a classifier-*.pt that evaluate.py did not write, or not for features of `width`."""
+    try:
+        head, classes, channels = content["classifier"], content["classes"], len(content["mean"])
+        texts = [*classes, content["checkpoint"], content["encoder_digest"]]
+        good = (head["weight"].ndim == 2 and len(classes) > 0 and len(content["std"]) == channels
+                and head["bias"].shape == head["weight"].shape[:1] == (len(classes),)
+                and isinstance(head["normalise"], bool)
+                and all(isinstance(text, str) for text in texts))
+    except (KeyError, TypeError, AttributeError):
+        good = False
+    if not good:
+        raise CheckpointError(f"{path}: not a classifier that evaluate.py wrote")
     with naming(path):
-        if width not in (None, weight.shape[1]):
-            raise CheckpointError(f"for features of width {weight.shape[1]}, not {width}")
-        check_weights(dict(weight=weight, bias=bias))
-    check_meta(content, dict(in_chans=len(content["mean"])), path)
+        if width not in (None, head["weight"].shape[1]):
+            raise CheckpointError(f"for features {head['weight'].shape[1]} wide, not {width}")
+        check_weights({k: head[k] for k in ("weight", "bias")})
+    check_meta(content, dict(in_chans=channels), path)
 
 
 def read_encoder(path, weights="base", heads=None, size=None):
@@ -574,10 +570,10 @@ def read_encoder(path, weights="base", heads=None, size=None):
                 if asked is not None and asked != stated:
                     raise CheckpointError(f"its {name} is {stated!r:.40}, not {asked}")
         else:
-            known, shown = described(path)
+            known = beside(path, "config.json")
             config, more = config_of(state, layout, known, heads, size)
             notes += more
-            meta = foreign_meta(known, shown, config)
+            meta = foreign_meta(known, beside(path, "preprocessor_config.json"))
     check_config(config, state, path)
     check_meta(meta, config, path)
     encoder = {k: v for k, v in state.items() if is_encoder(k)}
@@ -607,19 +603,15 @@ def match(encoder, config):
                               f"{(missing or surplus or wrong)[0]}")
 
 
-def foreign_meta(known, shown, config):
+def foreign_meta(known, shown):
     """meta from the JSON files of transformers: statistics, range, the MAE decoder's settings."""
-    meta = {}
-    if isinstance(known.get("decoder_num_attention_heads"), int):
+    meta, factor = {}, shown.get("rescale_factor", 1 / 255)
+    if "decoder_num_attention_heads" in known:
         meta["decoder"] = dict(decoder_heads=known["decoder_num_attention_heads"],
                                norm_pix_loss=known.get("norm_pix_loss") is True)
-    n = config["in_chans"]
-    mean, std = shown.get("image_mean"), shown.get("image_std")
-    if (shown.get("do_normalize", True) is True and finite(mean, -1e4, 1e4) and len(mean) == n
-            and finite(std, 1e-6, 1e4) and len(std) == n):
-        meta |= dict(mean=mean, std=std)
-    factor = shown.get("rescale_factor", 1 / 255)
-    if finite([factor], 1e-12, 1e12) and abs(factor * 255 - 1) > 1e-6:
+    if shown.get("do_normalize", True):
+        meta |= dict(mean=shown.get("image_mean"), std=shown.get("image_std"))
+    if finite([factor], 1e-12, 1e12) and factor != 1 / 255:
         meta["range"] = [0.0, 1 / factor]
     return meta
 
@@ -685,13 +677,10 @@ def decoder_config(source, norm_pix_loss=None):
     blocks = {k.split(".")[1] for k in rest if k.startswith("decoder_blocks.")}
     # heads leave no trace in the shapes; MAE's have a width of 32
     heads = known.get("decoder_heads", max(dim // 32, 1)) if isinstance(known, dict) else 0
-    for name, value, most in (("width", dim, LARGEST["dim"]),
-                              ("blocks", len(blocks), LARGEST["depth"]),
-                              ("heads", heads, LARGEST["heads"])):
-        if (type(value) is not int or not 0 <= value <= most
-                or (name == "heads" and (not value or dim % value))):
-            raise CheckpointError(f"{source['path']}: refused, it claims a decoder with {name} "
-                                  f"{value!r:.40}")
+    if (type(heads) is not int or not 0 < heads <= LARGEST["heads"] or dim % heads
+            or len(blocks) > LARGEST["depth"]):
+        raise CheckpointError(f"{source['path']}: refused, it claims a decoder of {len(blocks)} "
+                              f"blocks, width {dim} and {heads!r:.20} heads")
     if norm_pix_loss is None:
         norm_pix_loss = known.get("norm_pix_loss", source["layout"] == "ours")
     return dict(decoder_dim=dim, decoder_depth=len(blocks), decoder_heads=heads,
@@ -726,6 +715,43 @@ def encoder_file(model, meta):
     return {"model": state, "config": encoder.config, "meta": meta}
 
 
+def load_classifier(path):
+    """(Classifier in evaluation mode, what classifier.pt holds besides) of finetune.py.
+
+    Images (N, C, H, W) normalised with its "mean" and "std" -> logits (N, classes), as "classes".
+    """
+    path = in_folder(path, "classifier.pt")
+    content = read(path)
+    found = content if isinstance(content, dict) else {}
+    kinds = dict(model=dict, config=dict, head=dict, classes=(list, tuple), mean=(list, tuple),
+                 std=(list, tuple))
+    wrong = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
+    if not wrong:
+        state, config, head, classes = (content[k] for k in ("model", "config", "head", "classes"))
+        if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+            wrong = ["model"]
+        elif not all(isinstance(name, str) for name in classes):
+            wrong = ["classes"]
+    if wrong:
+        raise CheckpointError(f"{path}: not a classifier that finetune.py wrote ({wrong[0]})")
+    check_config(config, state, path)
+    check_meta(content, config, path)
+    widest = max((n for v in state.values() for n in v.shape), default=0)
+    claims = [head.get("width", 1), len(classes)]
+    if head.get("kind") not in ("linear", "projector") or not all(
+            type(n) is int and 0 < n <= widest for n in claims):
+        raise CheckpointError(f"{path}: refused, it claims a head {head!r:.80}")
+    try:
+        net = Classifier(config, head, len(classes))
+        net.load_state_dict(state)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a classifier that finetune.py wrote "
+                              f"({str(error).splitlines()[0]})") from None
+    with naming(path):
+        check_weights(state)
+    return net.eval(), content
+
+
 # ------------------------------------------------------------------------------ use and export
 class Encoder(VisionTransformer):
     """A frozen VisionTransformer that knows the statistics of its images.
@@ -740,7 +766,9 @@ class Encoder(VisionTransformer):
         self.eval().requires_grad_(False)
 
     def normalise(self, images):
-        """(N, C, H, W) or (C, H, W) in [0, 1] -> what the network takes, float32."""
+        """Floats in [0, 1], (N, C, H, W) or (C, H, W) -> what the network takes, float32."""
+        if not images.is_floating_point():
+            raise ValueError(f"images are floats in [0, 1], not {images.dtype}: divide by 255")
         return (images.float() - self.mean) / self.std
 
 
@@ -763,7 +791,7 @@ def export(source, kind, path):
     """Write the encoder of `read_encoder` for other libraries; says how to load it.
 
     timm: a state dict (safetensors if `path` ends so) for load_state_dict, strict. hf: a folder
-    for transformers' AutoModel and AutoImageProcessor. onnx: images (N, C, H, W) -> (N, D).
+    for transformers' AutoModel and AutoImageProcessor. onnx: how to, with torch's own exporter.
     """
     state, config = source["state"], source["config"]
     state = {k: v.contiguous().clone() for k, v in state.items()}
@@ -771,18 +799,20 @@ def export(source, kind, path):
         safe = path.endswith(".safetensors")
         save(state, path, write_safetensors if safe else torch.save)
         how = f"safetensors.torch.load_file({path!r})" if safe else f"torch.load({path!r})"
-        size = config["img_size"]
-        size = size[0] if size[0] == size[1] else tuple(size)
-        return (f"wrote {path}; load it with\n  model = timm.models.VisionTransformer("
-                f"img_size={size}, patch_size={config['patch_size']}, in_chans={config['in_chans']}"
-                f", embed_dim={config['dim']}, depth={config['depth']}, num_heads={config['heads']}"
-                f", mlp_ratio={config['mlp_ratio']:g}, num_classes=0)\n"
-                f"  model.load_state_dict({how}, strict=True)")
+        names = dict(embed_dim="dim", num_heads="heads") | {k: k for k in (
+            "img_size", "patch_size", "in_chans", "depth", "mlp_ratio")}
+        given = ", ".join(f"{theirs}={config[ours]}" for theirs, ours in names.items())
+        return (f"wrote {path}; load it with\n  model = timm.models.VisionTransformer({given}, "
+                f"num_classes=0)\n  model.load_state_dict({how}, strict=True)")
     if kind == "onnx":
-        raise CheckpointError("onnx: torch's exporter needs a further package (pip install "
-                              "onnxscript); then: torch.onnx.export(checkpoint.load(FILE), "
-                              "(images,), 'encoder.onnx', dynamo=True)")
-    os.makedirs(path, exist_ok=True)
+        raise CheckpointError(
+            "onnx: torch's exporter needs another package (pip install onnxscript); with it: "
+            "torch.onnx.export(checkpoint.load(FILE), (images,), 'encoder.onnx', dynamo=True, "
+            "dynamic_shapes=({0: 'n'},))")
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make {path}: {error.strerror}", exit_code=1) from None
     for name, content in zip(("config.json", "preprocessor_config.json"), hf_settings(source)):
         text = json.dumps(content, indent=1).encode()
         save(text, os.path.join(path, name), lambda content, f: f.write(content))
@@ -823,13 +853,11 @@ def hf_settings(source):
     low, high = source["meta"].get("range") or (0, 255)
     vit = dict(model_type="vit", architectures=["ViTModel"], hidden_size=config["dim"],
                num_hidden_layers=config["depth"], num_attention_heads=config["heads"],
-               intermediate_size=int(config["dim"] * config["mlp_ratio"]), hidden_act="gelu",
-               hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, layer_norm_eps=1e-6,
-               image_size=height if height == width else [height, width], qkv_bias=True,
+               intermediate_size=int(config["dim"] * config["mlp_ratio"]), layer_norm_eps=1e-6,
+               image_size=height if height == width else [height, width],
                patch_size=config["patch_size"], num_channels=config["in_chans"])
     # (x - low) / (high - low), then mean and std: the processor knows a factor alone
-    images = dict(image_processor_type="ViTImageProcessor", do_resize=True, resample=3,
-                  size=dict(height=height, width=width), do_rescale=True,
-                  rescale_factor=1 / (high - low), do_normalize=True,
+    images = dict(image_processor_type="ViTImageProcessor", size=dict(height=height, width=width),
+                  resample=3, rescale_factor=1 / (high - low),
                   image_mean=[m + low / (high - low) for m in mean], image_std=list(std))
     return vit, images

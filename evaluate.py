@@ -48,7 +48,7 @@ def get_args(argv=None):
     add = parser.group("encoder")
     add("--checkpoint", nargs="+", default=["out/graft"], help="runs' folders or files: ours, MAE, "
         "MoCo v3, DINO, timm, transformers")
-    run.add_options(add, "weights heads img-size")
+    run.add_options(add, "weights heads init-size img-size")
     add("--block", type=number(int, 1), help="features of this block, not the last; through the "
         "final norm, but in --mode features")
     add = parser.group("data")
@@ -111,9 +111,13 @@ def get_args(argv=None):
 
 
 # ----------------------------------------------------------------------------------------- encoders
+def read(path, args):
+    return checkpoint.read_encoder(path, args.weights, args.heads, args.init_size)
+
+
 def load_encoder(path, args, env):
     """The frozen encoder of a checkpoint on the device, and what its file said of itself."""
-    source = checkpoint.read_encoder(path, args.weights, args.heads)
+    source = read(path, args)
     state, config = checkpoint.fit(source, args.img_size)
     try:
         encoder = VisionTransformer(**config)
@@ -557,6 +561,13 @@ def table(entries):
 
 
 # --------------------------------------------------------------------------------------------- main
+def make_folder(option, folder):
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option} {folder}: cannot write there ({error.strerror})") from None
+
+
 def print_table(args):
     path = os.path.join(args.out, "results.jsonl")
     entries = run.read_results(path)
@@ -604,13 +615,11 @@ def main(args):
     if args.table:
         return print_table(args)
     if args.export:
-        source = checkpoint.read_encoder(args.checkpoint[0], args.weights, args.heads)
+        make_folder("--export", os.path.dirname(args.export[1]) or ".")
+        source = read(args.checkpoint[0], args)
         print(checkpoint.export(source, *args.export))
         return []
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {args.out}: cannot write there ({error.strerror})") from None
+    make_folder("--out", args.out)
     env = run.setup(args)
     if args.mode == "predict":
         return predict(args, env)
@@ -630,7 +639,7 @@ def main(args):
             loaded[key] = train, test
         train, test = loaded[key]
         for seed in args.seeds:
-            ids, how = data.labelled(train, args.labels, seed)
+            ids, how = data.labelled(train, args.labels, seed, args.draw)
             results.append(evaluate(frozen, train.select(ids), test, how, args, seed))
     if env.rank == 0 and len(results) > 1:
         print(table(results), flush=True)

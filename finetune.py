@@ -43,7 +43,7 @@ def get_args(argv=None):
     add = parser.group("model")
     add("--checkpoint", default="out/graft", help="a run's folder or a file: ours, MAE, MoCo v3, "
         "DINO, timm, transformers")
-    run.add_options(add, "weights heads")
+    run.add_options(add, "weights heads init-size")
     what = parser.add_mutually_exclusive_group().add_argument
     what("--from-projector", action="store_true", help="keep the projector's first Linear before "
          "the classifier")
@@ -216,7 +216,7 @@ def evaluate(net, loader, env):
 
 
 def load(args, source, env):
-    """(training images whose labels may be used, how they were chosen, all of them, test images)."""
+    """(training images whose labels may be used, how these were chosen, all, test images)."""
     known = source["meta"]
     everything, test = (data.load(
         args.data, train, source["config"]["in_chans"], args.stats or "imagenet", args.max_bad,
@@ -236,7 +236,7 @@ def main(args):
     # ------------------------------------------------------------- 1. device, images, model
     env = run.setup(args)
     env.share(args.batch_size)
-    source = checkpoint.read_encoder(args.checkpoint, args.weights, args.heads)
+    source = checkpoint.read_encoder(args.checkpoint, args.weights, args.heads, args.init_size)
     dataset, how, everything, test = load(args, source, env)
     batch_size = min(args.batch_size, len(dataset) // env.processes * env.processes)
     if batch_size == 0:

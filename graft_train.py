@@ -66,7 +66,8 @@ def get_args(argv=None):
     add("--warmup-epochs", type=number(), help="default 40, or 15 %% of a shorter run")
     add = parser.group("run")
     run.add_options(add, "out resume seed device amp compile log-every save-minutes knn-every "
-                    "every-epochs timeout-minutes deterministic tensorboard", out="out/graft")
+                    "every-epochs timeout-minutes deterministic bf16-gradients tensorboard",
+                    out="out/graft")
     args, defaults = run.parse(parser, argv)
     if args.init == "none" and args.anchor_weight:
         parser.error("--anchor-weight keeps layers near --init: it cannot go with --init none")
@@ -122,7 +123,7 @@ def main(args):
                          env.device, env.rank, env.processes, max_bad=args.max_bad)
     net.to(env.device).train()
     run.compile_blocks(net, args.compile, env.device, dynamic=False)
-    model = run.distribute(net, env, broadcast_buffers=False)
+    model = run.distribute(net, env, args.bf16_gradients, broadcast_buffers=False)
     forward = env.autocast(model)
 
     # ------------------------------------------------------------- 2. rates

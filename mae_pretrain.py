@@ -52,7 +52,8 @@ def get_args(argv=None):
     add("--warmup-epochs", type=number(), help="default 40, or 15 %% of a shorter run")
     add = parser.group("run")
     run.add_options(add, "out resume seed device amp compile log-every save-minutes knn-every "
-                    "every-epochs timeout-minutes deterministic tensorboard", out="out/mae")
+                    "every-epochs timeout-minutes deterministic bf16-gradients tensorboard",
+                    out="out/mae")
     args, defaults = run.parse(parser, argv)
     return run.complete(parser, args, defaults)
 
@@ -88,7 +89,7 @@ def main(args):
                          env.device, env.rank, env.processes, max_bad=args.max_bad)
     net.to(env.device).train()
     run.compile_blocks(net, args.compile, env.device, dynamic=False)
-    model = run.distribute(net, env)
+    model = run.distribute(net, env, args.bf16_gradients)
     forward = env.autocast(model)
 
     # ------------------------------------------------------------- 2. rates

@@ -5,6 +5,7 @@ tokens, D width, h heads. Layers are numbered as in layer-wise rate decay: 0 the
 1..depth the blocks, depth + 1 all that follows (final norm, heads, predictor, decoder).
 """
 import math
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ ARCHS = {
 
 
 def decoder_of(config):
-    """MAE's decoder (dim, depth, heads) for an encoder of this width; that of ViT-B/16 by default."""
+    """MAE's decoder (dim, depth, heads) for an encoder of this width; by default ViT-B's."""
     return next((d for e, d in ARCHS.values() if e[1] == config["dim"]), (512, 8, 16))
 
 
@@ -37,39 +38,35 @@ def world():
 
 
 @torch.no_grad()
-def gather(x):
-    """(n, ...) on each process -> (processes * n, ...) in rank order, without gradient."""
+def gather(x, dim=0):
+    """x (.., n, ..) of each process -> (.., processes * n, ..) in rank order, without gradient."""
     if world()[1] == 1:
         return x
+    x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(world()[1])]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    dist.all_gather(parts, x)
+    return torch.cat(parts, dim)
 
 
-class AllReduceSum(torch.autograd.Function):
-    """Sum over processes, whose backward sums the gradients of all processes."""
+class Gather(torch.autograd.Function):
+    """`gather`, whose backward gives each process the sum of all gradients of its rows."""
 
     @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+    def forward(ctx, x, dim):
+        ctx.dim = dim
+        return gather(x, dim)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone()
+        rank, processes = world()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
-        return grad
+        return grad.chunk(processes, ctx.dim)[rank], None
 
 
-def gather_with_grad(x):
+def gather_with_grad(x, dim=0):
     """As `gather`, and the gradient reaches every process: its mean over them is then exact."""
-    rank, n = world()
-    if n == 1:
-        return x
-    padded = x.new_zeros(n, *x.shape)
-    padded[rank] = x
-    return AllReduceSum.apply(padded).flatten(0, 1)
+    return Gather.apply(x, dim) if world()[1] > 1 else x
 
 
 def full(x):
@@ -77,33 +74,67 @@ def full(x):
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+class Normalise(torch.autograd.Function):
+    """x (V, n, D) -> x of mean 0 and variance 1 over the rows of all processes, mean, var (V, D).
+
+    One all-reduce forward and one backward; every process has n rows. Each takes its mean and its
+    variance around it in x's precision; they are joined in float64, so that a large mean costs no
+    digits.
+    """
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        var, mean = torch.var_mean(x, 1, correction=0)
+        moments = torch.stack([mean.double(), var.double() + mean.double().square()])
+        dist.all_reduce(moments)
+        mean, square = moments / world()[1]
+        var = (square - mean.square()).clamp_min(0)
+        mean, var = mean.to(x.dtype), var.to(x.dtype)
+        scale = torch.rsqrt(var + eps)[:, None]
+        y = (x - mean[:, None]) * scale
+        ctx.save_for_backward(y, scale)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        y, scale = ctx.saved_tensors
+        means = torch.stack([grad.mean(1), (grad * y).mean(1)])             # (2, V, D)
+        dist.all_reduce(means)
+        mean, along = means[:, :, None] / world()[1]
+        return (grad - mean - y * along) * scale, None
+
+
 class BatchNorm1d(nn.BatchNorm1d):
     """BatchNorm over the global batch, in float32 under autocast. (torch's needs a GPU for that.)
 
-    One process computes nn.BatchNorm1d. Several need equally many rows each. A batch that is not
-    finite, whose step is skipped, leaves no trace in the running statistics.
+    x (N, D), or (V, N, D): V views, each normalised on its own as in V calls. One process computes
+    nn.BatchNorm1d. Several need equally many rows each. A batch that is not finite, whose step is
+    skipped, leaves no trace in the running statistics.
     """
 
-    def forward(self, x):                                                   # (N, D)
+    def forward(self, x):
         x = full(x)
         if not self.training:
-            return super().forward(x)
-        n = world()[1]
-        rows = len(x) * n
-        if n == 1:
-            y = F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-            var, mean = torch.var_mean(x.detach(), 0, correction=0)
+            return super().forward(x.flatten(0, -2)).view_as(x)
+        views = x[None] if x.ndim == 2 else x
+        processes = world()[1]
+        if processes == 1:
+            y = torch.stack([F.batch_norm(view, None, None, self.weight, self.bias, training=True,
+                                          eps=self.eps) for view in views])
+            var, mean = torch.var_mean(x.detach(), -2, correction=0)
         else:
-            mean = AllReduceSum.apply(x.sum(0)) / rows
-            var = AllReduceSum.apply((x - mean).square().sum(0)) / rows
-            y = (x - mean) * torch.rsqrt(var + self.eps)
+            y, mean, var = Normalise.apply(views, self.eps)
             y = y * self.weight + self.bias if self.affine else y
+        rows = views.shape[1] * processes
         with torch.no_grad():
-            self.num_batches_tracked += 1
+            self.num_batches_tracked += len(views)
             unbiased = var * (rows / (rows - 1))
-            for running, value in ((self.running_mean, mean), (self.running_var, unbiased)):
-                running.lerp_(torch.where(value.isfinite(), value, running), self.momentum)
-        return y
+            for running, values in ((self.running_mean, mean), (self.running_var, unbiased)):
+                for value in values.view(len(views), -1):               # in the order of the views
+                    value = torch.where(value.isfinite(), value, running)
+                    running.lerp_(value, self.momentum)
+        return y.view_as(x)
 
 
 # ------------------------------------------------------------------------------------------ encoder
@@ -425,20 +456,24 @@ def nt_xent(z1, z2, temperature, rank=0, processes=1):
     return loss
 
 
-def vicreg_terms(x, y):
+def vicreg_terms(x, y, rank=0, processes=1):
     """VICReg's three terms (Bardes et al., 2021) of the whole batch x, y (N, D).
 
     Invariance: mean squared error; variance: hinge at 1 of sqrt(var + 1e-4), averaged over both;
-    covariance: off-diagonal squares / D, summed over both.
+    covariance: off-diagonal squares / D, summed over both. Each process takes its share of the
+    columns of the covariance, times processes: the mean over processes is that of the whole.
     """
     invariance = F.mse_loss(x, y)
     variance, covariance = 0.0, 0.0
     for z in (x, y):
         z = z - z.mean(0)
-        variance = variance + F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() / 2
-        cov = z.T @ z / (len(z) - 1)
-        covariance = covariance + (cov.square().sum() - cov.diagonal().square().sum()) / z.shape[1]
-    return invariance, variance, covariance
+        var = z.var(0)
+        variance = variance + F.relu(1 - (var + 1e-4).sqrt()).mean() / 2
+        own = z.tensor_split(processes, 1)[rank]                            # (N, D / processes)
+        cov = z.T @ own / (len(z) - 1)
+        diagonal = var.tensor_split(processes)[rank]
+        covariance = covariance + (cov.square().sum() - diagonal.square().sum()) / z.shape[1]
+    return invariance, variance, covariance * processes
 
 
 def anchors_of(encoder, blocks):
@@ -505,41 +540,41 @@ def mlp_head(dims, last="batchnorm", bias=False):
     return nn.Sequential(*layers)
 
 
-def class_tokens(encoder, x1, x2, micro_batch=0):
-    """Features (n, D) of each of two views (n, C, h, w), both in one batch, in float32 or better.
+def micro_batches(n, size):
+    """Slices of n images, `size` in each but the first, which has the rest; 0: all in one."""
+    size = size or n
+    return [slice(max(end - size, 0), end) for end in range(n, 0, -size)][::-1]
+
+
+def again(function, *inputs):
+    """function(*inputs), whose activations are not kept but computed again in the backward pass."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def class_tokens(encoder, x1, x2, micro_batch=0, keep_last=True):
+    """Features (2, n, D) of two views (n, C, h, w), each image's on its own, in float32 or better.
 
     With micro_batch, activations are kept for that many images per view only and computed again in
     the backward pass: exact, since nothing in the encoder mixes images (Gao et al., 2021, "Scaling
-    deep contrastive learning batch size under memory limited setup").
+    deep contrastive learning batch size under memory limited setup"). The last images' backward
+    pass comes first: their activations are kept, unless keep_last is False.
     """
-    n = len(x1)
-    size = micro_batch or n
+    def features(x1, x2):
+        return full(encoder.forward_features(torch.cat([x1, x2]))).unflatten(0, (2, -1))
 
-    def run(start):
-        part = slice(start, start + size)
-        return full(encoder.forward_features(torch.cat([x1[part], x2[part]])))
-
-    if size >= n:
-        return run(0).chunk(2)
-    parts = [checkpoint(run, start, use_reentrant=False, preserve_rng_state=False).chunk(2)
-             for start in range(0, n, size)]
-    return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])
+    *first, last = [(x1[part], x2[part]) for part in micro_batches(len(x1), micro_batch)]
+    kept = features if keep_last or not first else partial(again, features)
+    return torch.cat([*(again(features, *views) for views in first), kept(*last)], 1)
 
 
 def mae_loss(encoder, images, noise, mask_ratio, micro_batch=0):
     """The MAE loss of the whole batch, as the mean of its micro-batches (all mask equally many)."""
-    size = micro_batch or len(images)
+    def share(images, noise):
+        return encoder(images, mask_ratio, noise)[0] * (len(images) / n)
 
-    def run(start):
-        part = slice(start, start + size)
-        return encoder(images[part], mask_ratio, noise[part])[0]
-
-    starts, total = range(0, len(images), size), 0.0
-    for start in starts:
-        loss = run(start) if len(starts) == 1 else checkpoint(run, start, use_reentrant=False,
-                                                              preserve_rng_state=False)
-        total = total + loss * (len(noise[start:start + size]) / len(images))
-    return total
+    n = len(images)
+    *first, last = [(images[part], noise[part]) for part in micro_batches(n, micro_batch)]
+    return sum([again(share, *part) for part in first] + [share(*last)])
 
 
 class TwoViews(nn.Module):
@@ -578,14 +613,13 @@ class MoCoV3(TwoViews):
     def forward(self, x1, x2, micro_batch=0, mim=None):
         """Algorithm 1 of MoCo v3; `update_momentum` was called before."""
         base, momentum, tau = self.base_encoder, self.momentum_encoder, self.temperature
-        f1, f2 = class_tokens(base, x1, x2, micro_batch)
-        q1, q2 = self.predictor(base.head(f1)), self.predictor(base.head(f2))
+        features = class_tokens(base, x1, x2, micro_batch, keep_last=mim is None)
+        q1, q2 = self.predictor(base.head(features))
         with torch.no_grad():
-            m1, m2 = class_tokens(momentum, x1, x2, micro_batch)
-            k1, k2 = gather(momentum.head(m1)), gather(momentum.head(m2))   # of all processes
+            k1, k2 = gather(momentum.head(class_tokens(momentum, x1, x2, micro_batch)), dim=1)
         with torch.autocast(x1.device.type, enabled=False):     # q and k leave a BatchNorm: float32
             loss = info_nce(q1, k2, tau, world()[0]) + info_nce(q2, k1, tau, world()[0])
-        log = dict(features=f1.detach(), q=q1.detach(), k=k2)
+        log = dict(features=features[0].detach(), q=q1.detach(), k=k2)
         if mim is not None:
             reconstruction = mae_loss(base, *mim, micro_batch)
             log |= dict(contrastive=loss.detach(), mim=reconstruction.detach())
@@ -610,14 +644,15 @@ class VICReg(TwoViews):
         self.coefficients = coefficients
 
     def forward(self, x1, x2, micro_batch=0, mim=None):
-        f1, f2 = class_tokens(self.base_encoder, x1, x2, micro_batch)
-        z1, z2 = self.base_encoder.head(f1), self.base_encoder.head(f2)
+        features = class_tokens(self.base_encoder, x1, x2, micro_batch, keep_last=mim is None)
+        z = self.base_encoder.head(features)
         with torch.autocast(x1.device.type, enabled=False):     # the covariance overflows float16
-            z1, z2 = gather_with_grad(z1.to(f1.dtype)), gather_with_grad(z2.to(f1.dtype))
-            terms = vicreg_terms(z1, z2)
+            z1, z2 = gather_with_grad(full(z), dim=1)                       # (2, N, D)
+            terms = vicreg_terms(z1, z2, *world())
             loss = sum(c * term for c, term in zip(self.coefficients, terms))
         log = dict(zip(("invariance", "variance", "covariance"), (term.detach() for term in terms)))
-        log |= dict(features=f1.detach(), q=z1.detach(), k=z2.detach())
+        log["covariance"] = gather(log["covariance"][None]).mean()
+        log |= dict(features=features[0].detach(), q=z1.detach(), k=z2.detach())
         if mim is not None:
             reconstruction = mae_loss(self.base_encoder, *mim, micro_batch)
             log |= dict(contrastive=loss.detach(), mim=reconstruction.detach())
@@ -633,12 +668,12 @@ class SimCLR(TwoViews):
         self.temperature = temperature
 
     def forward(self, x1, x2, micro_batch=0, mim=None):
-        f1, f2 = class_tokens(self.base_encoder, x1, x2, micro_batch)
-        z1, z2 = self.base_encoder.head(f1), self.base_encoder.head(f2)
+        features = class_tokens(self.base_encoder, x1, x2, micro_batch, keep_last=mim is None)
+        z = self.base_encoder.head(features)
         with torch.autocast(x1.device.type, enabled=False):
-            z1, z2 = gather_with_grad(z1.to(f1.dtype)), gather_with_grad(z2.to(f1.dtype))
+            z1, z2 = gather_with_grad(full(z), dim=1)                       # (2, N, D)
             loss = nt_xent(z1, z2, self.temperature, *world())
-        log = dict(features=f1.detach(), q=z1.detach(), k=z2.detach())
+        log = dict(features=features[0].detach(), q=z1.detach(), k=z2.detach())
         if mim is not None:
             reconstruction = mae_loss(self.base_encoder, *mim, micro_batch)
             log |= dict(contrastive=loss.detach(), mim=reconstruction.detach())
@@ -688,14 +723,16 @@ def param_groups(model, depth, lrs, weight_decay, decay_all=False, layer_decay=N
     """AdamW groups, each with a base rate. One table serves MAE (one rate), grafting (a rate per
     stage) and fine-tuning (one rate times layer_decay ** layers above).
 
-    1-D parameters get no weight decay unless decay_all. Frozen parameters (requires_grad False) are
-    in no group. Returns a list of dicts with params, names, weight_decay, base_lr and stage.
+    1-D parameters get no weight decay unless decay_all, nor does the class token in fine-tuning (as
+    in MAE's). Frozen parameters (requires_grad False) are in no group. Returns a list of dicts with
+    params, names, weight_decay, base_lr and stage.
     """
     groups = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         layer = layer_of(name, depth)
+        decay = weight_decay if decay_all or p.ndim > 1 else 0.0
         if layer_decay is None:
             # Layer grafting is these two lines. Trained together, MAE's and the contrastive loss
             # pull the encoder in opposite directions; what MAE gives best are the lower layers.
@@ -707,7 +744,7 @@ def param_groups(model, depth, lrs, weight_decay, decay_all=False, layer_decay=N
         else:
             stage = layer
             base_lr = lrs[0] * layer_decay ** (depth + 1 - layer)
-        decay = weight_decay if decay_all or p.ndim > 1 else 0.0
+            decay = 0.0 if name.endswith("cls_token") else decay
         new = dict(params=[], names=[], weight_decay=decay, base_lr=base_lr, stage=stage)
         group = groups.setdefault((stage, decay), new)
         group["params"].append(p)
@@ -749,12 +786,13 @@ def momentum_at(step, steps, start=0.99):
     return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-# ------------------------------------------------------------------------------------------- classifiers
+# -------------------------------------------------------------------------------------- classifiers
 class Classifier(VisionTransformer):
-    """An encoder and a linear classifier on its class token: images (N, C, H, W) -> logits (N, classes).
+    """An encoder and a linear classifier on its class token: (N, C, H, W) -> logits (N, classes).
 
-    head: {"kind": "linear"}, or {"kind": "projector", "width", "bias"} for the projector's first Linear
-    before the classifier, with nothing between them. The first `frozen` blocks stay in evaluation mode.
+    head: {"kind": "linear"}, or {"kind": "projector", "width", "bias"} for the projector's first
+    Linear before the classifier, with nothing between them. The first `frozen` blocks stay in
+    evaluation mode.
     """
 
     def __init__(self, config, head, classes, drop_path=0.0):
@@ -764,7 +802,7 @@ class Classifier(VisionTransformer):
         if head["kind"] == "projector":
             first = nn.Linear(self.dim, head["width"], bias=head["bias"])
             self.head = nn.Sequential(first, classifier)
-        # MAE's: normal with std 2e-5 (cut at +-2, as in timm), so that classes are equally likely at first
+        # MAE's: std 2e-5 (cut at +-2, as in timm), so that classes are equally likely at first
         nn.init.trunc_normal_(classifier.weight, std=2e-5)
         nn.init.zeros_(classifier.bias)
 
@@ -775,16 +813,19 @@ class Classifier(VisionTransformer):
 
 
 def confusion_matrix(predicted, labels, classes):
-    """(C, C) counts of images by true class (rows) and predicted class, from two (N,) int64 tensors."""
+    """(C, C) counts of images by true class (rows) and predicted class, from (N,) int64 each."""
     return (labels * classes + predicted).bincount(minlength=classes ** 2).reshape(classes, classes)
 
 
 def accuracies(confusion, among_five):
-    """Percentages from a confusion matrix (C, C) and the number of images whose class is among the five
-    likeliest: top1; balanced, the mean recall of the classes tested; top5, of more than five classes."""
+    """Percentages from a confusion matrix (C, C) and the number of images whose class is among the
+    five likeliest: top1; balanced, the mean recall of the classes tested; top5, of more than five
+    classes.
+    """
     right, support = confusion.diagonal().double(), confusion.sum(1).double()
     recall = right[support > 0] / support[support > 0]
-    found = dict(top1=100 * (right.sum() / support.sum()).item(), balanced=100 * recall.mean().item())
+    found = dict(top1=100 * (right.sum() / support.sum()).item(),
+                 balanced=100 * recall.mean().item())
     if len(confusion) > 5:
         found["top5"] = 100 * among_five / int(support.sum())
     return found

@@ -29,11 +29,13 @@ from contextlib import contextmanager
 from PIL import Image
 
 import analyze
+import checkpoint
 import data
 import evaluate
 import finetune
 import graft_train
 import mae_pretrain
+import segment
 from model import ARCHS
 from run import UsageError, numbers
 
@@ -50,7 +52,10 @@ PROBES = ((6, 9, 12), (0, 1, 2, 4))                         # Table 5: blocks, n
 SMALL = dict(
     images=10000, tests=10000, rate=1.8e11, arch=dict(arch="vit_mini", patch_size=4, img_size=32),
     vicreg=dict(lr="1e-3"), grid_epochs=1, many="10%", linear=dict(cache_features=True),
-    probes=((3, 6), (0, 1)), partial=(0, 2, 4), rates="1.5e-4,5e-4,1.5e-3")
+    probes=((3, 6), (0, 1)), partial=(0, 2, 4), rates="1.5e-4,5e-4,1.5e-3", never=("table6",))
+LONG = dict(
+    rates="1.5e-5,1.5e-5,1.5e-4", vicreg=dict(lr="1.5e-4"), few="1%", many="10%", probes=PROBES,
+    partial=(0, 2, 4, 6, 8, 10, 12))
 PRESETS = {
     "demo": SMALL | dict(
         data=None, images=4096, tests=2048, common=dict(log_every=32), short=4, few="3 per class",
@@ -58,7 +63,7 @@ PRESETS = {
         rates="5e-4,5e-4,1.5e-3", fine=dict(epochs=3), few_fine=dict(epochs=60),
         grid=(("1.5e-4", "5e-4", "1.5e-3"), ("5e-4",), ("1.5e-4", "5e-4", "1.5e-3")),
         tuned={"MAE": (8, ("1e-3", "3e-3", "6e-3"), ("0.2", "0.4")),
-                "MoCo v3": (3, ("5e-4", "1.5e-3", "3e-3"), ("0.2", "0.4"))}),
+               "MoCo v3": (3, ("5e-4", "1.5e-3", "3e-3"), ("0.2", "0.4"))}),
     "cifar10-small": SMALL | dict(
         data="cifar10", common=dict(log_every=39, workers=0, batch_size=128, crop_min=0.2),
         mae=dict(epochs=32, lr="1.5e-3"), short=13, few="1%",
@@ -67,28 +72,24 @@ PRESETS = {
         fine=dict(epochs=2, batch_size=64, lr="4e-3", crop_min=0.4) | PLAIN,
         few_fine=dict(epochs=10, batch_size=64, lr="4e-3", crop_min=0.4) | PLAIN,
         tuned={"MAE": (8, ("5e-4", "1.5e-3", "4.5e-3"), ("0.2", "0.5")),
-                "MoCo v3": (2, ("1.5e-4", "5e-4", "1.5e-3", "4.5e-3"), ("0.08", "0.2", "0.4"))},
+               "MoCo v3": (2, ("1.5e-4", "5e-4", "1.5e-3", "4.5e-3"), ("0.08", "0.2", "0.4"))},
         main=("MAE", "MoCo v3", "MTL", "Layer grafted", "MAE, equal cost", "MoCo v3, equal cost")),
-    "cifar10": dict(
-        data="cifar10", images=50000, tests=10000, rate=2e13,
-        arch=dict(arch="vit_tiny", patch_size=4, img_size=32),
+    "cifar10": LONG | dict(
+        data="cifar10", images=50000, tests=10000, rate=2e13, linear=dict(cache_features=True),
+        arch=dict(arch="vit_tiny", patch_size=4, img_size=32), short=30, grid_epochs=15,
         common=dict(batch_size=1024, crop_min=0.2), mae=dict(epochs=200, lr="1.5e-4"),
-        contrastive=dict(epochs=60, lr="1.5e-4", hidden_dim=2048), vicreg=dict(lr="1.5e-4"),
-        rates="1.5e-5,1.5e-5,1.5e-4", grid=(DECADES, ("1.5e-5",), DECADES), short=30,
-        grid_epochs=15, few="1%", many="10%", fine=dict(epochs=50, crop_min=0.2),
-        few_fine=dict(epochs=400, lr="3e-5", crop_min=0.2), linear=dict(cache_features=True),
-        probes=PROBES, partial=(0, 2, 4, 6, 8, 10, 12),
+        contrastive=dict(epochs=60, lr="1.5e-4", hidden_dim=2048),
+        grid=(DECADES, ("1.5e-5",), DECADES), fine=dict(epochs=50, crop_min=0.2),
+        few_fine=dict(epochs=400, lr="3e-5", crop_min=0.2), never=("table6",),
         tuned={"MAE": (50, ("1.5e-4", "5e-4", "1.5e-3"), ("0.2", "0.5")),
-                "MoCo v3": (15, ("1.5e-4", "5e-4", "1.5e-3"), ("0.08", "0.2", "0.4"))}),
+               "MoCo v3": (15, ("1.5e-4", "5e-4", "1.5e-3"), ("0.08", "0.2", "0.4"))}),
     # the paper's; warm-up 40 at any length is that of the released script
-    "imagenet": dict(
-        data=None, images=1281167, tests=50000, rate=3e14, common=dict(warmup_epochs=40),
-        arch=dict(arch="vit_base", patch_size=16, img_size=224),
+    "imagenet": LONG | dict(
+        data=None, images=1281167, tests=50000, rate=3e14, linear={}, short=100, grid_epochs=100,
+        arch=dict(arch="vit_base", patch_size=16, img_size=224), common=dict(warmup_epochs=40),
         mae=dict(epochs=1600, lr="1.5e-4"), contrastive=dict(epochs=300, lr="1.5e-4"),
-        vicreg=dict(lr="1.5e-4"), rates="1.5e-5,1.5e-5,1.5e-4", grid=(DECADES,) * 3, short=100,
-        grid_epochs=100, few="1%", many="10%", fine=dict(epochs=100),
-        few_fine=dict(epochs=400, lr="3e-5"), linear={}, probes=PROBES,
-        partial=(0, 2, 4, 6, 8, 10, 12), never=("tuning", "longtail")),
+        grid=(DECADES,) * 3, fine=dict(epochs=100), few_fine=dict(epochs=400, lr="3e-5"),
+        never=("tuning", "longtail")),
 }
 PRESETS["imagenet-large"] = PRESETS["imagenet"] | dict(
     arch=dict(arch="vit_large", patch_size=16, img_size=224),
@@ -117,6 +118,8 @@ TABLES = {
     "table4": ("Table 4: VICReg as the contrastive end",
                ("VICReg", "Layer grafted VICReg"), ("linear", "fine-tune")),
     "table5": ("Table 5: new blocks on frozen features", ("MAE", "MoCo v3"), ("probe",)),
+    "table6": ("Table 6: segmentation of ADE20K with UperNet (mIoU)",
+               ("MAE", "MoCo v3", "Layer grafted"), ("segment",)),
     "table7": ("Table 7: keeping lower layers near MAE",
                ("Layer grafted", "Layer grafted, anchored"),
                ("linear", "few", "many", "fine-tune")),
@@ -124,7 +127,6 @@ TABLES = {
     "figure5": ("Figure 5: partial fine-tuning", ("MAE", "Layer grafted"), ("partial",)),
     "main": ("Every system by every protocol",
              EVERY, ("linear", "k-NN", "few", "many", "fine-tune")),
-    "labels": ("Every system with frozen or few labels", EVERY, ("linear", "k-NN", "few", "many")),
     "longer": ("MoCo v3 for as many epochs as MAE and grafting (ours)",
                ("MoCo v3", TOTAL, "Layer grafted"), ("linear", "few", "many", "k-NN")),
     "longtail": ("Trained on a long tail: balanced accuracy",
@@ -133,14 +135,14 @@ TABLES = {
 }
 ANALYSES = "analyses"                                       # Figures 1, 3 to 8, by analyze.py
 PAPERS = [name for name in TABLES if name.startswith(("table", "figure"))]
-SHOWN = {"tuning": "held_out_top1", "longtail": "balanced"}   # instead of top-1
-# top-1 on ImageNet-1k, from the paper: system -> linear, few (1 %), many (10 %), fine-tune
+SHOWN = {"tuning": "held_out_top1", "longtail": "balanced", "table6": "miou"}     # not top-1
+# from the paper: top-1 on ImageNet-1k by linear, few (1 %), many (10 %), fine-tune, and the mIoU
 PAPER = {
     "vit_base": {
-        "MAE": (68.0, 51.1, 73.3, 83.6), "MoCo v3": (76.7, 63.4, 75.4, 83.2),
+        "MAE": (68.0, 51.1, 73.3, 83.6, 48.1), "MoCo v3": (76.7, 63.4, 75.4, 83.2, 47.3),
         "MTL": (68.4, 47.6, None, 81.0), "CL -> MIM grafting": (65.5, 32.5, None, 82.5),
         "MIM -> CL grafting": (74.5, 56.5, None, 83.6),
-        "Layer grafted": (77.7, 65.5, 77.8, 83.9), "VICReg": (70.1, None, None, 81.2),
+        "Layer grafted": (77.7, 65.5, 77.8, 83.9, 48.7), "VICReg": (70.1, None, None, 81.2),
         "Layer grafted VICReg": (74.9, None, None, 83.6)},
     "vit_large": {
         "MAE": (75.8, 55.2, 78.7, 85.9), "MoCo v3": (77.6, None, None, 84.1),
@@ -162,6 +164,7 @@ def get_args(argv=None):
     add("--moco", metavar="FILE", help="public weights in place of the MoCo v3 run")
     add("--labels-1", metavar="LIST", help="list of the 1%% of the images whose labels are used")
     add("--labels-10", metavar="LIST", help="the same for the 10%%")
+    add("--ade20k", metavar="FOLDER", help="ADE20K, for table6")
     add("--only", help=f"comma list of {', '.join([*TABLES, ANALYSES])} (default: the paper's "
         "tables and figures)")
     add("--seeds", type=numbers(kind=int, high=2 ** 31), help="comma list (0; cifar10: 0,1,2)")
@@ -170,15 +173,18 @@ def get_args(argv=None):
     add("--dry-run", action="store_true", help="print the commands and what they take, and stop")
     args = parser.parse_args(argv)
     p = PRESETS[args.preset]
-    args.only = args.only.split(",") if args.only else [*p.get("only", PAPERS), ANALYSES]
+    default = [name for name in p.get("only", PAPERS) if name != "table6" or args.ade20k]
+    args.only = args.only.split(",") if args.only else [*default, ANALYSES]
     for name in args.only:
         if name not in TABLES and name != ANALYSES:
             parser.error(f"--only {name}: there are {', '.join([*TABLES, ANALYSES])}")
         if name in p.get("never", ()):
             parser.error(f"--only {name}: preset {args.preset} has none of it")
-    for path in (args.mae, args.moco, args.labels_1, args.labels_10):
+    if "table6" in args.only and not args.ade20k:
+        parser.error("--only table6 needs --ade20k FOLDER")
+    for path in (args.mae, args.moco, args.labels_1, args.labels_10, args.ade20k):
         if path and not os.path.exists(path):
-            parser.error(f"no such file: {path}")
+            parser.error(f"{path}: no such file or folder")
     if args.preset.startswith("imagenet") and not (args.data or os.environ.get("DATA")):
         parser.error(f"--preset {args.preset} needs --data FOLDER (with train/ and val/)")
     seeds = [0, 1, 2] if args.preset == "cifar10" else [0]
@@ -193,7 +199,7 @@ def plan(args):
     given = {name: path for name, path in (("MAE", args.mae), ("MoCo v3", args.moco)) if path}
     return p | dict(data=args.data or p["data"], given=given, out=args.out, only=args.only,
                     lists=(args.labels_1 or p["few"], args.labels_10 or p["many"]),
-                    more=shlex.split(args.common))
+                    more=shlex.split(args.common), ade20k=args.ade20k)
 
 
 def depth_of(p):
@@ -269,6 +275,7 @@ def protocols(p, column, name):
         "partial": [(f"{k} blocks fixed", finetune, p["fine"] | dict(freeze_blocks=k))
                     for k in p["partial"]],
         "probe": [(f"block {k} + {n}", *probe(k, n)) for k, n in itertools.product(*p["probes"])],
+        "segment": [("UperNet", segment, dict(data=p["ade20k"]))],
         "tail": [("linear, labels of the tail", evaluate, linear | tail),
                  ("k-NN, labels of the tail", evaluate, dict(mode="knn") | tail)],
     }[column]
@@ -276,14 +283,18 @@ def protocols(p, column, name):
     return [(title, same.get(title, title), *job) for title, *job in found]
 
 
-def paper_figure(p, column, name, title):
-    """The paper's top-1 for a cell of a table, or None."""
+def paper_figure(p, table, column, name, title):
+    """The paper's figure for a cell of a table in brackets, or nothing. Its Table 7 is of ViT-L."""
+    if table == "table7" and p["arch"]["arch"] != "vit_large":
+        return ""
     figures = PAPER.get(p["arch"]["arch"], PAPER["vit_base"]).get(name)
     if column == "probe" and p["probes"] == PROBES:
         places = [f"block {k} + {n}" for k, n in itertools.product(*PROBES)]
-        return PAPER_PROBES[name][places.index(title)]
-    columns = ("linear", "few", "many", "fine-tune")
-    return figures[columns.index(column)] if figures and column in columns else None
+        found = PAPER_PROBES[name][places.index(title)]
+    else:
+        columns = ("linear", "few", "many", "fine-tune", "segment")
+        found = dict(zip(columns, figures or ())).get(column)
+    return f" ({found:.1f})" if found else ""
 
 
 def folder(p, seed, name):
@@ -319,7 +330,7 @@ def rows_of(p, table):
     """The systems of a table, in order."""
     known = systems(p)
     rows = []
-    for row in p.get("main" if table == "labels" else table, TABLES[table][1]):
+    for row in p.get(table, TABLES[table][1]):
         rows += [name for name in known if name.startswith(row)] if row[-1] == " " else [row]
     return rows
 
@@ -391,7 +402,10 @@ def cost(p, name):
 
 
 def evaluation_flops(p, script, options):
-    """Operations of an evaluation; classifiers on features are not counted."""
+    """Operations of an evaluation; classifiers on features and UperNet are not counted."""
+    if script is segment:                                   # 160,000 steps of 16 crops of 512
+        crop = p["arch"] | dict(img_size=512)
+        return 160000 * 16 * 3 * encoder_flops(p | dict(arch=crop))[0]
     forward, block, *_ = encoder_flops(p, options.get("block", options.get("probe_block")))
     tests = forward * p["tests"]
     if script is evaluate:
@@ -424,7 +438,7 @@ def write_long_tail(source, out):
             ids = (dataset.labels == c).nonzero()[:, 0].tolist()
             place = os.path.join(out, part, dataset.classes[c])
             os.makedirs(place, exist_ok=True)
-            for i in ids[:int(share * len(ids))] if train else ids:
+            for i in ids[:max(1, int(share * len(ids)))] if train else ids:
                 pixels = dataset.images[i].permute(1, 2, 0).cpu().numpy()
                 Image.fromarray(pixels).save(os.path.join(place, f"{i:05}.png"))
                 names += [f"{dataset.classes[c]}/{i:05}.png"] * train
@@ -477,16 +491,13 @@ def markdown(results, p):
             continue
         heads = [(column, head, protocol) for column in columns
                  for head, protocol, *_ in protocols(p, column, "Layer grafted")]
-        costs = ["operations (10^15)"] * (table in ("main", "labels", "longer", "longtail"))
+        costs = ["operations (10^15)"] * (table in ("main", "longer", "longtail"))
         rows = []
         for name in rows_of(p, table):
             rows.append([name] + [f"{cost(p, name) / 1e15:.3g}" for _ in costs])
             for column, head, protocol in heads:
-                # the paper's Table 7 is of ViT-L alone
-                no_paper = table == "table7" and p["arch"]["arch"] != "vit_large"
-                paper = None if no_paper else paper_figure(p, column, name, head)
                 text = cell(results, name, protocol, SHOWN.get(table, "top1"))
-                rows[-1].append(text + (f" ({paper:.1f})" if paper else ""))
+                rows[-1].append(text + paper_figure(p, table, column, name, head))
         lines += table_lines(["system", *costs, *(head for _, head, _ in heads)], rows)
     return "\n".join(lines)
 
@@ -558,8 +569,8 @@ def reproduce(args):
                 train(args, p, seed, each, say)
             trained.add((seed, each))
         own = os.path.join(args.out, f"seed{seed}", slug(name), slug(protocol))
-        seeds = "--seeds" if script is evaluate else "--seed"
-        arguments = command(p, seed, options, seeds, str(seed), "--checkpoint",
+        arguments = command(p, seed, options, "--seeds" if script is evaluate else "--seed",
+                            str(seed), "--init" if script is segment else "--checkpoint",
                             folder(p, seed, name), "--out", own)
         say(f"== {name}, seed {seed}, {protocol}: python {script.__name__}.py "
             f"{shlex.join(arguments)}")
@@ -591,31 +602,24 @@ def reproduce(args):
     return results
 
 
-def analyses(p, seed):
-    """Analysis -> options of analyze.py, for the systems that are there: Figures 1 and 8 from the
-    MTL weights that were kept, 6 with the fine-tuned MAE among the curves, 7 and 3; then those
-    that read the results."""
+def draw(p, seed, again):
+    """The paper's figures of the systems that are there, in one process; again: also those that are
+    drawn already."""
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
     kept = sorted(glob.glob(os.path.join(folder(p, seed, "MTL"), "epoch*.pt")))
     if kept and int(kept[-1][-7:-3]) < p["contrastive"]["epochs"]:      # the end is in last.pt
         kept.append(os.path.join(folder(p, seed, "MTL"), "last.pt"))
-    paths = [folder(p, seed, name) for name in ("MAE", "MoCo v3", "Layer grafted")]
-    there = [path for path in paths
-             if os.path.isfile(path) or os.path.exists(os.path.join(path, "encoder.pt"))]
-    fine = os.path.join(p["out"], f"seed{seed}", "mae", "fine-tune")
+    there = [folder(p, seed, name) for name in ("MAE", "MoCo v3", "Layer grafted")]
+    there = [path for path in there if os.path.exists(checkpoint.in_folder(path))]
+    fine = os.path.join(p["out"], f"seed{seed}", "mae", "fine-tune")    # Figure 6 has it
     curves = there + [fine] * os.path.exists(os.path.join(fine, "classifier.pt"))
-    found = {}
-    for name, own in dict(gradients=kept, vic=curves, attention=there, tsne=there).items():
-        if own:
-            found[name] = command(p, seed, {}, "--checkpoint", *own)
-    return found | {name: ["--results", p["out"]] for name in ("lr-grid", "partial", "depth")}
-
-
-def draw(p, seed, again):
-    """The paper's figures, in one process; again: also those that are there already."""
-    for name in ("RANK", "WORLD_SIZE"):
-        os.environ.pop(name, None)
+    of_encoders = dict(gradients=kept, vic=curves, attention=there, tsne=there)
+    found = {name: command(p, seed, {}, "--checkpoint", *paths)
+             for name, paths in of_encoders.items() if paths}
+    found |= {name: ["--results", p["out"]] for name in ("lr-grid", "partial", "depth")}
     out = os.path.join(p["out"], "figures")
-    for name, options in analyses(p, seed).items():
+    for name, options in found.items():
         if not again and os.path.exists(os.path.join(out, f"{name}.csv")):
             continue
         print(f"== python analyze.py {shlex.join([name, *options])}", flush=True)

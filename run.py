@@ -31,6 +31,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import signal
 import socket
@@ -42,6 +43,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from PIL import Image
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
@@ -78,7 +80,7 @@ class Help(argparse.HelpFormatter):
     """Every default in the help, but those that depend on other options: their help says so."""
 
     def _get_help_string(self, action):
-        told = action.default in (None, False, "") or "default" in action.help
+        told = action.default in (None, False, "", argparse.SUPPRESS) or "default" in action.help
         positional = not action.option_strings
         return action.help + ("" if told or positional else " (default: %(default)s)")
 
@@ -216,6 +218,8 @@ OPTIONS = {
                             help="for a process that hangs"),
     "deterministic": dict(action="store_true", help="the same bits on every run, on a GPU too "
                           "(slower there)"),
+    "bf16-gradients": dict(action="store_true", help="processes exchange gradients in bf16: half "
+                           "the bytes, another rounding"),
     "tensorboard": dict(action="store_true", help="write the log for tensorboard too"),
 }
 
@@ -232,7 +236,7 @@ def add_options(add, names, **defaults):
 # options that change how a run goes, not what it computes: they may differ when it is resumed
 RUNTIME = ("out", "resume", "device", "workers", "compile", "accum", "micro_batch", "log_every",
            "save_minutes", "mode", "every_epochs", "knn_every", "eval_every", "results", "max_bad",
-           "timeout_minutes", "deterministic", "tensorboard", "bf16_gradients")
+           "timeout_minutes", "deterministic", "tensorboard")
 
 
 def parse(parser, argv):
@@ -395,12 +399,9 @@ def precision(choice, device):
 
 def cpu_has_bf16():
     """Whether this CPU multiplies bf16 matrices in hardware (AMX, AVX-512 BF16), as Linux tells."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            flags = f.read()
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+        return bool(re.search("amx_bf16|avx512_bf16", f.read()))
+    return False
 
 
 def grad_scaler(env):
@@ -412,11 +413,14 @@ def grad_scaler(env):
                                 growth_interval=1 << 30)
 
 
-def distribute(net, env, **more):
+def distribute(net, env, bf16_gradients=False, **more):
     """The network, in DistributedDataParallel if there are several processes."""
     if env.processes == 1:
         return net
-    return DistributedDataParallel(net, gradient_as_bucket_view=True, **more)
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True, **more)
+    if bf16_gradients:
+        model.register_comm_hook(None, bf16_compress_hook)
+    return model
 
 
 def slices(model, n, size):
@@ -464,12 +468,9 @@ def micro_batch(asked, step, n, env, params=()):
 
 def available_memory():
     """Bytes of memory that programs can still get, as Linux tells; elsewhere 4 GiB."""
-    try:
-        with open("/proc/meminfo") as f:
-            lines = dict(line.split(":") for line in f)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return 4 << 30
+    with contextlib.suppress(OSError), open("/proc/meminfo") as f:
+        return int(re.search(r"MemAvailable: +(\d+)", f.read())[1]) * 1024
+    return 4 << 30
 
 
 GRAPHS = 32     # that torch.compile may keep of a block: by role, gradient and shape; 8 are too few
@@ -716,8 +717,8 @@ def write_result(out, entry):
 
 
 def write_csv(path, rows):
-    """Rows of cells as a CSV, whole or not at all. A text that a spreadsheet would compute (it begins
-    with = + - or @) is quoted by an apostrophe; names of files keep their bytes."""
+    """Rows of cells as a CSV, whole or not at all. A text that a spreadsheet would compute (it
+    begins with = + - or @) is quoted by an apostrophe; names of files keep their bytes."""
     def cell(value):
         formula = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
         return f"'{value}" if formula else value
@@ -728,10 +729,12 @@ def write_csv(path, rows):
 
 
 def write_per_class(out, name, confusion, classes):
-    """Into the folder `out`, from a confusion matrix (C, C) with true classes as rows: per-class-NAME.csv
-    with support, precision, recall and F1, confusion-NAME.csv, and its rows as shares in a PNG."""
+    """Into the folder `out`, from a confusion matrix (C, C) with true classes as rows:
+    per-class-NAME.csv with support, precision, recall and F1, confusion-NAME.csv, and its rows as
+    shares in a PNG."""
     right, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    figures = torch.stack([right / predicted, right / support, 2 * right / (support + predicted)], 1)
+    f1 = 2 * right / (support + predicted)
+    figures = torch.stack([right / predicted, right / support, f1], 1)
     figures = [["" if math.isnan(v) else f"{v:.4f}" for v in row] for row in figures.tolist()]
     write_csv(os.path.join(out, f"per-class-{name}.csv"), [
         ["class", "support", "precision", "recall", "f1"],
@@ -966,9 +969,11 @@ class Job:
         """Note a step: its loss, its rates, and what else the log shows, read when it is written.
         The tensors `features`, `q` and `k` become feature_stats there."""
         self.window.append((self.step + 1, loss.detach(), batch.ids, self.overflow))
-        self.rates, self.noted = rates, log
+        self.rates, self.noted = rates, {k: torch.as_tensor(v).detach() for k, v in log.items()}
 
     def after(self, step):
+        if self.writer is not None and not self.writer.is_alive():
+            self.written()                                  # what went wrong is told at once
         stop, due = self.vote(step)
         epoch, rest = divmod(step, self.epoch_steps)
         every = getattr(self.args, "every_epochs", 0)
@@ -1227,12 +1232,12 @@ class Job:
         self.check_finite(losses)
         loss = losses[losses.isfinite()].mean().item()
         more = dict(self.noted)
-        if "features" in more:
-            tensors = [more.pop(name) for name in ("features", "q", "k")]
-            more = feature_stats(*tensors, env.rank) | more
-        more = {k: float(v) for k, v in more.items()}
         if env.dtype == torch.float16:
             more["scale"] = self.check_scale()
+        tensors = [more.pop(name, None) for name in ("features", "q", "k")]
+        if env.rank == 0 and tensors[0] is not None:        # an eigendecomposition: once is enough
+            more = feature_stats(*tensors, env.rank) | more
+        more = {k: float(v) for k, v in more.items()}
         self.check_collapse(step, loss, more)
         now = time.perf_counter()
         seconds = (now - self.marked) / len(self.window)

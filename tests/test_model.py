@@ -1,4 +1,4 @@
-"""model.py against loops written out from the papers' formulas and against torch's and timm's own modules."""
+"""model.py against loops written out from the papers' formulas, torch's modules and timm's."""
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -23,7 +23,7 @@ TINY = dict(img_size=16, patch_size=4, dim=24, depth=3, heads=3)            # 16
 EXACT = dict(rtol=1e-10, atol=1e-10)
 
 
-# ------------------------------------------------------------------------------------------------ helpers
+# ------------------------------------------------------------------------------------------ helpers
 def randomise(net, seed=0, scale=0.1):
     """Move every weight away from its initial value, so that no zero bias hides an error."""
     generator = torch.Generator().manual_seed(seed)
@@ -47,14 +47,6 @@ def rand(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def pictures_like(n, h, w, seed=0):
-    """Random uint8 pictures (n, 3, h, w) with large and small structure."""
-    coarse = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-    fine = torch.rand(n, 3, h, w, generator=torch.Generator().manual_seed(seed + 1))
-    x = 0.7 * F.interpolate(coarse, size=(h, w), mode="bilinear") + 0.3 * fine
-    return (x * 255).to(torch.uint8)
-
-
 def gradients(net):
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
@@ -63,7 +55,8 @@ def assert_same(a, b, **tolerance):
     """Two dicts of tensors with the same keys and close values."""
     assert set(a) == set(b)
     for key in a:
-        torch.testing.assert_close(a[key], b[key], msg=lambda text, key=key: f"{key}: {text}", **(tolerance or EXACT))
+        torch.testing.assert_close(a[key], b[key], msg=lambda text, key=key: f"{key}: {text}",
+                                   **(tolerance or EXACT))
 
 
 def assert_identical(a, b):
@@ -72,13 +65,32 @@ def assert_identical(a, b):
     assert not different, different
 
 
-# ------------------------------------------------------------------------------------------------ encoder
+SYSTEMS = ("moco", "vicreg", "simclr")
+
+
+def contrastive(system, mim=False, dtype=torch.float64):
+    torch.manual_seed(0)
+    encoder = model.MaskedAutoencoder(16, 1, 2, **TINY) if mim else model.VisionTransformer(**TINY)
+    kind = {"moco": model.MoCoV3, "vicreg": model.VICReg, "simclr": model.SimCLR}[system]
+    return randomise(kind(encoder, 32, 16, mim_weight=0.7 * mim)).to(dtype).train()
+
+
+def vit_names(depth):
+    parts = ["patch_embed.proj", "norm"]
+    parts += [f"blocks.{i}.{part}" for i in range(depth)
+              for part in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    names = {f"{part}.{kind}" for part in parts for kind in ("weight", "bias")}
+    return {"cls_token", "pos_embed"} | names
+
+
+# ------------------------------------------------------------------------------------------ encoder
 def test_block_equals_torch_encoder_layer():
     block = vit().blocks[1]
-    layer = nn.TransformerEncoderLayer(24, 3, 96, dropout=0.0, activation="gelu", layer_norm_eps=1e-6,
-                                       batch_first=True, norm_first=True).double()
-    names = {"norm1": "norm1", "norm2": "norm2", "attn.qkv": "self_attn.in_proj", "attn.proj": "self_attn.out_proj",
-             "mlp.fc1": "linear1", "mlp.fc2": "linear2"}
+    layer = nn.TransformerEncoderLayer(24, 3, 96, dropout=0.0, activation="gelu",
+                                       layer_norm_eps=1e-6, batch_first=True, norm_first=True)
+    layer = layer.double()
+    names = {"norm1": "norm1", "norm2": "norm2", "attn.qkv": "self_attn.in_proj",
+             "attn.proj": "self_attn.out_proj", "mlp.fc1": "linear1", "mlp.fc2": "linear2"}
     state = {}
     for name, value in block.state_dict().items():
         module, kind = name.rsplit(".", 1)
@@ -93,14 +105,15 @@ def test_block_equals_torch_encoder_layer():
 def test_vit_equals_timm(size):
     timm_vit = pytest.importorskip("timm.models.vision_transformer")
     ours = vit(img_size=size)
-    theirs = timm_vit.VisionTransformer(img_size=size, patch_size=4, embed_dim=24, depth=3, num_heads=3,
-                                        num_classes=0, global_pool="token").double()
+    theirs = timm_vit.VisionTransformer(img_size=size, patch_size=4, embed_dim=24, depth=3,
+                                        num_heads=3, num_classes=0, global_pool="token").double()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = rand(2, 3, *model.pair(size))
     torch.testing.assert_close(ours.tokens(x), theirs.forward_features(x), **EXACT)
     torch.testing.assert_close(ours(x), theirs(x), **EXACT)
     torch.testing.assert_close(ours.forward_features(x), theirs(x), **EXACT)
-    _, middle = theirs.forward_intermediates(x, indices=[0, 1], return_prefix_tokens=True, output_fmt="NLC")
+    _, middle = theirs.forward_intermediates(x, indices=[0, 1], return_prefix_tokens=True,
+                                             output_fmt="NLC")
     for mine, (patches, prefix) in zip(ours.intermediate(x, [1, 2]), middle):
         torch.testing.assert_close(mine, torch.cat([prefix, patches], 1), **EXACT)
 
@@ -112,7 +125,7 @@ def test_intermediate_and_attention_agree_with_the_plain_forward():
     torch.testing.assert_close(net.norm(outputs[-1]), net.tokens(x), **EXACT)
     torch.testing.assert_close(torch.stack(outputs), torch.stack(net.intermediate(x)), **EXACT)
     second, weights_to_second = net.intermediate(x, [2], attention=True)
-    assert len(weights_to_second) == 2                                      # no block is run in vain
+    assert len(weights_to_second) == 2  # no block is run in vain
     torch.testing.assert_close(second[0], outputs[1], **EXACT)
     with pytest.raises(ValueError, match="blocks 1 to 3"):
         net.intermediate(x, [4])
@@ -140,8 +153,8 @@ def test_position_table_is_the_formula(grid):
     for y, x in itertools.product(range(grid[0]), range(grid[1])):
         w = [10000 ** (-i / (dim / 4)) for i in range(dim // 4)]
         row = [f(position * f_i) for position in (x, y) for f in (math.sin, math.cos) for f_i in w]
-        torch.testing.assert_close(table[1 + y * grid[1] + x], torch.tensor(row, dtype=torch.float64),
-                                   rtol=0, atol=1e-6)
+        row = torch.tensor(row, dtype=torch.float64)
+        torch.testing.assert_close(table[1 + y * grid[1] + x], row, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="divisible by 4"):
         model.sincos_pos_embed(10, grid)
 
@@ -151,7 +164,8 @@ def test_patchify_orders_row_column_channel_and_unpatchify_inverts_it(channels):
     images = torch.arange(2 * channels * 4 * 6).reshape(2, channels, 4, 6)
     patches = model.patchify(images, 2)
     assert patches.shape == (2, 6, 4 * channels)
-    for gy, gx, y, x, c in itertools.product(range(2), range(3), range(2), range(2), range(channels)):
+    every = itertools.product(range(2), range(3), range(2), range(2), range(channels))
+    for gy, gx, y, x, c in every:
         expected = images[:, c, 2 * gy + y, 2 * gx + x]
         assert torch.equal(patches[:, gy * 3 + gx, (y * 2 + x) * channels + c], expected)
     assert torch.equal(model.unpatchify(patches, 2, (2, 3)), images)
@@ -175,14 +189,14 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     x = torch.ones(4000, 2, 3)
     y = model.drop_path(x, 0.25, training=True)
     assert y.unique().tolist() == pytest.approx([0, 1 / 0.75])
-    assert y.eq(y[:, :1, :1]).all()                                         # an image is kept or dropped whole
+    assert y.eq(y[:, :1, :1]).all()  # an image is kept or dropped whole
     assert abs(y.mean() - 1) < 0.05
     assert model.drop_path(x, 0.25, training=False) is x
     rates = [block.drop_path for block in vit(depth=5, drop_path=0.2).blocks]
     assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
 
 
-# ---------------------------------------------------------------------------------------------------- MAE
+# ---------------------------------------------------------------------------------------------- MAE
 def mae_by_loop(net, images, noise, keep):
     """(loss, pred) image by image and patch by patch, the tokens never shuffled."""
     losses, predictions = [], []
@@ -213,7 +227,8 @@ def mae_by_loop(net, images, noise, keep):
     return sum(losses) / len(losses), torch.stack(predictions)
 
 
-@pytest.mark.parametrize("norm_pix_loss, ratio, size", [(True, 0.75, 16), (False, 0.5, (8, 24)), (True, 0.6, (8, 12))])
+@pytest.mark.parametrize("norm_pix_loss, ratio, size",
+                         [(True, 0.75, 16), (False, 0.5, (8, 24)), (True, 0.6, (8, 12))])
 def test_mae_equals_a_loop_over_images_and_patches(norm_pix_loss, ratio, size):
     net = mae(norm_pix_loss=norm_pix_loss, img_size=size)
     length = net.grid[0] * net.grid[1]
@@ -228,7 +243,7 @@ def test_mae_equals_a_loop_over_images_and_patches(norm_pix_loss, ratio, size):
     torch.testing.assert_close(pred, expected_pred, **EXACT)
     assert_same(ours, gradients(net))
     kept = noise.argsort(1)[:, :int(length * (1 - ratio))]
-    assert torch.equal(mask, torch.ones_like(mask).scatter(1, kept, 0.0))   # 0 at the smallest noise
+    assert torch.equal(mask, torch.ones_like(mask).scatter(1, kept, 0.0))  # 0 at the smallest noise
 
 
 def test_only_masked_patches_are_learnt_and_only_kept_ones_are_seen():
@@ -252,7 +267,7 @@ def test_mae_draws_noise_when_none_is_given():
     assert not torch.equal(masks[0], masks[1])
 
 
-# ------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 def cosine(a, b):
     return float(a @ b / a.norm() / b.norm())
 
@@ -289,19 +304,25 @@ def test_nt_xent_equals_a_loop_and_ranks_average_to_the_whole():
 
 
 def test_vicreg_terms_equal_loops():
-    x, y = 0.3 * rand(5, 4), 0.3 * rand(5, 4, seed=1)                       # small: the hinge is active
+    x, y = 0.3 * rand(5, 4), 0.3 * rand(5, 4, seed=1)  # small: the hinge is active
     n, width = x.shape
-    invariance = sum(float(x[i, j] - y[i, j]) ** 2 for i in range(n) for j in range(width)) / (n * width)
+    places = list(itertools.product(range(n), range(width)))
+    invariance = sum(float(x[i, j] - y[i, j]) ** 2 for i, j in places) / (n * width)
     variance, covariance = 0.0, 0.0
     for z in (x, y):
         mean = [sum(float(z[i, j]) for i in range(n)) / n for j in range(width)]
         for a, b in itertools.product(range(width), range(width)):
-            cov = sum(float(z[i, a] - mean[a]) * float(z[i, b] - mean[b]) for i in range(n)) / (n - 1)
+            cov = sum(float(z[i, a] - mean[a]) * float(z[i, b] - mean[b]) for i in range(n))
+            cov = cov / (n - 1)
             if a == b:
                 variance += max(0.0, 1 - math.sqrt(cov + 1e-4)) / width / 2
             else:
                 covariance += cov ** 2 / width
-    assert [t.item() for t in model.vicreg_terms(x, y)] == pytest.approx([invariance, variance, covariance], rel=1e-10)
+    whole = [t.item() for t in model.vicreg_terms(x, y)]
+    assert whole == pytest.approx([invariance, variance, covariance], rel=1e-10)
+    shares = [model.vicreg_terms(x, y, rank, 3)[2].item() for rank in range(3)]
+    assert sum(shares) / 3 == pytest.approx(covariance, rel=1e-10)          # 3 does not divide 4
+    assert len({round(share, 6) for share in shares}) == 3
     assert model.vicreg_terms(100 * x, 100 * y)[1].item() == 0               # the hinge is at 1
 
 
@@ -309,302 +330,44 @@ def test_anchor_penalty_sums_over_all_parameters():
     now, then = [rand(2, 3), rand(4, seed=1)], [rand(2, 3, seed=2), rand(4, seed=3)]
     distances = [float(a - b) for w, v in zip(now, then) for a, b in zip(w.flatten(), v.flatten())]
     assert model.anchor_penalty(now, then, "l1").item() == pytest.approx(sum(map(abs, distances)))
-    assert model.anchor_penalty(now, then, "l2").item() == pytest.approx(sum(d * d for d in distances))
+    squares = model.anchor_penalty(now, then, "l2").item()
+    assert squares == pytest.approx(sum(d * d for d in distances))
+
+
+def test_nearest_neighbours_equal_a_loop():
+    queries, bank, labels = rand(7, 5), rand(9, 5, seed=1), torch.tensor([0, 1, 2] * 3)
+    expected = torch.zeros(2, 7, 3)
+    for i, k in enumerate((2, 4)):
+        for n, query in enumerate(queries):
+            near = sorted(range(9), key=lambda j: -cosine(query, bank[j]))[:k]
+            for j in near:
+                expected[i, n, labels[j]] += math.exp(cosine(query, bank[j]) / 0.07)
+    found = model.knn_scores(queries.float(), bank.float(), labels, 3, [2, 4], chunk=3)
+    torch.testing.assert_close(torch.stack(found), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.knn_scores(queries.float(), bank.float(), labels, 3, 4), found[1])
 
 
 def test_feature_stats_show_a_collapse():
     spread = torch.cat([torch.eye(8), -torch.eye(8)])
     stats = model.feature_stats(spread, spread, spread)
     assert stats["acc"] == 1
-    assert stats["rank"].item() == pytest.approx(8, rel=1e-4)               # eight equal singular values
+    assert stats["rank"].item() == pytest.approx(8, rel=1e-4)  # eight equal singular values
     assert stats["std"].item() == pytest.approx(math.sqrt(2 / 15), rel=1e-4)
     collapsed = torch.ones(16, 8)
     stats = model.feature_stats(collapsed, collapsed, collapsed)
     assert stats["std"] == 0 and stats["rank"].item() < 1.01
     second = model.feature_stats(spread[8:], spread[8:], spread, rank=1)
-    assert second["acc"] == 1                                               # rows 8 to 15 of the gathered keys
+    assert second["acc"] == 1  # rows 8 to 15 of the gathered keys
     broken = torch.full((4, 8), float("nan"))
-    model.feature_stats(broken, broken, broken)                             # it is the run that names such a step
+    model.feature_stats(broken, broken, broken)  # it is the run that names such a step
 
 
-# ------------------------------------------------------------------------------------ contrastive models
-SYSTEMS = ("moco", "vicreg", "simclr")
-
-
-def contrastive(system, mim=False, dtype=torch.float64):
-    torch.manual_seed(0)
-    encoder = model.MaskedAutoencoder(16, 1, 2, **TINY) if mim else model.VisionTransformer(**TINY)
-    kind = {"moco": model.MoCoV3, "vicreg": model.VICReg, "simclr": model.SimCLR}[system]
-    return randomise(kind(encoder, 32, 16, mim_weight=0.7 * mim)).to(dtype).train()
-
-
-def vit_names(depth):
-    parts = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    names = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"}
-    return names | {f"blocks.{i}.{part}.{kind}" for i in range(depth) for part in parts for kind in ("weight", "bias")}
-
-
-def head_names(prefix, linear, norm, plain_norm):
-    names = {f"{prefix}.{i}.weight" for i in linear + norm} | {f"{prefix}.{i}.bias" for i in norm}
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    return names | {f"{prefix}.{i}.{buffer}" for i in norm + plain_norm for buffer in buffers}
-
-
-def test_moco_state_names_are_the_official_ones():
-    head = head_names("head", (0, 3, 6), (1, 4), (7,))
-    expected = {f"{net}.{name}" for net in ("base_encoder", "momentum_encoder") for name in vit_names(3) | head}
-    expected |= head_names("predictor", (0, 3), (1,), (4,))
-    assert set(contrastive("moco").state_dict()) == expected
-
-
-def test_moco_starts_with_a_copy_as_momentum_encoder():
-    torch.manual_seed(0)
-    net = model.MoCoV3(model.VisionTransformer(**TINY), 32, 16)
-    assert_identical(net.base_encoder.state_dict(), net.momentum_encoder.state_dict())
-    assert not any(p.requires_grad for p in net.momentum_encoder.parameters())
-    shapes = [tuple(p.shape) for name, p in net.base_encoder.head.named_parameters() if p.ndim == 2]
-    assert shapes == [(32, 24), (32, 32), (16, 32)]
-    assert [tuple(p.shape) for p in net.predictor.parameters() if p.ndim == 2] == [(32, 16), (16, 32)]
-
-
-def head_by_hand(head, x):
-    """A head of MoCo v3 with torch's batch normalisation, in training mode."""
-    for layer in head:
-        if isinstance(layer, nn.BatchNorm1d):
-            x = F.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
-        else:
-            x = F.relu(x) if isinstance(layer, nn.ReLU) else F.linear(x, layer.weight, layer.bias)
-    return x
-
-
-def test_moco_equals_its_formula_and_no_gradient_reaches_the_keys():
-    net, x1, x2 = contrastive("moco"), rand(6, 3, 16, 16), rand(6, 3, 16, 16, seed=1)
-    assert not torch.equal(net.momentum_encoder.cls_token, net.base_encoder.cls_token)
-    loss = net(x1, x2)[0]
-    loss.backward()
-    assert all(p.grad is None for p in net.momentum_encoder.parameters())
-    ours = gradients(net)
-    net.zero_grad()
-    q = [head_by_hand(net.predictor, head_by_hand(net.base_encoder.head, net.base_encoder.forward_features(x)))
-         for x in (x1, x2)]
-    k = [head_by_hand(net.momentum_encoder.head, net.momentum_encoder.forward_features(x)).detach() for x in (x1, x2)]
-    expected = 0.0
-    for a, b in ((q[0], k[1]), (q[1], k[0])):
-        similarity = F.cosine_similarity(a[:, None], b[None], dim=-1) / net.temperature
-        expected = expected - 2 * net.temperature * similarity.log_softmax(1).diagonal().mean()
-    expected.backward()
-    torch.testing.assert_close(loss, expected, **EXACT)
-    assert_same(ours, gradients(net))
-
-
-def test_momentum_update():
-    net = contrastive("moco")
-    before = copy.deepcopy(net.state_dict())
-    net.update_momentum(0.9)
-    after = net.state_dict()
-    for name in after:
-        expected = before[name]
-        if name.startswith("momentum_encoder.") and "running_" not in name and "num_batches" not in name:
-            expected = 0.9 * before[name] + 0.1 * before[name.replace("momentum_encoder", "base_encoder")]
-            torch.testing.assert_close(after[name], expected, **EXACT)
-        else:
-            assert torch.equal(after[name], expected), name
-    # weights that are equal stay equal to the last bit
-    net = model.MoCoV3(vit(torch.float32), 32, 16)
-    for m in (0.99, 0.9973, 0.3, 1.0):
-        net.update_momentum(m)
-    for name, p in net.momentum_encoder.named_parameters():
-        assert torch.equal(p, dict(net.base_encoder.named_parameters())[name]), name
-
-
-def test_multi_task_loss_is_the_sum():
-    net, x1, x2 = contrastive("moco", mim=True), rand(4, 3, 16, 16), rand(4, 3, 16, 16, seed=1)
-    images, noise = rand(4, 3, 16, 16, seed=2), rand(4, 16, seed=3).sigmoid()
-    loss, log = net(x1, x2, mim=(images, noise, 0.75))
-    alone = net(x1, x2)[0]
-    reconstruction = net.base_encoder(images, 0.75, noise)[0]
-    torch.testing.assert_close(loss, alone + 0.7 * reconstruction, **EXACT)
-    torch.testing.assert_close(log["contrastive"], alone.detach(), **EXACT)
-    torch.testing.assert_close(log["mim"], reconstruction.detach(), **EXACT)
-
-
-@pytest.mark.parametrize("mim", [False, True])
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_the_loss_of_a_fixed_batch_falls(system, mim):
-    net = contrastive(system, mim, torch.float32)
-    views = [rand(8, 3, 16, 16, seed=s, dtype=torch.float32) for s in (1, 2, 3)]
-    noise = rand(8, 16, seed=4, dtype=torch.float32).sigmoid()
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=2e-3)
-    logs = []
-    for _ in range(30):
-        net.update_momentum(0.9)
-        loss, log = net(views[0], views[1], mim=(views[2], noise, 0.75) if mim else None)
-        logs.append(log | dict(loss=loss.detach()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    for key in ("loss", "contrastive", "mim") if mim else ("loss",):
-        assert logs[-1][key] < 0.7 * logs[0][key], (key, logs[0][key], logs[-1][key])
-
-
-# ------------------------------------------------------------------------------------------ micro-batches
-BATCH = 6
-CASES = [(system, mim, anchor) for system in SYSTEMS for mim in (False, True) for anchor in (False, True)]
-
-
-def one_step(case, part=slice(None), micro=0, wrap=lambda net: net):
-    """Loss, gradients and the state after a step of SGD and a momentum update, on a part of a fixed batch."""
-    system, mim, anchor = case
-    net = contrastive(system, mim)
-    wrapped = wrap(net)
-    views = [rand(BATCH, 3, 16, 16, seed=s)[part] for s in (1, 2, 3)]
-    noise = rand(BATCH, 16, seed=4).sigmoid()[part]
-    loss, _ = wrapped(views[0], views[1], micro, (views[2], noise, 0.75) if mim else None)
-    if anchor:
-        lower = [p for name, p in net.base_encoder.named_parameters()
-                 if model.layer_of(name, 3) <= 2 and p.requires_grad]
-        start = [rand(*p.shape, seed=5) for p in lower]
-        loss = loss + 0.01 * model.anchor_penalty(lower, start, "l1") + 0.02 * model.anchor_penalty(lower, start, "l2")
-    loss.backward()
-    grads = gradients(net)
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.grad is not None:
-                p.sub_(0.1 * p.grad)
-    net.update_momentum(0.9)
-    return {"loss": loss.detach()}, grads, net.state_dict()
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_micro_batches_equal_the_undivided_step(case):
-    whole = one_step(case)
-    assert any("running_mean" in name for name in whole[2])
-    for micro in (1, 2, 4, BATCH, 100):                                     # 4 does not divide 6
-        for ours, expected in zip(one_step(case, micro=micro), whole):
-            assert_same(ours, expected)
-
-
-def test_micro_batches_keep_fewer_activations():
-    """The bytes that autograd keeps for the encoder fall with the micro-batch."""
-    def kept(micro):
-        net, x = contrastive("simclr"), rand(32, 3, 16, 16)
-        sizes = {}
-
-        def note(tensor):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            f = model.class_tokens(net.base_encoder, x, x, micro)
-        assert f[0].shape == (32, 24)
-        return sum(sizes.values())
-    assert kept(4) < 0.2 * kept(0)
-
-
-# ------------------------------------------------------------------------------------------ two processes
-def normalised_batch(norm, part=slice(None)):
-    """Outputs, input gradients and running statistics of two training steps and one in evaluation mode."""
-    x, upstream = 3 * rand(8, 5) + 1, rand(8, 5, seed=1)
-    found = {}
-    for i in range(2):
-        leaf = (x[part] + i).requires_grad_()
-        y = norm(leaf)
-        y.backward(upstream[part])
-        found |= {f"y{i}": y.detach(), f"x{i}": leaf.grad}
-    norm.eval()
-    found["eval"] = norm(x[part]).detach()
-    return found, norm.state_dict()
-
-
-def batchnorms():
-    """Ours and torch's with the same weights, with and without affine."""
-    for affine in (True, False):
-        pair = [kind(5, affine=affine).double() for kind in (model.BatchNorm1d, nn.BatchNorm1d)]
-        for norm in pair:
-            if affine:
-                norm.weight.data, norm.bias.data = rand(5, seed=2), rand(5, seed=3)
-        yield pair
-
-
-def in_a_process(rank, folder):
-    """What each of two processes computes of its half of the batch, written to a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    half, found = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2), {}
-    for case in CASES:
-        for micro in (0, 2):                                                # 2 does not divide the 3 images of each
-            found[case, micro] = one_step(case, half, micro,
-                                          lambda net: DistributedDataParallel(net, broadcast_buffers=False))
-    found["norm"] = [normalised_batch(ours, slice(rank * 4, rank * 4 + 4)) for ours, _ in batchnorms()]
-    rows = rand(6, 2)[half]
-    leaf = rows.clone().requires_grad_()
-    weights = rand(6, 2, seed=10 + rank)
-    (model.gather_with_grad(leaf) * weights).sum().backward()
-    found["gather"] = model.gather(rows), leaf.grad
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("processes"))
-    torch.multiprocessing.spawn(in_a_process, (folder,), nprocs=2)
-    return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in (0, 1)]
-
-
-@pytest.mark.parametrize("micro", [0, 2])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_two_processes_equal_one_on_the_whole_batch(two_processes, case, micro):
-    loss, grads, state = one_step(case)
-    both = [found[case, micro] for found in two_processes]
-    torch.testing.assert_close((both[0][0]["loss"] + both[1][0]["loss"]) / 2, loss["loss"], **EXACT)
-    for _, ours, weights in both:
-        assert_same(ours, grads)
-        assert_same(weights, state)
-
-
-def test_batchnorm_in_one_process_is_torchs():
-    for ours, torchs in batchnorms():
-        for a, b in zip(normalised_batch(ours), normalised_batch(torchs)):
-            assert_same(a, b)
-
-
-def test_batchnorm_in_two_processes_is_torchs_on_the_whole_batch(two_processes):
-    for i, (_, torchs) in enumerate(batchnorms()):
-        expected, state = normalised_batch(torchs)
-        halves = [found["norm"][i] for found in two_processes]
-        assert_same({k: torch.cat([halves[0][0][k], halves[1][0][k]]) for k in expected}, expected)
-        for _, ours in halves:
-            assert_same(ours, state)
-
-
-def test_gathering(two_processes):
-    rows, total = rand(6, 2), rand(6, 2, seed=10) + rand(6, 2, seed=11)
-    for rank, found in enumerate(two_processes):
-        gathered, grad = found["gather"]
-        assert torch.equal(gathered, rows)                                  # in rank order
-        torch.testing.assert_close(grad, total[3 * rank:3 * rank + 3], **EXACT)
-
-
-def test_batchnorm_keeps_its_statistics_when_a_batch_is_not_finite():
-    norm = model.BatchNorm1d(5)
-    norm(rand(8, 5, dtype=torch.float32))
-    before = copy.deepcopy(norm.state_dict())
-    assert norm(torch.full((8, 5), float("nan"))).isnan().all()
-    for name in ("running_mean", "running_var"):
-        assert torch.equal(norm.state_dict()[name], before[name])
-
-
-def test_batchnorm_leaves_half_precision():
-    norm = model.BatchNorm1d(5)
-    assert norm(rand(8, 5).bfloat16()).dtype == torch.float32
-
-
-# -------------------------------------------------------------------------------------- rates, schedules
+# --------------------------------------------------------------------------------- rates, schedules
 def test_layers_and_stages():
-    names = {"cls_token": 0, "pos_embed": 0, "patch_embed.proj.weight": 0, "blocks.0.norm1.weight": 1,
-             "blocks.11.mlp.fc2.bias": 12, "norm.weight": 13, "head.0.weight": 13, "predictor.0.weight": 13,
-             "decoder_blocks.0.norm1.weight": 13, "mask_token": 13, "decoder_pos_embed": 13}
+    names = {"cls_token": 0, "pos_embed": 0, "patch_embed.proj.weight": 0,
+             "blocks.0.norm1.weight": 1, "blocks.11.mlp.fc2.bias": 12, "norm.weight": 13,
+             "head.0.weight": 13, "predictor.0.weight": 13, "decoder_blocks.0.norm1.weight": 13,
+             "mask_token": 13, "decoder_pos_embed": 13}
     for prefix in ("", "base_encoder.", "module.base_encoder."):
         for name, layer in names.items():
             assert model.layer_of(prefix + name, 12) == layer, prefix + name
@@ -620,7 +383,10 @@ def groups_of(net, **options):
     return model.param_groups(net, **options)
 
 
-@pytest.mark.parametrize("net", [mae(torch.float32), *(contrastive(s, m) for s in SYSTEMS for m in (False, True))])
+NETS = [mae(torch.float32), *(contrastive(s, mim) for s in SYSTEMS for mim in (False, True))]
+
+
+@pytest.mark.parametrize("net", NETS, ids=lambda net: type(net).__name__)
 def test_each_trained_parameter_is_in_one_group_with_the_rate_of_its_stage(net):
     groups = groups_of(net)
     placed = [name for group in groups for name in group["names"]]
@@ -632,7 +398,8 @@ def test_each_trained_parameter_is_in_one_group_with_the_rate_of_its_stage(net):
             short = name.removeprefix("base_encoder.")
             block = short.split(".")[1] if short.startswith("blocks.") else None
             first = short.startswith(("cls_token", "patch_embed"))
-            assert group["base_lr"] == [1e-3, 1e-2, 1e-1][int(block) if block else 0 if first else 2], name
+            stage = int(block) if block else 0 if first else 2
+            assert group["base_lr"] == [1e-3, 1e-2, 1e-1][stage], name
             assert group["weight_decay"] == (0.1 if own[name].ndim > 1 else 0.0), name
     assert {g["weight_decay"] for g in groups_of(net, decay_all=True)} == {0.1}
     with pytest.raises(ValueError, match="must divide the depth"):
@@ -650,6 +417,15 @@ def test_layer_decay_scales_each_layer():
             layer = {"blo": 1, "cls": 0, "pat": 0}.get(name[:3], 4)
             layer += int(name.split(".")[1]) if name.startswith("blocks.") else 0
             assert group["base_lr"] == 2.0 * 0.5 ** (4 - layer), name
+            one_dimensional = name.endswith("bias") or "norm" in name
+            assert (group["weight_decay"] == 0) == (one_dimensional or name == "cls_token"), name
+
+
+def test_set_rates():
+    net = vit()
+    optimizer = torch.optim.AdamW(groups_of(net), lr=0.0)
+    model.set_rates(optimizer, 0.5)
+    assert {group["lr"] for group in optimizer.param_groups} == {5e-4, 5e-3, 5e-2}
 
 
 def frozen_by(**options):
@@ -663,11 +439,12 @@ def test_freeze():
     def lowest(k):
         return {name for name in vit_names(3) if model.layer_of(name, 3) <= k}
     assert frozen_by() == {"pos_embed"}
-    assert frozen_by(patch_embed=True) == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    patches = {"patch_embed.proj.weight", "patch_embed.proj.bias"}
+    assert frozen_by(patch_embed=True) == {"pos_embed"} | patches
     assert frozen_by(blocks=1) == lowest(1)
     assert frozen_by(lrs=[0.0, 0.0, 1.0]) == lowest(2)
     assert frozen_by(lrs=[1.0, 0.0, 1.0]) == {"pos_embed"} | lowest(2) - lowest(1)
-    assert not any("head" in name or "predictor" in name or name.startswith("norm.") for name in frozen_by(blocks=3))
+    assert not any(name.startswith(("head", "predictor", "norm.")) for name in frozen_by(blocks=3))
     for nothing_left in (dict(lrs=[0.0]), dict(blocks=4)):
         with pytest.raises(ValueError, match="nothing is left to train"):
             frozen_by(**nothing_left)
@@ -689,8 +466,9 @@ def test_weights_move_in_proportion_to_the_rate_of_their_stage():
     net = contrastive("moco")
     before = copy.deepcopy(net.state_dict())
     train_a_little(net, groups_of(net, lrs=rates), steps=1)
-    moved = {name: (p.detach() - before[name]).abs() for name, p in net.named_parameters() if p.requires_grad}
-    del moved["base_encoder.norm.bias"]         # no gradient: the BatchNorm of the projector takes a shift out again
+    moved = {name: (p.detach() - before[name]).abs() for name, p in net.named_parameters()
+             if p.requires_grad}
+    del moved["base_encoder.norm.bias"]  # the projector's BatchNorm takes a shift out again
     for stage, rate in enumerate(rates):
         for name, distance in moved.items():
             if model.stage_of(model.layer_of(name, 3), 3, 3) == stage:
@@ -713,9 +491,11 @@ def test_frozen_layers_stay_to_the_bit_and_no_gradient_is_computed_below(options
 
 
 def test_lr_factor_at_known_points():
-    assert [model.lr_factor(s, 110, 10) for s in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    factors = [model.lr_factor(s, 110, 10) for s in (0, 5, 10, 60, 110)]
+    assert factors == pytest.approx([0, 0.5, 1, 0.5, 0])
     assert model.lr_factor(35, 110, 10) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
-    assert [model.lr_factor(s, 110, 10, floor=0.2) for s in (10, 60, 110)] == pytest.approx([1, 0.6, 0.2])
+    factors = [model.lr_factor(s, 110, 10, floor=0.2) for s in (10, 60, 110)]
+    assert factors == pytest.approx([1, 0.6, 0.2])
     assert model.lr_factor(0, 4, 0) == 1
     rates = [model.lr_factor(s, 110, 10) for s in range(10, 111)]
     assert rates == sorted(rates, reverse=True)
@@ -723,4 +503,5 @@ def test_lr_factor_at_known_points():
 
 def test_momentum_at_known_points():
     assert [model.momentum_at(s, 100) for s in (0, 50, 100)] == pytest.approx([0.99, 0.995, 1])
-    assert model.momentum_at(25, 100, 0.9) == pytest.approx(1 - 0.1 * 0.5 * (1 + math.cos(math.pi / 4)))
+    quarter = 1 - 0.1 * 0.5 * (1 + math.cos(math.pi / 4))
+    assert model.momentum_at(25, 100, 0.9) == pytest.approx(quarter)

@@ -13,7 +13,7 @@ import data
 import model
 import reproduce
 
-SCRIPTS = ("mae_pretrain", "graft_train", "evaluate", "finetune", "analyze")
+SCRIPTS = ("mae_pretrain", "graft_train", "evaluate", "finetune", "segment", "analyze")
 
 
 def arguments(tmp_path, *options, preset="demo"):
@@ -47,7 +47,7 @@ def stubs(monkeypatch):
                 os.makedirs(out, exist_ok=True)
                 open(os.path.join(out, "encoder.pt"), "w").close()
             n = float(len(calls))
-            return dict(protocol=name, top1=n, held_out_top1=-n, balanced=n / 2, seed=0)
+            return dict(protocol=name, top1=n, held_out_top1=-n, balanced=n / 2, miou=n + 40)
         return main
 
     for name in SCRIPTS:
@@ -97,14 +97,15 @@ def test_every_command_is_accepted_by_its_stage(tmp_path, preset, monkeypatch):
     monkeypatch.setattr(reproduce.mae_pretrain.run.checkpoint, "there", lambda path: True)
     never = reproduce.PRESETS[preset].get("never", ())
     args = arguments(tmp_path, "--only", ",".join(set(reproduce.TABLES) - set(never)),
-                     preset=preset)
+                     *["--ade20k", str(tmp_path)] * ("table6" not in never), preset=preset)
     p = reproduce.plan(args)
     (tmp_path / "longtail").mkdir()
     for name in reproduce.systems(p):
         stage, options = command_of(args, name)
         stage.get_args(options)
     for script, options in reproduce.jobs(p, [0]).values():
-        script.get_args([*reproduce.command(p, 0, options), "--checkpoint", str(tmp_path)])
+        start = "--init" if script is reproduce.segment else "--checkpoint"
+        script.get_args([*reproduce.command(p, 0, options), start, str(tmp_path)])
 
 
 def test_every_row_of_a_column_has_the_same_settings(tmp_path):
@@ -166,6 +167,18 @@ def test_tables_show_mean_and_deviation(tmp_path):
     assert "| Layer grafted | 51.0 ± 1.4 (77.7) |" in text
     assert "| 5e-4 | 33.3 |" in text[text.index("| linear, third stage 1.5e-3 |"):]
     assert "| 5e-4 | 44.4 |" in text[text.index("| fine-tune, third stage 1.5e-3 |"):]
+
+
+def test_segmentation_starts_from_each_system(tmp_path, stubs):
+    assert "table6" not in arguments(tmp_path, preset="imagenet").only
+    folder = str(tmp_path / "ade")
+    os.makedirs(folder)
+    reproduce.main(arguments(tmp_path, "--only", "table6", "--ade20k", folder, preset="imagenet"))
+    found = [pairs(argv) for script, argv in stubs if script == "segment"]
+    assert [os.path.basename(options["--init"]) for options in found] == [
+        "mae", "moco-v3", "layer-grafted"]
+    assert {options["--data"] for options in found} == {folder}
+    assert "| Layer grafted | 46.0 (48.7) |" in open(tmp_path / "results.md").read()
 
 
 # ---------------------------------------------------------------------------------- operations
@@ -309,9 +322,39 @@ def test_images_are_read_once(tmp_path, stubs, monkeypatch):
     (["--only", "table9"], "--only table9"), (["--preset", "huge"], "choice"),
     (["--preset", "imagenet", "--only", "tuning"], "preset imagenet has none of it"),
     (["--preset", "imagenet"], "needs --data"), (["--mae", "nowhere.pth"], "no such file"),
+    (["--preset", "imagenet", "--data", ".", "--only", "table6"], "needs --ade20k"),
     (["--data", "nowhere"], "no such folder")])
 def test_bad_arguments(options, message, capsys, monkeypatch):
     monkeypatch.delenv("DATA", raising=False)
     with pytest.raises(SystemExit) as stop:
         reproduce.get_args(options)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def tiny_preset():
+    """In place of the demonstration: an epoch of each, for the small world's network."""
+    one = dict(epochs=1, batch_size=16)
+    reproduce.PRESETS["demo"] = reproduce.SMALL | dict(
+        data=None, images=96, tests=50, common=one | dict(crop_min=0.5), short=1, few="25%",
+        many="50%", arch=dict(arch="vit_test", patch_size=8, img_size=32),
+        mae=dict(epochs=1, lr="1e-3"), contrastive=dict(epochs=1, lr="1e-3", hidden_dim=8),
+        rates="1e-4,1e-4,1e-3", fine=one, few_fine=one, grid=(("1e-4", "1e-3"),) * 3,
+        probes=((2, 3), (0, 1)), table3=("MAE", "MoCo v3", "MTL", "Layer grafted"),
+        table5=("MAE",), longtail=("MAE, long tail",))
+
+
+def test_for_real_in_two_processes(tmp_path, start):
+    """Every stage in both processes, the files from the first; a second call has nothing to do."""
+    command = ["--out", tmp_path / "out", "--common", "--workers 0", "--only",
+               "longtail,table3,table5,analyses"]
+    job = start("reproduce", *command, processes=2, prepare=tiny_preset)
+    assert job.codes(900) == [0, 0], job.said()
+    entries = reproduce.run.read_results(tmp_path / "out" / "results.jsonl")
+    keys = [(e["name"], e["protocol_name"]) for e in entries]
+    assert len(keys) == len(set(keys)) == 3 + 4 + 4
+    assert {"gradients.csv", "vic.csv", "attention.csv", "depth.csv"} <= set(
+        os.listdir(tmp_path / "out" / "figures"))
+    assert "no lr-grid: " in job.said()
+    job = start("reproduce", *command, prepare=tiny_preset)
+    assert job.codes(300) == [0]
+    assert "0 systems to train or resume, 0 evaluations" in job.said()

@@ -1,0 +1,773 @@
+"""data.py: finding and reading images, labels, order, batches, and `data.py check`."""
+import io
+import os
+import pickle
+import random
+import resource
+import socket
+import struct
+import subprocess
+import sys
+import time
+import unicodedata
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+import augment
+import data
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+torch.set_num_threads(1)
+
+
+def images_like(n, h, w, seed=0):
+    """Random uint8 images (n, 3, h, w) with large and small structure."""
+    coarse = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    fine = torch.rand(n, 3, h, w, generator=torch.Generator().manual_seed(seed + 1))
+    x = 0.7 * F.interpolate(coarse, size=(h, w), mode="bilinear") + 0.3 * fine
+    return (x * 255).to(torch.uint8)
+
+
+def save_image(path, pixels, **options):
+    """uint8 pixels (H, W, 3) as a file, its folder made."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def folder_of(root, names, size=(16, 16), seed=0):
+    """A folder with an image for each name."""
+    pixels = images_like(len(names), *size, seed).permute(0, 2, 3, 1).numpy()
+    for name, image in zip(names, pixels):
+        save_image(os.path.join(root, name), image)
+    return str(root)
+
+
+def class_folder(root, part="train", classes=("cat", "dog"), each=3, **options):
+    names = [f"{c}/{c}_{i}.png" for c in classes for i in range(each)]
+    folder_of(os.path.join(root, part), names, **options)
+    return str(root)
+
+
+def corrupt(path):
+    """The first half of an image file."""
+    with open(path, "rb") as f:
+        content = f.read()
+    with open(path, "wb") as f:
+        f.write(content[:len(content) // 2])
+
+
+def checked(capsys, *arguments):
+    """(exit code, what it printed, its errors) of python data.py check."""
+    capsys.readouterr()
+    code = data.program(["check", *map(str, arguments)])
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == (code > 0)
+    return code, said.out, said.err
+
+
+# --------------------------------------------------------------------------------- finding images
+def test_class_folders(tmp_path):
+    class_folder(tmp_path, "train", ("b", "a", "c"))
+    class_folder(tmp_path, "test", ("c", "a"), each=2)
+    train, test = data.load(str(tmp_path)), data.load(str(tmp_path), train=False)
+    assert train.classes == ["a", "b", "c"]
+    assert train.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert [train.file(i) for i in (0, 3)] == ["a/a_0.png", "b/b_0.png"]
+    assert test.classes == ["a", "c"] and len(test) == 4
+    assert data.same_classes(train, test).labels.tolist() == [0, 0, 2, 2]
+    assert test.classes == train.classes
+    class_folder(tmp_path, "val", ("z",))               # one class may be tested; val/ before test/
+    with pytest.raises(data.DataError, match="test class z"):
+        data.same_classes(train, data.load(str(tmp_path), train=False))
+
+
+@pytest.mark.parametrize("classes, stray, why", [
+    (("cat",), [], "it has one class folder only, cat"), ((), ["1.png"], "it has no class folders"),
+    (("cat", "dog"), ["x.png"], "x.png lies beside the class folders")])
+def test_a_training_set_without_labels_is_named_and_why(tmp_path, classes, stray, why):
+    class_folder(tmp_path, "train", classes)
+    class_folder(tmp_path, "val")
+    folder_of(tmp_path / "train", stray)
+    train, test = data.load(str(tmp_path)), data.load(str(tmp_path), train=False)
+    assert len(train) == 3 * len(classes) + len(stray) and train.labels is None
+    for use in (lambda: data.labelled(train), lambda: data.same_classes(train, test)):
+        with pytest.raises(data.DataError, match=why):
+            use()
+
+
+def test_classes_are_compared_by_what_they_spell(tmp_path):
+    for part, form in (("train", "NFC"), ("val", "NFD")):
+        class_folder(tmp_path, part, [unicodedata.normalize(form, "caf\u00e9"), "tea"])
+    train, test = data.load(str(tmp_path)), data.load(str(tmp_path), train=False)
+    assert data.same_classes(train, test).labels.tolist() == [0] * 3 + [1] * 3
+
+
+@pytest.mark.parametrize("train, test", [("Train", "Test"), ("training", "validation"),
+                                         ("TRAIN_SET", "valid"), ("train", "dev")])
+def test_parts_of_any_case_and_common_names(tmp_path, train, test):
+    class_folder(tmp_path, train)
+    class_folder(tmp_path, test, each=2)
+    assert len(data.load(str(tmp_path))) == 6 and len(data.load(str(tmp_path), False)) == 4
+
+
+def test_parts_that_are_in_doubt_are_refused(tmp_path):
+    class_folder(tmp_path / "a", "train_2020")
+    class_folder(tmp_path / "a", "test_2020")
+    with pytest.raises(data.DataError, match="look like parts"):
+        data.load(str(tmp_path / "a"))
+    class_folder(tmp_path / "b", "train")
+    class_folder(tmp_path / "b", "Training")
+    with pytest.raises(data.DataError, match="Training/ or train/ the train part"):
+        data.load(str(tmp_path / "b"))
+    class_folder(tmp_path / "c", "train")
+    with pytest.raises(data.DataError, match="no val/ or test/"):
+        data.load(str(tmp_path / "c"), train=False)
+
+
+def test_unlabelled_folders_flat_and_nested(tmp_path):
+    names = ["1.png", "2.JPG", "3.webp", ".hidden.png"]
+    flat = data.load(folder_of(tmp_path / "flat", names))
+    assert len(flat) == 3 and flat.labels is None
+    names = ["x/1.png", "y/deep/2.png", "3.png", ".git/4.png"]
+    nested = data.load(folder_of(tmp_path / "nested", names))
+    assert list(nested.files) == ["3.png", "x/1.png", "y/deep/2.png"] and nested.labels is None
+    with pytest.raises(data.DataError, match="no train/ and no val/"):
+        data.load(str(tmp_path / "flat"), train=False)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(data.DataError, match="no images found"):
+        data.load(str(tmp_path / "empty"))
+
+
+def test_images_are_known_by_content_and_the_rest_is_said(tmp_path, capsys):
+    root = folder_of(tmp_path, ["cat/1.png", "cat/2.jfif", "dog/1.jpg", "dog/2.jpg", "dog/3.png"])
+    for old, new in (("1.jpg", "1.scan"), ("2.jpg", "2.scan"), ("3.png", "3")):
+        os.rename(tmp_path / "dog" / old, tmp_path / "dog" / new)
+    for name in ("notes.txt", "more.txt", "table.csv"):
+        (tmp_path / "cat" / name).write_text("no image")
+    dataset = data.load(root)
+    assert list(dataset.files) == ["cat/1.png", "cat/2.jfif", "dog/1.scan", "dog/2.scan", "dog/3"]
+    assert dataset.labels.tolist() == [0, 0, 1, 1, 1]
+    assert "passed over 3 files that are no images: 2 .txt, 1 .csv" in capsys.readouterr().out
+
+
+def test_every_real_folder_is_visited_once(tmp_path):
+    folder_of(tmp_path / "set", ["a/1.png", "b/2.png"])
+    folder_of(tmp_path / "far", ["3.png"])
+    for link, target in (("a/to_b", "../b"), ("b/to_a", "../a"), ("a/up", ".."), ("0", "a")):
+        os.symlink(target, tmp_path / "set" / link)
+    os.symlink("../far", tmp_path / "set" / "z")
+    os.symlink("nowhere", tmp_path / "set" / "dead")
+    assert list(data.list_files(str(tmp_path / "set"))) == ["a/1.png", "b/2.png", "z/3.png"]
+
+
+def test_names_are_compact_and_change_the_digest(tmp_path):
+    names = ["a/b.png", "caf\u00e9/1.png", os.fsdecode(b"bad\xff.png"), "x" * 300]
+    kept = data.Names(names)
+    assert list(kept) == names and [kept[i] for i in range(4)] == names and len(kept) == 4
+    assert list(kept.select([3, 1])) == [names[3], names[1]] and kept.below("a") == [0]
+    assert list(kept.select([0], cut=2)) == ["b.png"]
+    million = data.Names(f"{i:07}.png" for i in range(10 ** 6))
+    assert len(pickle.dumps(million)) < 29 * 10 ** 6 and million[999999] == "0999999.png"
+    root = folder_of(tmp_path, ["1.png", "2.png"])
+    before = data.load(root).digest
+    assert data.load(root).digest == before
+    folder_of(tmp_path, ["3.png"])
+    assert data.load(root).digest != before and data.embedded().digest == data.embedded().digest
+
+
+@pytest.mark.parametrize("name, content, kind", [
+    ("x.zip", b"PK\3\4" + bytes(99), "zip archive"), ("x.parquet", b"PAR1abc", "parquet"),
+    ("x.npy", b"\x93NUMPY\1\0", "numpy array"), ("x.bin", b"abc\0def", "neither text"),
+    ("x.tar.gz", b"\x1f\x8b\x08\0", "gzip"), ("x.jpg", b"\xff\xd8\xff\xe0", "an image")])
+def test_files_that_are_no_list_are_named(tmp_path, name, content, kind):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(data.DataError, match=kind) as error:
+        data.load(str(tmp_path / name))
+    assert error.value.exit_code == 2 and "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------- lists and labels
+@pytest.mark.parametrize("text", [
+    "dog_1.png\ncat_0.png\n", "\ndog_1.png\r\ncat_0.png\r\n\r\n", "dog/dog_1.png\ncat/cat_0.png",
+    "train/dog/dog_1.png 1\r\ntrain/cat/cat_0.png 0\r\n", "\ufeffdog_1.png\ncat_0.png",
+    "train\\dog\\dog_1.png\ntrain\\cat\\cat_0.png", '"dog_1.png"\n"cat_0.png"',
+    "ROOT/train/dog/dog_1.png\nROOT/train/cat/cat_0.png",
+    "file,label\ntrain/dog/dog_1.png,dog\ntrain/cat/cat_0.png,cat",
+    '\ufeff"label";"Filename"\n"dog";"dog_1.png"\n"cat";"cat_0.png"',
+    "dog_1.png\tdog\ncat_0.png\tcat"])
+def test_lists(tmp_path, text, capsys):
+    root = class_folder(tmp_path)
+    (tmp_path / "some.txt").write_bytes(text.replace("ROOT", root).encode())
+    listed = data.load(f"{root}/some.txt")
+    assert [os.path.basename(name) for name in listed.files] == ["dog_1.png", "cat_0.png"]
+    if "1\r" in text or "label" in text or "\t" in text:
+        assert listed.labels.tolist() == [1, 0] and listed.classes == ["cat", "dog"]
+    full = data.load(root)
+    expected = [list(full.files).index(name) for name in ("dog/dog_1.png", "cat/cat_0.png")]
+    assert torch.equal(listed.images, full.images[expected])
+    ids, how = data.labelled(full, f"{root}/some.txt")
+    assert ids.tolist() == sorted(expected) and how == "list some.txt"
+    assert ("labels in it are not used" in capsys.readouterr().out) == (listed.labels is not None)
+
+
+def test_lists_that_cannot_be_followed(tmp_path):
+    root = class_folder(tmp_path)
+    folder_of(tmp_path / "train", ["cat/same.png", "dog/same.png", "dog/only.png", "a, b.png"])
+    full = data.Dataset(data.FileSource(f"{root}/train", data.list_files(f"{root}/train")))
+    full.label([name[0] for name in full.files], ["a", "c", "d"])
+    for text, message in (("cat_9.png", "do not exist, first cat_9"), ("same.png", "several"),
+                          ("cat_0.png\ncat_1.png", "one class only"),
+                          ("../cat_0.png", "leads out"), ("/etc/cat_0.png", "leads out"),
+                          ("\n\n", "empty"), ("cat/only.png", "do not exist, first cat/only.png")):
+        (tmp_path / "bad.txt").write_text(text)
+        with pytest.raises(data.DataError, match=message):
+            data.labelled(full, f"{root}/bad.txt")
+    (tmp_path / "good.txt").write_text("dog/same.png\ncat/same.png\na, b.png")
+    with pytest.raises(data.DataError, match="a list names files"):
+        data.labelled(data.embedded(n=16), f"{root}/good.txt")
+    ids = data.labelled(full, f"{root}/good.txt")[0]
+    assert [full.file(i) for i in ids] == ["a, b.png", "cat/same.png", "dog/same.png"]
+
+
+def test_labels_of_a_list_are_used_and_said(tmp_path, capsys):
+    root = folder_of(tmp_path, [f"{i}.png" for i in range(4)])
+    (tmp_path / "l.txt").write_text("3.png 10\n1.png 9\n0.png 9\n")
+    listed = data.load(f"{root}/l.txt")
+    assert list(listed.files) == ["3.png", "1.png", "0.png"]
+    assert listed.classes == ["9", "10"] and listed.labels.tolist() == [1, 0, 0]
+    assert "2 classes, 9, 10" in capsys.readouterr().out
+    with pytest.raises(data.DataError, match="nothing to evaluate on; --val-share"):
+        data.load(f"{root}/l.txt", train=False)
+    for text, message in (("0.png 1\n0.png 2\n", "two labels"), ("0.png 1\n1.png\n", "no label")):
+        (tmp_path / "l.txt").write_text(text)
+        with pytest.raises(data.DataError, match=message):
+            data.load(f"{root}/l.txt")
+
+
+def test_labels_file_with_and_without_a_split(tmp_path):
+    root = folder_of(tmp_path / "flat", [f"{i}.png" for i in range(6)])
+    table = tmp_path / "labels.csv"
+    rows = [f"{i}.png,{'ab'[i % 2]},{'train' if i < 4 else 'Test'}\n" for i in range(6)]
+    table.write_text("file,label,split\n" + "".join(rows))
+    train, test = (data.load(root, part, labels_file=str(table)) for part in (True, False))
+    assert list(train.files) == ["0.png", "1.png", "2.png", "3.png"]
+    assert list(test.files) == ["4.png", "5.png"] and test.labels.tolist() == [0, 1]
+    table.write_text("file,label,split\n0.png,a,never\n")
+    with pytest.raises(data.DataError, match="'never' in the column split"):
+        data.load(root, labels_file=str(table))
+    root = class_folder(tmp_path / "parts", each=1)
+    class_folder(tmp_path / "parts", "val", each=1)
+    rows = [f"{part}/{c}/{c}_0.png,{c}{c}\n" for c in ("cat", "dog") for part in ("train", "val")]
+    table.write_text("file,label\n" + "".join(rows))
+    for part in (True, False):
+        assert data.load(root, part, labels_file=str(table)).classes == ["catcat", "dogdog"]
+
+
+def test_a_share_of_each_class_is_held_out(tmp_path):
+    root = folder_of(tmp_path, [f"{c}/{i}.png" for c, n in (("a", 10), ("b", 5), ("c", 1))
+                                for i in range(n)])
+    train, test = (data.load(root, part, val_share=0.2) for part in (True, False))
+    assert test.labels.bincount(minlength=3).tolist() == [2, 1, 0]
+    assert sorted([*train.files, *test.files]) == sorted(data.load(root).files)
+    assert list(test.files) == list(data.load(root, False, val_share=0.2).files)
+    class_folder(tmp_path / "parts")
+    class_folder(tmp_path / "parts", "val")
+    with pytest.raises(data.DataError, match="test images of its own"):
+        data.load(str(tmp_path / "parts"), val_share=0.2)
+
+
+def test_label_subsets():
+    dataset = data.embedded(n=1600)
+    ids, how = data.labelled(dataset)
+    assert ids.tolist() == list(range(1600)) and how == "all"
+    for spec, each in (("1%", 1), ("10%", 10), ("0.1%", 1), ("7 per class", 7), ("7", 7)):
+        ids, how = data.labelled(dataset, spec, seed=5)
+        assert dataset.labels[ids].bincount().tolist() == [each] * 16, spec
+        assert ids.tolist() == sorted(set(ids.tolist())) and "seed 5" in how
+        assert torch.equal(ids, data.labelled(dataset, spec, seed=5)[0])
+        assert not torch.equal(ids, data.labelled(dataset, spec, seed=6)[0])
+    small = set(data.labelled(dataset, "5%")[0].tolist())
+    assert small < set(data.labelled(dataset, "20%")[0].tolist())       # one draw holds the other
+    order = augment.shuffled(1600, augment.SUBSET, 3, 2)                # the draw, by a loop
+    firsts = [order[dataset.labels[order] == c][:3] for c in range(16)]
+    assert torch.equal(data.labelled(dataset, "3", seed=2)[0], torch.cat(firsts).sort().values)
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("x", "neither a share"), ("0%", "out of range"), ("101%", "out of range"), ("-3", "out of"),
+    ("nan%", "out of range"), ("1.5", "neither a share"), ("101 per class", "has only 100"),
+    ("/nowhere.txt", "neither a share")])
+def test_label_subsets_that_cannot_be_drawn(spec, message):
+    with pytest.raises(data.DataError, match=message):
+        data.labelled(data.embedded(n=1600), spec)
+
+
+# --------------------------------------------------------------------------------- reading images
+def read_back(tmp_path, image, name="image.png", in_chans=3, value_range=None, **options):
+    image.save(tmp_path / name, **options)
+    dataset = data.Dataset(data.FileSource(str(tmp_path), [name]), in_chans=in_chans)
+    dataset.range = data.find_range(dataset, value_range)
+    return dataset.read(0).numpy()
+
+
+def test_kinds_of_images_are_read_right(tmp_path):
+    rgb = images_like(1, 10, 14)[0].permute(1, 2, 0).numpy()
+    grey = rgb[..., 0]
+    three = np.repeat(grey[..., None], 3, 2)
+    rgba = np.dstack([rgb, np.full((10, 14), 77, np.uint8)])
+    palette, bilevel = Image.fromarray(rgb).quantize(16), Image.fromarray(grey > 128)
+    ink = np.dstack([255 - rgb, np.zeros((10, 14), np.uint8)])  # CMYK without black: the complement
+    for image, expected, options in (
+            (rgb, rgb, {}), (grey, three, {}), (grey, grey[..., None], dict(in_chans=1)),
+            (rgba, rgb, {}), (rgba, rgba, dict(in_chans=4)),
+            (rgb, np.dstack([rgb, np.full((10, 14), 255)]), dict(in_chans=4)),
+            (np.dstack([grey, rgba[..., 3]]), three, {}),
+            (grey.astype(np.uint16) * 257, three, {}),
+            (grey.astype(np.uint16) * 257, grey[..., None], dict(in_chans=1, name="p.tif")),
+            (palette, np.asarray(palette.convert("RGB")), {}),
+            (palette, np.asarray(palette.convert("RGB")), dict(transparency=3)),
+            (palette, np.asarray(palette.convert("RGB")), dict(name="p.gif")),
+            (bilevel, np.repeat((grey > 128)[..., None] * 255, 3, 2), {}),
+            (Image.fromarray(ink, mode="CMYK"), rgb, dict(name="p.tif"))):
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        assert np.array_equal(read_back(tmp_path, image, **options), expected), image.mode
+
+
+@pytest.mark.parametrize("orientation, turned", [
+    (3, lambda x: x[::-1, ::-1]), (6, lambda x: np.rot90(x, -1)), (8, lambda x: np.rot90(x))])
+def test_images_are_turned_as_their_exif_says(tmp_path, orientation, turned):
+    rgb = images_like(1, 10, 14)[0].permute(1, 2, 0).numpy()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(read_back(tmp_path, Image.fromarray(rgb), exif=exif), turned(rgb))
+
+
+def ramp(low, high, kind):
+    """An image of 16 x 16 values that rise from low to high, and what is to be read: 0 to 255."""
+    return Image.fromarray(np.linspace(low, high, 256).reshape(16, 16).astype(kind))
+
+
+@pytest.mark.parametrize("low, high, kind, value_range, expected", [
+    (0, 1, np.float32, None, (0, 255)), (-1, 1, np.float32, None, (0, 255)),
+    (-1, 1, np.float32, (-1, 3), (0, 128)), (0, 65535, np.uint16, None, (0, 255)),
+    (0, 4080, np.uint16, None, (0, 16)), (0, 4080, np.uint16, "auto", (0, 255)),
+    (0, 4080, np.uint16, (0, 4080), (0, 255)), (0, 260, np.uint16, (0, 4080), (0, 16)),
+    (-1000, 3000, np.int32, None, (0, 255)), (0, 255, np.uint16, (0, 255), (0, 255))])
+def test_the_range_is_that_of_the_set(tmp_path, low, high, kind, value_range, expected):
+    read = read_back(tmp_path, ramp(low, high, kind), "x.tif", 1, value_range)
+    assert (read.min(), read.max()) == expected
+    if expected == (0, 255) and high - low > 255 or kind == np.float32 and value_range is None:
+        assert len(np.unique(read)) == 256
+
+
+def test_one_range_for_all_images_of_both_parts(tmp_path, capsys):
+    for part, tops in (("train", (1.0, 4.0)), ("val", (2.0, 8.0))):
+        for c, top in zip("ab", tops):
+            os.makedirs(tmp_path / part / c)
+            ramp(0, top, np.float32).save(tmp_path / part / c / "x.tif")
+    train, test = (data.load(str(tmp_path), part, 1) for part in (True, False))
+    assert train.range == test.range == (0.0, 4.0)
+    assert train.images.amax((1, 2, 3)).tolist() == [64, 255]
+    assert test.images.amax((1, 2, 3)).tolist() == [128, 255]
+    assert "values from 0 to 4, measured on a sample" in capsys.readouterr().out
+
+
+def test_nan_and_floats_among_8_bits_are_bad(tmp_path):
+    pixels = np.zeros((16, 16), np.float32)
+    pixels[3, 3] = np.nan
+    Image.fromarray(pixels).save(tmp_path / "nan.tif")
+    source = data.FileSource(str(tmp_path), ["nan.tif"])
+    for value_range, message in (((0, 1), "NaN"), (None, "give --range")):
+        dataset = data.Dataset(source)
+        dataset.range = value_range
+        with pytest.raises(data.BadFile, match=message):
+            dataset.read(0)
+
+
+def test_check_says_the_range_and_what_is_lost(tmp_path, capsys):
+    for i, top in enumerate((3000, 4080)):
+        ramp(0, top, np.uint16).save(tmp_path / f"{i}.png")
+    code, out, _ = checked(capsys, tmp_path)
+    assert code == 0 and "2 16-bit" in out and "0 to 4080; 0 to 65535 become" in out
+    assert "of 256 levels 16 are left; --range 0,4080 keeps all" in out
+    code, out, _ = checked(capsys, tmp_path, "--range", "0,3500")
+    assert "values outside become black or white; --range 0,4080" in out and "left" not in out
+    pixels = np.full((16, 16), np.inf, np.float32)
+    Image.fromarray(pixels).save(tmp_path / "2.tif")
+    code, out, err = checked(capsys, tmp_path, "--range", "0,4080")
+    assert code == 1 and "1 of 3 images are bad: 1 NaN" in err and "warning" not in out
+
+
+def test_only_regular_files_are_opened(tmp_path, capsys, monkeypatch):
+    root = folder_of(tmp_path / "set", [f"{i}.png" for i in range(4)], (24, 136))
+    os.mkfifo(tmp_path / "set" / "pipe.jpg")
+    os.symlink("/dev/zero", tmp_path / "set" / "zero.png")
+    os.symlink("pipe.jpg", tmp_path / "set" / "link.png")
+    monkeypatch.chdir(root)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind("socket.png")
+    with open("huge.png", "wb") as f:
+        f.truncate(8 << 30)
+    Image.new("L", (9, 9)).save("sparse.png")
+    os.truncate("sparse.png", 1 << 30)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    code, out, err = checked(capsys, root, "--workers", 1)
+    assert code == 1 and "6 of 10 images are bad: 4 not a regular file" in err
+    assert "1.0 GiB are more than an image of 9 x 9" in out
+    dataset = data.load(root, max_bad=1)
+    for batch in data.Loader(dataset, [augment.MAE_VIEW], (8, 8), 5, max_bad=1).epoch(0):
+        assert batch.view(0).isfinite().all()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+def encoded(form, mode="RGB", size=(40, 36), **options):
+    content = io.BytesIO()
+    pixels = images_like(1, *size[::-1])[0].permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).convert(mode).save(content, form, **options)
+    return content.getvalue()
+
+
+def png_that_claims(width, height):
+    """A PNG of a few bytes whose header claims this size."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(
+            ">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(
+        b"IDAT", zlib.compress(bytes(999))) + chunk(b"IEND", b"")
+
+
+GOOD_FILES = {
+    "animated.gif": encoded("GIF", "P", save_all=True,
+                            append_images=[Image.new("P", (40, 36))] * 3),
+    "cmyk.jpg": encoded("JPEG", "CMYK"), "a_png_in_truth.jpg": encoded("PNG"),
+    "grey.png": encoded("PNG", "L"), "one_bit.tif": encoded("TIFF", "1"),
+    "progressive.jpg": encoded("JPEG", progressive=True), "a dot.and blanks.PNG": encoded("PNG"),
+    "wide.bmp": encoded("BMP", size=(300, 2)), "one_pixel.png": encoded("PNG", size=(1, 1))}
+BAD_FILES = {
+    "truncated.jpg": encoded("JPEG")[:600], "truncated.png": encoded("PNG")[:900],
+    "truncated.gif": encoded("GIF")[:300], "truncated.webp": encoded("WEBP")[:200],
+    "truncated.tif": encoded("TIFF")[:900], "truncated.bmp": encoded("BMP")[:900],
+    "empty.jpg": b"", "text.jpg": b"this is text\n" * 9, "short.jpg": b"\xff\xd8\xff",
+    "noise.jpg": random.Random(0).randbytes(5000),
+    "noise_after_head.jpg": encoded("JPEG")[:20] + bytes(range(256)) * 9,
+    "bomb.png": png_that_claims(60000, 60000), "small_bomb.png": png_that_claims(12000, 12000),
+    "no_pixels.png": png_that_claims(0, 0),
+    "script.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"}
+
+
+def test_check_names_bad_files_by_kind(tmp_path, capsys):
+    root, listed, n = tmp_path / "set", tmp_path / "bad.txt", len(BAD_FILES) + 2
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    root.mkdir()
+    for name, content in (GOOD_FILES | BAD_FILES).items():
+        (root / name).write_bytes(content)
+    (root / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    (root / os.fsdecode(b"bad\xff.png")).write_bytes(b"")
+    code, out, err = checked(capsys, root, "--out", listed, "--workers", 2)
+    kinds = dict(line.split(b"\t")[:2] for line in listed.read_bytes().splitlines())
+    assert code == 1 and {os.fsdecode(name) for name in kinds} == {
+        *BAD_FILES, "dangling.png", os.fsdecode(b"bad\xff.png")}
+    assert kinds[b"empty.jpg"] == kinds[b"bad\xff.png"] == b"empty"
+    assert kinds[b"dangling.png"] == b"vanished" and kinds[b"text.jpg"] == b"no image"
+    assert kinds[b"bomb.png"] == kinds[b"small_bomb.png"] == b"decompression bomb"
+    assert kinds[b"truncated.jpg"] == kinds[b"truncated.png"] == b"truncated"
+    assert f"{n} of {n + len(GOOD_FILES)} images are bad" in err and "2 decompression bomb" in err
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+    for words in ("1 animated", "1 CMYK", "1 another format than its name says"):
+        assert words in out, out
+    env = os.environ | dict(PYTHONUTF8="0", PYTHONIOENCODING="utf-8:strict")
+    strict = subprocess.run([sys.executable, f"{HERE}/data.py", "check", root], env=env,
+                            capture_output=True, text=True)
+    assert strict.returncode == 1 and "Traceback" not in strict.stderr
+    assert "bad\\udcff.png: empty" in strict.stdout
+
+
+def test_check_refuses_nonsense(tmp_path, capsys):
+    root = folder_of(tmp_path / "p", ["1.png"])
+    (tmp_path / "empty").mkdir()
+    for arguments in ([tmp_path / "nowhere"], [tmp_path / "empty"], [root, "--workers", "0"],
+                      [root, "--out", tmp_path], [], [root, "--range", "3,1"]):
+        assert checked(capsys, *arguments)[0] == 2
+    assert checked(capsys, root)[0] == 0
+    assert data.program(["juggle"]) == data.program([]) == 2
+
+
+# ----------------------------------------------------------------------------- decoding, the crops
+def smooth(h, w, seed=0):
+    """An image (h, w, 3) with the edges and the noise of a photograph."""
+    x = F.interpolate(images_like(1, 16, 16, seed).float(), size=(h, w), mode="bicubic")
+    x = x + 4 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(x[0].clamp(0, 255).permute(1, 2, 0).numpy().astype(np.uint8))
+
+
+def as_jpeg(image, orientation=None, **options):
+    if orientation:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options["exif"] = exif
+    content = io.BytesIO()
+    image.save(content, "JPEG", **options)
+    return bytearray(content.getvalue())
+
+
+RGB = smooth(101, 150)
+JPEGS = {"plain": as_jpeg(RGB), "grey": as_jpeg(RGB.convert("L")), "tail": as_jpeg(RGB) + bytes(99),
+         "progressive": as_jpeg(RGB, progressive=True), "4:4:4": as_jpeg(RGB, subsampling=0),
+         "restarts": as_jpeg(RGB, restart_marker_rows=1), "CMYK": as_jpeg(RGB.convert("CMYK")),
+         "one pixel": as_jpeg(RGB.resize((1, 1))), "turned": as_jpeg(RGB, 6),
+         "upside down": as_jpeg(RGB, 3)}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_pixels_are_pillows(kind, monkeypatch):
+    """Pillow's own way, at every reduction, to the bit, with and without torchvision."""
+    size = data.Encoded(JPEGS[kind]).size
+    for factor in (1, 2, 4, 8) if min(size) >= 8 else (1,):
+        theirs = Image.open(io.BytesIO(JPEGS[kind]))
+        assert size == (theirs.size if kind == "turned" else theirs.size[::-1])
+        theirs.draft(None, [side // factor for side in theirs.size])
+        theirs = ImageOps.exif_transpose(theirs)
+        for in_chans in (1, 3, 4):
+            ours = data.Encoded(JPEGS[kind]).pixels(in_chans, factor)
+            expected = np.array(data.to_channels(theirs, in_chans)).reshape(ours.shape)
+            assert np.array_equal(ours.numpy(), expected), factor
+            with monkeypatch.context() as patch:
+                patch.setattr(data, "jpeg_decoder", lambda: None)
+                assert torch.equal(data.Encoded(JPEGS[kind]).pixels(in_chans, factor), ours)
+    for end in (len(JPEGS[kind]) // 2, 200, 20, 0) if len(JPEGS[kind]) > 2000 else ():
+        with pytest.raises(data.BadFile):
+            data.Encoded(JPEGS[kind][:end]).pixels(3)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """JPEGs and others of many sizes; some on their side, one that cannot be read."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(20):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        more = dict(exif=exif) if i % 5 == 3 or i == 9 else {}
+        image = smooth(150 + 37 * i, 900 - 31 * i, i)
+        image.save(root / f"{i:02}.{'png' if i % 5 == 4 else 'jpg'}", **more)
+    corrupt(root / "07.jpg")
+    return str(root)
+
+
+@pytest.mark.parametrize("views, fast", [(augment.MOCO_VIEWS, True), ([augment.TEST_VIEW], False)],
+                         ids=["moco", "evaluation"])
+def test_a_reader_crops_what_pillow_would(photographs, views, fast):
+    """Each crop against pillow's at the reduction that the crops allow."""
+    dataset, size = data.load(photographs), (40, 48)
+    loader = data.Loader(dataset, views, size, 20, seed=4)
+    shown, bad, crops = data.Reader(loader).__getitems__((3, list(range(20))))
+    assert list(bad) == [7] and [i for i in range(20) if shown[i] != i] == [7]
+    reduced = set()
+    for row, i in enumerate(shown):
+        def boxes(image, i=i):
+            sizes = torch.tensor([[image.height, image.width]])
+            return [loader.boxes(torch.tensor([i]), sizes, k, 3)[0].tolist()
+                    for k in range(len(views))]
+
+        path = os.path.join(photographs, dataset.file(i))
+        whole = boxes(ImageOps.exif_transpose(Image.open(path)))
+        factor = max(f for f in (1, 2, 4, 8) if f == 1 or path.endswith("jpg") and all(
+            box[2] >= f * size[0] and box[3] >= f * size[1] for box in whole))
+        reduced.add(factor)
+        image = Image.open(path)
+        image.draft(None, [side // factor for side in image.size])
+        image = ImageOps.exif_transpose(image)
+        for k, (view, (top, left, height, width)) in enumerate(zip(views, boxes(image))):
+            corners = (left, top, left + width, top + height)
+            mode = data.FILTERS[view["mode"]]
+            resized = image.crop(corners).resize(size[::-1], mode) if fast else image.resize(
+                size[::-1], mode, box=corners)
+            off = np.abs(np.array(resized).astype(int) - crops[k][row].permute(1, 2, 0).numpy())
+            assert off.max() <= 1 if fast and factor == 1 else off.mean() < 2 if fast else (
+                off.max() == 0), (i, k, factor)
+    assert len(reduced) > 1
+
+
+# --------------------------------------------------------------------------------------- batches
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_unreadable_images_are_replaced_in_training_and_marked(tmp_path, capsys, in_memory):
+    """The same stand-ins from files and from memory; in evaluations none."""
+    root = folder_of(tmp_path, [f"{i:03}.png" for i in range(200)], (16, 16 if in_memory else 136))
+    for i in (50, 150):
+        corrupt(tmp_path / f"{i:03}.png")
+    dataset = data.load(root)
+    assert (dataset.images is not None) == in_memory and len(dataset) == 200
+    for epoch in range(2):
+        loader = data.Loader(dataset, [augment.MAE_VIEW | dict(flip=0)], (16, 16), 40, seed=1)
+        batches = list(loader.epoch(epoch))
+        ids, shown, readable = (torch.cat([getattr(b, name) for b in batches])
+                                for name in ("ids", "shown", "readable"))
+        assert sorted(ids[~readable].tolist()) == [50, 150] and len(batches) == 5
+        assert torch.equal(shown[readable], ids[readable])
+        for i in (50, 150):
+            stand_in = shown[ids == i].item()
+            assert stand_in == next(j for j in data.stand_ins(dataset, i) if j not in (50, 150))
+        assert all(b.view(0).isfinite().all() for b in batches)
+    assert sorted(dataset.bad) == [50, 150]
+    assert capsys.readouterr().out.count("warning: skipped") == 2
+    loader = data.Loader(dataset, [augment.TEST_VIEW], (16, 16), 150, shuffle=False)
+    for batch in loader.epoch(0):
+        expected = [i not in (50, 150) for i in batch.ids.tolist()]
+        assert torch.equal(batch.shown, batch.ids) and batch.readable.tolist() == expected
+    part = dataset.select([3, 150])
+    assert list(part.bad) == [1] and part.file(1) == "150.png"
+    for i in range(0, 200, 10):
+        corrupt(tmp_path / f"{i:03}.png")
+    with pytest.raises(data.DataError, match=r"of 200 images cannot be read, more than") as error:
+        for _ in data.Loader(data.load(root), [augment.MAE_VIEW], (16, 16), 18).epoch(0):
+            pass
+    assert error.value.exit_code == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("n, side", [(3, 136), (30, 136), (3, 16)])
+def test_a_set_without_a_readable_image_stops_the_run(tmp_path, n, side, workers):
+    root = folder_of(tmp_path, [f"{i}.png" for i in range(n)], (side, side))
+    for i in range(n):
+        corrupt(tmp_path / f"{i}.png")
+    with pytest.raises(data.DataError, match="20 images in a row cannot be read|images cannot be"):
+        dataset = data.load(root, max_bad=1)
+        next(data.Loader(dataset, [augment.MAE_VIEW], (16, 16), n, workers=workers,
+                         max_bad=1).epoch(0))
+
+
+def test_small_images_of_one_size_are_held_in_memory(tmp_path, monkeypatch):
+    small = data.load(folder_of(tmp_path / "small", ["1.png", "2.png"], (16, 24)))
+    assert small.images.shape == (2, 3, 16, 24) and small.images.dtype == torch.uint8
+    assert torch.equal(small.images[1].permute(1, 2, 0), small.read(1))
+    assert data.load(folder_of(tmp_path / "large", ["1.png"], (16, 136))).images is None
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(tmp_path / "small" / "1.png").save(tmp_path / "small" / "3.png", exif=exif)
+    turned = data.load(str(tmp_path / "small"))
+    assert turned.images is None and turned.read(2).shape == (24, 16, 3)
+
+
+def test_reading_files_gives_the_views_of_memory(tmp_path, monkeypatch):
+    root = folder_of(tmp_path, [f"{i}.png" for i in range(8)], (40, 48))
+    views = [*augment.MOCO_VIEWS, augment.MAE_VIEW, augment.TEST_VIEW]
+    held = data.load(root)
+    monkeypatch.setattr(data, "MEMORY_SIDE", 8)
+    a, b = (next(data.Loader(dataset, views, (16, 16), 8, seed=3).epoch(2))
+            for dataset in (held, data.load(root)))
+    assert a.crops is None and b.crops is not None and torch.equal(a.ids, b.ids)
+    for k in range(4):
+        assert (a.view(k) - b.view(k)).abs().mean() < 0.03, k   # pillow rounds to 8 bits
+
+
+def loaded(dataset, epochs=(1,), start=0, rank=0, processes=1, batch=12, workers=0, **options):
+    """What a process gets of epochs: ids, both views and mask noise of each batch."""
+    loader = data.Loader(dataset, augment.MOCO_VIEWS, (16, 16), batch // processes, seed=7,
+                         workers=workers, rank=rank, processes=processes, **options)
+    return [(b.ids, b.view(0), b.view(1), b.noise(4))
+            for epoch in epochs for b in loader.epoch(epoch, start)]
+
+
+def equal(batches, others):
+    return len(batches) == len(others) and all(
+        torch.equal(x, y) for a, b in zip(batches, others) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_batches_do_not_depend_on_processes_workers_or_restarts(tmp_path, in_memory, monkeypatch):
+    names = [f"{i:02}.png" for i in range(50)]
+    dataset = data.load(folder_of(tmp_path, names, (24, 24 if in_memory else 136)))
+    whole = loaded(dataset, (1, 2))
+    assert len(whole) == 8                              # the last 2 of 50 fill no batch
+    seen = torch.cat([batch[0] for batch in whole[:4]]).tolist()
+    assert len(set(seen)) == 48 and seen != torch.cat([batch[0] for batch in whole[4:]]).tolist()
+    workers = 0 if in_memory else 2
+    ranks = [loaded(dataset, (1, 2), rank=rank, processes=2, workers=workers) for rank in (0, 1)]
+    assert equal(whole, [tuple(map(torch.cat, zip(*parts))) for parts in zip(*ranks)])
+    assert equal(whole[2:4], loaded(dataset, start=2, workers=workers))
+    monkeypatch.setattr(data, "CHUNK", 5)               # a view of a slice is the slice of a view
+    monkeypatch.setattr(data.Reader, "TOGETHER", 5)
+    assert equal(whole, loaded(dataset, (1, 2)))
+
+
+def test_reading_goes_on_across_epochs_and_starts_over_elsewhere(tmp_path, monkeypatch):
+    dataset = data.load(folder_of(tmp_path, [f"{i:02}.png" for i in range(20)], (24, 136)))
+    alone, loader = (data.Loader(dataset, [augment.MAE_VIEW], (16, 16), 8, workers=workers)
+                     for workers in (0, 2))
+    begun, stream = [], data.Loader.stream
+    monkeypatch.setattr(data.Loader, "stream",
+                        lambda self, *a: begun.append(self.part) or stream(self, *a))
+    for epoch, start, times in ((0, 0, 1), (1, 0, 1), (2, 0, 1), (1, 1, 2), (2, 0, 2), (2, 0, 3)):
+        views = [b.view(0) for b in loader.epoch(epoch, start)]
+        assert len(views) == 2 - start and begun.count(4) == times   # parts of 4 by two workers
+        assert all(map(torch.equal, views, (b.view(0) for b in alone.epoch(epoch, start))))
+    first = next(loader.epoch(0)).view(0)               # left in the middle, begun again
+    assert torch.equal(next(loader.epoch(0)).view(0), first)
+
+
+def test_views_are_drawn_in_float32_under_autocast_and_independently():
+    n = 2000
+    dataset, crop = data.Dataset(images=images_like(n, 8, 8)), dict(scale=(0.2, 1), mode="bilinear")
+    for view, expected in ((crop, 0.0), (dict(scale=None, mode="bilinear", flip=0.5), 0.5)):
+        loader = data.Loader(dataset, [view, view], (8, 8), n, seed=1)
+        first, later = next(loader.epoch(0)), next(loader.epoch(1))
+        with torch.autocast("cpu", torch.bfloat16):
+            x = first.view(0)
+        assert x.dtype == torch.float32 and torch.equal(x, first.view(0))
+        for other, batch in ((first.view(1), first), (later.view(0), later)):
+            same = x[first.ids.argsort()] == other[batch.ids.argsort()]
+            assert abs(same.flatten(1).all(1).float().mean() - expected) < 0.05
+
+
+def test_functions_of_the_user_get_the_crops(photographs):
+    dataset, views = data.load(photographs), [augment.MAE_VIEW]
+    plain, noted = (data.Reader(data.Loader(dataset, views, (32, 32), 20)).__getitems__((1, [0, 4]))
+                    for views in (views, [augment.MAE_VIEW | dict(pixels=lambda x: 255 - x)]))
+    assert torch.equal(noted[2][0], 255 - plain[2][0]) and plain[2][0].dtype == torch.uint8
+
+
+def test_a_worker_that_dies_is_one_line(tmp_path, monkeypatch):
+    dataset = data.load(folder_of(tmp_path, [f"{i:02}.png" for i in range(20)], (24, 136)))
+
+    def die(pixels):
+        os.kill(os.getpid(), 9)
+
+    def no_room(tensor):
+        raise RuntimeError("unable to allocate shared memory")
+
+    for view, message in ((dict(pixels=die), "killed by|exited"), ({}, "no shared memory")):
+        if not view:
+            monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
+        loader = data.Loader(dataset, [augment.MAE_VIEW | view], (16, 16), 8, workers=1)
+        with pytest.raises(data.DataError, match=message) as error:
+            next(loader.epoch(0))
+        assert error.value.exit_code == 1
+    monkeypatch.setattr("tempfile.tempdir", "/tmp/" + "x" * 100)
+    with pytest.raises(data.DataError, match="set TMPDIR"):
+        data.Loader(dataset, [augment.MAE_VIEW], (16, 16), 8, workers=1)
+
+
+def test_statistics_and_the_embedded_set():
+    few, many = data.embedded(n=10), data.embedded(n=64)
+    assert torch.equal(few.images, many.images[:10]) and torch.equal(few.labels, many.labels[:10])
+    assert few.images.shape == (10, 3, 32, 32) and many.images.float().std() > 30
+    assert data.embedded(n=10, in_chans=1).images.shape == (10, 1, 32, 32)
+    assert data.embedded(n=32).labels.bincount().tolist() == [2] * 16
+    with pytest.raises(data.DataError, match="--in-chans 4"):
+        data.embedded(n=10, in_chans=4)
+    mean, std = data.measure_stats(many)
+    x = many.images.double() / 255
+    assert mean == pytest.approx(x.mean((0, 2, 3)).tolist())
+    assert std == pytest.approx(x.transpose(0, 1).flatten(1).std(1, unbiased=False).tolist())
+    batches = list(data.Loader(many, [augment.TEST_VIEW], (32, 32), 25, shuffle=False).epoch(0))
+    assert torch.cat([b.ids for b in batches]).tolist() == list(range(64))
+    view = torch.cat([b.view(0) for b in batches])
+    for c in range(3):
+        expected = (x[:, c] - data.IMAGENET_STATS[0][c]) / data.IMAGENET_STATS[1][c]
+        torch.testing.assert_close(view[:, c].double(), expected, rtol=0, atol=1e-5)

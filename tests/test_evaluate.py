@@ -1,0 +1,549 @@
+"""evaluate.py: every protocol against a plain reference, files in and out, bad input."""
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import augment
+import checkpoint
+import data
+import evaluate
+import run
+from model import VisionTransformer, accuracies, confusion_matrix, knn_scores
+
+ROOT = os.path.dirname(os.path.abspath(evaluate.__file__))
+ENV = os.environ | dict(OMP_NUM_THREADS="1")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    """A folder with the encoder.pt of a random small ViT."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    net = VisionTransformer(32, 8, 3, 32, 3, 2)
+    checkpoint.save(checkpoint.encoder_file(net, dict(system="random")), folder / "encoder.pt")
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The embedded set with 640 training and 96 test images."""
+    full = data.embedded
+    monkeypatch.setattr(data, "embedded", lambda train=True, in_chans=3, n=None: full(
+        train, in_chans, n or (640 if train else 96)))
+
+
+def run_mode(encoder_folder, out, *options):
+    options = ["--checkpoint", encoder_folder, "--out", out, "--amp", "off", "--workers", 0, *options]
+    return evaluate.main(evaluate.get_args([str(option) for option in options]))
+
+
+def encoder_of(folder):
+    return checkpoint.load(str(folder))
+
+
+def image_folder(root, classes=("cat", "dog"), n=6, sizes=1, parts=("train", "val")):
+    """root/train and root/val with n PNGs a class; several sizes are read as files, one is held."""
+    images = data.embedded(n=2 * n * len(classes)).images
+    number = 0
+    for part in parts:
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                image = Image.fromarray(images[number].permute(1, 2, 0).numpy())
+                side = 32 + i % sizes
+                image.resize((side, 32)).save(root / part / name / f"{i}.png")
+                number += 1
+    return root
+
+
+def features_of(encoder, dataset):
+    """Class token after the final norm and the mean of the other tokens before it, image by image."""
+    loader = data.Loader(dataset, [augment.TEST_VIEW], encoder.config["img_size"], 1, shuffle=False)
+    return torch.cat([encoder.tokens(batch.view(0)) for batch in loader.epoch(0)])
+
+
+# ---------------------------------------------------------------------------------------- linear
+@pytest.mark.parametrize("batchnorm", [False, True])
+def test_linear_sweep_equals_one_sgd_run_per_rate(batchnorm):
+    torch.manual_seed(0)
+    rates, n, dim, classes = [0.01, 0.1, 1.0], 40, 12, 5
+    x, labels = torch.randn(n, dim), torch.randint(classes, (n,))
+    sweep = evaluate.LinearSweep(rates, dim, classes, "cpu", batchnorm, seed=3)
+    singles = []
+    for r, rate in enumerate(rates):
+        fc = torch.nn.Linear(dim, classes)
+        with torch.no_grad():
+            fc.weight.copy_(sweep.weight[:, r * classes:(r + 1) * classes].T)
+            fc.bias.zero_()
+        norm = torch.nn.BatchNorm1d(dim, 1e-6, affine=False) if batchnorm else torch.nn.Identity()
+        singles.append((fc, norm, torch.optim.SGD(fc.parameters(), lr=rate, momentum=0.9)))
+    for step in range(8):
+        part = slice(step * 5, step * 5 + 10)
+        factor = 0.5 * (1 + math.cos(math.pi * step / 8))
+        sweep.step(x[part], labels[part], factor)
+        for rate, (fc, norm, sgd) in zip(rates, singles):
+            sgd.param_groups[0]["lr"] = rate * factor
+            sgd.zero_grad()
+            F.cross_entropy(fc(norm(x[part])), labels[part]).backward()
+            sgd.step()
+    for r, (fc, norm, _) in enumerate(singles):
+        expected = fc(norm.eval()(x))
+        assert torch.allclose(sweep.scores(x, r), expected, atol=1e-5)
+        weight, bias = sweep.classifier(r)
+        assert torch.allclose(x @ weight.T + bias, expected, atol=1e-5)
+        right = (expected.argmax(1) == labels).float().mean() * 100
+        assert torch.isclose(sweep.accuracies(x, labels)[r], right)
+
+
+def test_the_sweep_is_the_released_one():
+    assert len(evaluate.SWEEP) == 35
+    assert min(evaluate.SWEEP) == pytest.approx(1e-5) and max(evaluate.SWEEP) == pytest.approx(90)
+
+
+@pytest.mark.parametrize("cache", ["--cache-features", "--no-cache-features"])
+def test_linear_chooses_on_held_out_images(encoder_folder, small, tmp_path, cache):
+    entry, = run_mode(encoder_folder, tmp_path, "--epochs", 2, cache, "--lr", "0.01,0.1,1")
+    assert entry["chosen_on"] == "64 held-out training images"
+    assert entry["best_on_test"] >= entry["top1"] and entry["top5"] >= entry["top1"]
+    assert ("cached" in entry["protocol"]) == (cache == "--cache-features")
+    needed = {"protocol", "checkpoint", "digest", "data", "labels", "top1", "top5", "seed",
+              "chosen_on", "commit", "system", "balanced", "tested", "unreadable"}
+    assert needed <= set(entry)
+    run_mode(encoder_folder, tmp_path, "--epochs", 2, cache, "--lr", "0.01,0.1,1")
+    written = [json.loads(line) for line in open(tmp_path / "results.jsonl")]
+    assert written == [entry]                           # the same result once, not as a second seed
+
+
+@pytest.mark.parametrize("cache", ["--cache-features", "--no-cache-features"])
+@pytest.mark.parametrize("labels, folds", [("1 per class", 4), ("3 per class", 5)])
+def test_few_labels_choose_by_cross_validation(encoder_folder, tmp_path, cache, labels, folds,
+                                               monkeypatch):
+    root = image_folder(tmp_path / "data", ("a", "b", "c", "d"), 4)
+    seen = []
+    step = evaluate.LinearSweep.step
+    monkeypatch.setattr(evaluate.LinearSweep, "step", lambda self, x, *more: (
+        seen.append((self, len(x))), step(self, x, *more)))
+    entry, = run_mode(encoder_folder, tmp_path, "--data", root, "--labels", labels, "--epochs", 2,
+                      "--lr", "0.1,1", cache)
+    n = 4 * int(labels[0])
+    assert entry["chosen_on"] == f"{folds}-fold cross-validation of {n} training images"
+    sweeps = list(dict.fromkeys(sweep for sweep, _ in seen))
+    shown = [sum(m for other, m in seen if other is sweep) for sweep in sweeps]
+    assert shown[0] == 2 * n and sum(shown[1:]) == 2 * n * (folds - 1) and len(shown) == 1 + folds
+
+
+def test_folds_share_out_each_class():
+    labels = torch.arange(40) % 4
+    folds = evaluate.folds_of(labels, augment.shuffled(40, 1))
+    for c in range(4):
+        assert folds[labels == c].bincount().tolist() == [2] * 5
+
+
+@pytest.mark.parametrize("norm", [[], ["--batchnorm"]])
+def test_a_stopped_linear_evaluation_goes_on(encoder_folder, tmp_path, monkeypatch, norm, capsys):
+    root = image_folder(tmp_path / "data", n=8)
+    options = ["--data", root, "--epochs", 3, "--batch-size", 8, "--no-cache-features", *norm]
+    whole, = run_mode(encoder_folder, tmp_path / "whole", *options)
+    step, taken, killed_at = evaluate.LinearSweep.step, [], None
+
+    def killed(self, x, labels, factor):
+        taken.append(factor)
+        if len(taken) == killed_at:
+            raise KeyboardInterrupt
+        return step(self, x, labels, factor)
+
+    monkeypatch.setattr(evaluate.LinearSweep, "step", killed)
+    run_mode(encoder_folder, tmp_path / "count", *options)
+    every = list(taken)
+    killed_at = 2 * len(every) // 3 + 1                                 # in the third epoch
+    taken.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_mode(encoder_folder, tmp_path / "parts", *options)
+    kept, = (tmp_path / "parts").glob("linear-*.part.pt")
+    killed_at = None
+    taken.clear()
+    parts, = run_mode(encoder_folder, tmp_path / "parts", *options)
+    assert taken == every[-len(every) // 3:] and not kept.exists()
+    for key in ("top1", "best_on_test", "held_out_top1", "lr"):
+        assert parts[key] == whole[key], key
+    ours, theirs = (checkpoint.read(tmp_path / name / "classifier-linear.pt")["classifier"]["weight"]
+                    for name in ("parts", "whole"))
+    assert torch.equal(ours, theirs)
+    kept.write_bytes(b"half")                                           # a damaged one is left aside
+    taken.clear()
+    run_mode(encoder_folder, tmp_path / "parts", *options)
+    assert taken == every and "starts over" in capsys.readouterr().out
+
+
+def test_linear_learns_what_is_linear(encoder_folder, small, tmp_path, monkeypatch):
+    """Features that are the label itself are classified without fault."""
+    def features_of_labels(encoder, dataset, env, **how):
+        return F.one_hot(dataset.labels, 16).float(), torch.ones(len(dataset), dtype=torch.bool)
+    monkeypatch.setattr(run, "extract", features_of_labels)
+    entry, = run_mode(encoder_folder, tmp_path, "--epochs", 20, "--cache-features")
+    assert entry["top1"] == entry["balanced"] == 100
+
+
+def test_a_block_of_linear_is_its_class_token_after_the_norm(encoder_folder, tmp_path, monkeypatch):
+    root, encoder = image_folder(tmp_path / "data"), encoder_of(encoder_folder)
+    seen = {}
+    knn = evaluate.knn_scores
+    monkeypatch.setattr(evaluate, "knn_scores", lambda queries, *more: seen.update(
+        queries=queries) or knn(queries, *more))
+    run_mode(encoder_folder, tmp_path, "--mode", "knn", "--data", root, "--block", 2, "--k", 1)
+    test = data.load(str(root), False)
+    loader = data.Loader(test, [augment.TEST_VIEW], (32, 32), 12, shuffle=False)
+    tokens, = encoder.intermediate(next(iter(loader.epoch(0))).view(0), [2])
+    assert torch.allclose(seen["queries"], encoder.norm(tokens[:, 0]), atol=1e-5)
+    entry, = run_mode(encoder_folder, tmp_path, "--data", root, "--block", 2, "--epochs", 1)
+    assert entry["protocol"] == "linear, block 2"
+    with pytest.raises(run.UsageError, match="--block 4: the encoder has 3 blocks"):
+        run_mode(encoder_folder, tmp_path, "--data", root, "--block", 4)
+
+
+# ---------------------------------------------------------------------------------------- k-NN
+def test_knn_equals_a_loop():
+    torch.manual_seed(0)
+    queries, bank, labels = torch.randn(7, 5), torch.randn(30, 5), torch.randint(4, (30,))
+    scores = knn_scores(queries, bank, labels, 4, k=6, chunk=3)
+    for i in range(7):
+        cos = F.cosine_similarity(queries[i][None], bank)
+        expected = torch.zeros(4)
+        for j in cos.argsort(descending=True)[:6]:
+            expected[labels[j]] += math.exp(cos[j] / 0.07)
+        assert torch.allclose(scores[i], expected, rtol=1e-4)
+    several = knn_scores(queries, bank, labels, 4, k=[2, 6], chunk=4)
+    assert torch.allclose(several[1], scores) and not torch.allclose(several[0], scores)
+
+
+def test_knn_reports_every_k(encoder_folder, small, tmp_path):
+    entry, = run_mode(encoder_folder, tmp_path, "--mode", "knn", "--k", "5,20")
+    assert set(entry["by_k"]) == {"5", "20"} and entry["top1"] == round(entry["by_k"]["5"], 2)
+
+
+# ------------------------------------------------------------------------------------- few labels
+def test_features_are_centred_and_normalised_by_row():
+    x = evaluate.centre_and_normalise(torch.randn(6, 9) + 5)
+    assert torch.allclose(x.mean(1), torch.zeros(6), atol=1e-6)
+    assert torch.allclose(x.norm(dim=1), torch.ones(6))
+
+
+@pytest.mark.parametrize("n, dim, classes", [(300, 24, 7), (40, 60, 4)])
+def test_logistic_regression_has_scikit_learns_optimum(n, dim, classes):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    torch.manual_seed(0)
+    centres, labels = torch.randn(classes, dim), torch.arange(n) % classes
+    x = centres[labels] * 0.4 + torch.randn(n, dim) + 2 * torch.randn(dim)
+    x = evaluate.centre_and_normalise(x).double()
+    penalty = 2.5e-4 / n
+
+    def objective(weight):
+        fit = F.cross_entropy(x @ weight.T, labels)
+        return (fit + penalty / 2 * weight.square().sum()).item()
+
+    weight = evaluate.logistic_regression(x.float(), labels, classes, penalty, tolerance=1e-8)
+    theirs = linear_model.LogisticRegression(C=4000, fit_intercept=False, max_iter=20000, tol=1e-8)
+    theirs = torch.from_numpy(theirs.fit(x.numpy(), labels.numpy()).coef_)
+    assert objective(weight) <= objective(theirs) * (1 + 1e-4)
+    assert ((x @ weight.T).argmax(1) == (x @ theirs.T).argmax(1)).float().mean() > 0.99
+    weight = weight.requires_grad_()
+    loss = F.cross_entropy(x @ weight.T, labels) + penalty / 2 * weight.square().sum()
+    assert torch.autograd.grad(loss, weight)[0].abs().max() < 1e-7
+
+
+def test_fewshot_over_seeds_and_the_table(encoder_folder, small, tmp_path, capsys):
+    entries = run_mode(encoder_folder, tmp_path, "--mode", "fewshot", "--labels", "2 per class",
+                       "--seeds", "0,1,2")
+    assert [e["seed"] for e in entries] == [0, 1, 2] and all(e["labelled"] == 32 for e in entries)
+    evaluate.main(evaluate.get_args(["--table", "--out", str(tmp_path)]))
+    last = capsys.readouterr().out.strip().split("\n")[-1]
+    tops = [e["top1"] for e in entries]
+    assert last == f"| random | {np.mean(tops):.1f} ± {np.std(tops, ddof=1):.1f} |"
+    (tmp_path / "results.jsonl").write_text('{"top1": 3}\n')
+    with pytest.raises(run.UsageError, match="lacks system, protocol or top1"):
+        evaluate.main(evaluate.get_args(["--table", "--out", str(tmp_path)]))
+
+
+def test_a_natural_draw_keeps_the_frequencies_and_a_balanced_one_does_not(small):
+    dataset = data.embedded()
+    dataset.labels = (torch.arange(640) % 8 == 0).long()                # one in eight
+    dataset.classes = ["often", "seldom"]
+    ids, how = data.labelled(dataset, "80 per class", 0, "balanced")
+    assert dataset.labels[ids].bincount().tolist() == [80, 80] and "balanced" in how
+    counts = []
+    for seed in range(20):
+        ids, how = data.labelled(dataset, "80 per class", seed, "natural")
+        assert len(ids) == 160 and "natural" in how
+        counts.append(int(dataset.labels[ids].sum()))
+    assert np.mean(counts) == pytest.approx(20, abs=3) and len(set(counts)) > 3
+    assert len(data.labelled(dataset, "10%", 0, "natural")[0]) == 64
+
+
+# ----------------------------------------------------------------------------- figures by class
+def test_figures_are_scikit_learns(tmp_path):
+    metrics = pytest.importorskip("sklearn.metrics")
+    torch.manual_seed(0)
+    labels, classes = torch.randint(6, (200,)), ["=a", "b", "c", "d", "e", "never"]
+    labels[labels == 5] = 0
+    predicted = torch.where(torch.rand(200) < 0.6, labels, torch.randint(5, (200,)))
+    confusion = confusion_matrix(predicted, labels, 6)
+    assert np.array_equal(confusion, metrics.confusion_matrix(labels, predicted, labels=range(6)))
+    found = accuracies(confusion, 190)
+    balanced = 100 * metrics.balanced_accuracy_score(labels, predicted)
+    assert found["balanced"] == pytest.approx(balanced) and found["top5"] == 95
+    assert "top5" not in accuracies(confusion[:5, :5], 190)
+    run.write_per_class(str(tmp_path), "x", confusion, classes)
+    rows = list(csv.DictReader(open(tmp_path / "per-class-x.csv")))
+    assert [row["class"] for row in rows] == ["'=a", *classes[1:]]
+    theirs = metrics.precision_recall_fscore_support(labels, predicted, zero_division=0)
+    for name, values in zip(("precision", "recall", "f1", "support"), theirs):
+        assert [float(row[name]) for row in rows[:5]] == pytest.approx(list(values), abs=1e-4)
+    assert rows[5]["recall"] == "" and rows[5]["support"] == "0"
+    matrix = list(csv.reader(open(tmp_path / "confusion-x.csv")))
+    assert [[int(v) for v in row[1:]] for row in matrix[1:]] == confusion.tolist()
+    pixels = np.array(Image.open(tmp_path / "confusion-x.png"))
+    assert pixels.shape == (480, 480) and pixels[0, 0] == round(
+        255 * (1 - confusion[0, 0].item() / confusion[0].sum().item()))
+
+
+def test_per_class_files_and_no_top5_of_few_classes(encoder_folder, tmp_path):
+    root = image_folder(tmp_path / "data")
+    entry, = run_mode(encoder_folder, tmp_path, "--mode", "knn", "--data", root, "--per-class")
+    assert "top5" not in entry and entry["balanced"] == entry["top1"]   # as many of each class
+    path, = tmp_path.glob("per-class-knn-*.csv")
+    assert sum(int(row["support"]) for row in csv.DictReader(open(path))) == 12
+
+
+# --------------------------------------------------------------------------- unreadable images
+@pytest.mark.parametrize("sizes", [1, 3])
+@pytest.mark.parametrize("options", [["knn", "--k", 3], ["fewshot", "--labels", "5 per class"],
+                                     ["linear", "--cache-features", "--epochs", 3],
+                                     ["linear", "--no-cache-features", "--epochs", 2]], ids=str)
+def test_what_cannot_be_read_is_left_out_and_counted(encoder_folder, tmp_path, options, sizes):
+    root = image_folder(tmp_path / "data", n=6, sizes=sizes)
+    for name in ("train/cat/2.png", "train/dog/5.png", "val/dog/1.png"):
+        (root / name).write_bytes(b"junk")
+    entry, = run_mode(encoder_folder, tmp_path, "--mode", *options, "--data", root, "--max-bad", 0.3)
+    assert entry["tested"] == 11
+    if options[0] == "fewshot":                         # of the two of train, those that were drawn
+        assert entry["unreadable"] in (1, 2, 3)
+        return
+    assert entry["unreadable"] == 3
+    if options[0] == "knn":
+        for name in ("train/cat/2.png", "train/dog/5.png", "val/dog/1.png"):
+            (root / name).unlink()
+        clean, = run_mode(encoder_folder, tmp_path, "--mode", *options, "--data", root)
+        assert clean["top1"] == entry["top1"] and clean["unreadable"] == 0
+    with pytest.raises(Exception, match="--max-bad") as stop:
+        for name in ("0", "3", "4"):
+            (root / "val" / "dog" / f"{name}.png").write_bytes(b"junk")
+        run_mode(encoder_folder, tmp_path, "--mode", *options, "--data", root)
+    assert stop.value.exit_code == 1
+
+
+@pytest.mark.parametrize("sizes", [1, 3])
+def test_unreadable_images_are_marked_in_features_and_predictions(encoder_folder, tmp_path, sizes):
+    root = image_folder(tmp_path / "data", n=6, sizes=sizes)
+    run_mode(encoder_folder, tmp_path, "--mode", "fewshot", "--data", root, "--labels", "5 per class")
+    (root / "val" / "cat" / "2.png").write_bytes(b"junk")
+    more = ["--input", root / "val", "--max-bad", 0.2]
+    run_mode(encoder_folder, tmp_path, "--mode", "features", *more)
+    path, = tmp_path.glob("features-*.npz")
+    content = np.load(path)
+    bad = [str(name).endswith("cat/2.png") for name in content["files"]]
+    assert sum(bad) == 1 and (content["readable"] == ~np.array(bad)).all()
+    assert (content["class_token"][bad] == 0).all() and len(content["labels"]) == 12
+    assert len(np.unique(content["class_token"], axis=0)) == 12
+    run_mode(encoder_folder, tmp_path, "--mode", "predict", "--classifier",
+             tmp_path / "classifier-fewshot.pt", *more)
+    rows = {row["file"]: row for row in csv.DictReader(open(tmp_path / "predictions.csv"))}
+    assert rows["cat/2.png"] == {"file": "cat/2.png", "class": "", "probability": "unreadable"}
+    assert all(float(row["probability"]) >= 0.5 for name, row in rows.items() if name != "cat/2.png")
+
+
+# ------------------------------------------------------------------- features, prediction, export
+def test_features_of_an_unlabelled_folder_and_of_a_block(encoder_folder, tmp_path):
+    folder = image_folder(tmp_path / "data", n=3) / "val" / "cat"
+    encoder = encoder_of(encoder_folder)
+    run_mode(encoder_folder, tmp_path, "--mode", "features", "--input", folder)
+    content = np.load(next(tmp_path.glob("features-*.npz")))
+    assert list(content["files"]) == ["0.png", "1.png", "2.png"] and "labels" not in content
+    tokens = features_of(encoder, data.load(str(folder)))
+    assert np.allclose(content["class_token"], tokens[:, 0], atol=1e-5)
+    assert np.allclose(content["patch_mean"], tokens[:, 1:].mean(1), atol=1e-5)
+    run_mode(encoder_folder, tmp_path, "--mode", "features", "--input", folder, "--block", 2)
+    content = np.load(next(tmp_path.glob("features-*.npz")))
+    loader = data.Loader(data.load(str(folder)), [augment.TEST_VIEW], (32, 32), 8, shuffle=False)
+    tokens, = encoder.intermediate(next(iter(loader.epoch(0))).view(0), [2])
+    assert np.allclose(content["class_token"], tokens[:, 0], atol=1e-5)
+
+
+def test_a_full_disk_leaves_the_file_before(encoder_folder, tmp_path, monkeypatch):
+    options = ["--mode", "features", "--input", image_folder(tmp_path / "data", n=2) / "val"]
+    run_mode(encoder_folder, tmp_path, *options)
+    path, = tmp_path.glob("features-*.npz")
+    before = path.read_bytes()
+
+    def full(f, **fields):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(run.RunError, match="cannot write .*No space left"):
+        run_mode(encoder_folder, tmp_path, *options)
+    assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("mode", ["linear", "fewshot"])
+def test_predict_gives_the_tested_answers(encoder_folder, tmp_path, mode):
+    root = image_folder(tmp_path / "data", ("=cat", "dog", "-x"), n=12)
+    options = ["--labels", "8 per class"] if mode == "fewshot" else ["--epochs", 30, "--cache-features"]
+    entry, = run_mode(encoder_folder, tmp_path, "--mode", mode, "--data", root, *options,
+                      "--img-size", "40")
+    predict = ["--mode", "predict", "--classifier", tmp_path / f"classifier-{mode}.pt", "--input",
+               root / "val"]
+    run_mode(encoder_folder, tmp_path, *predict)            # at the size that it was trained at
+    rows = list(csv.DictReader(open(tmp_path / "predictions.csv")))
+    # what a spreadsheet would compute is quoted
+    right = np.mean([row["class"] == row["file"].split("/")[0].replace("-x", "'-x") for row in rows])
+    assert len(rows) == 36 and 100 * right == pytest.approx(entry["top1"], abs=0.01)
+    assert {row["class"] for row in rows} <= {"'=cat", "dog", "'-x"}
+    assert all(1 / 3 <= float(row["probability"]) <= 1 for row in rows)
+    run_mode(encoder_folder, tmp_path, *predict, "--all-probabilities")
+    for row in csv.DictReader(open(tmp_path / "predictions.csv")):
+        every = {name: float(row[name]) for name in ("'=cat", "dog", "'-x")}
+        assert sum(every.values()) == pytest.approx(1, abs=2e-3)
+        assert every[row["class"]] == max(every.values()) == float(row["probability"])
+
+
+def test_predict_refuses_another_encoder_and_broken_classifiers(encoder_folder, tmp_path):
+    root = image_folder(tmp_path / "data", n=3)
+    run_mode(encoder_folder, tmp_path, "--mode", "fewshot", "--labels", "2 per class", "--data", root)
+    torch.manual_seed(5)
+    other, path = tmp_path / "other.pt", tmp_path / "classifier-fewshot.pt"
+    checkpoint.save(checkpoint.encoder_file(VisionTransformer(32, 8, 3, 32, 3, 2), {}), other)
+    predict = ["--mode", "predict", "--classifier", path, "--input", root]
+    with pytest.raises(run.UsageError, match="another encoder"):
+        run_mode(other, tmp_path, *predict)
+    content = checkpoint.read(path)
+    for value in (math.nan, math.inf, 1e38):
+        content["classifier"]["weight"][0, 0] = value
+        checkpoint.save(content, path)
+        with pytest.raises(checkpoint.CheckpointError, match="not a finite number"):
+            run_mode(encoder_folder, tmp_path, *predict)
+
+
+@pytest.mark.parametrize("kind", ["timm", "hf"])
+def test_export(encoder_folder, tmp_path, kind):
+    path, x = tmp_path / "vit", torch.randn(2, 3, 32, 32)
+    run_mode(encoder_folder, tmp_path, "--export", kind, path)
+    encoder = encoder_of(encoder_folder)
+    if kind == "timm":
+        timm = pytest.importorskip("timm")
+        theirs = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3,
+                                               num_heads=2, num_classes=0)
+        theirs.load_state_dict(torch.load(path), strict=True)
+        assert torch.allclose(theirs.eval()(x), encoder(x), atol=1e-5)
+    else:
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.ViTModel.from_pretrained(path, add_pooling_layer=False).eval()
+        assert torch.allclose(theirs(x).last_hidden_state, encoder.tokens(x), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------ several processes
+def test_two_processes_give_the_result_of_one(encoder_folder, tmp_path):
+    root = image_folder(tmp_path / "data", n=5, sizes=2)
+    (root / "train" / "cat" / "1.png").write_bytes(b"junk")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    found, written = [], []
+    for launcher in ([], torchrun):
+        out = tmp_path / f"out{len(found)}"
+        for options in (["linear", "--epochs", "2", "--batch-size", "8", "--no-cache-features"],
+                        ["knn", "--k", "3"], ["fewshot", "--labels", "3 per class"], ["features"],
+                        ["predict", "--classifier", str(out / "classifier-fewshot.pt"), "--input",
+                         str(root)]):
+            command = ["evaluate.py", "--mode", *options, "--checkpoint", str(encoder_folder), "--out",
+                       str(out), "--amp", "off", "--device", "cpu", "--workers", "0", "--data",
+                       str(root), "--max-bad", "0.2"]
+            done = subprocess.run([sys.executable, *launcher, *command], cwd=ROOT, env=ENV,
+                                  capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count("wrote ") == (options[0] in ("features", "predict"))
+        found.append([{k: v for k, v in json.loads(line).items() if k != "seconds"}
+                      for line in open(out / "results.jsonl")])
+        content = np.load(next(out.glob("features-*.npz")))
+        written.append((content["class_token"], content["readable"], open(out / "predictions.csv").read()))
+    assert found[0] == found[1] and len(found[0]) == 3 and found[0][0]["unreadable"] == 1
+    assert np.allclose(written[0][0], written[1][0], atol=1e-5)
+    assert (written[0][1] == written[1][1]).all() and written[0][2] == written[1][2]
+
+
+def test_more_processes_than_the_batch_has_images(encoder_folder, tmp_path):
+    train = data.load(str(image_folder(tmp_path / "data")))
+    frozen = SimpleNamespace(env=run.Env(torch.device("cpu"), None, 0, 3))
+    args = evaluate.get_args(["--checkpoint", str(encoder_folder), "--batch-size", "2",
+                              "--no-cache-features"])
+    with pytest.raises(run.UsageError, match="too few for 3 processes"):
+        evaluate.linear(frozen, train, train, args, 0)
+
+
+# -------------------------------------------------------------------------------------- bad input
+def test_finetune_and_probe_from_the_command_line():
+    hand = evaluate.handed_on
+    assert hand(["--mode", "finetune", "--lr", "1"]) == ["--lr", "1"] and hand(["--lr", "1"]) is None
+    for block in (["--block", "6"], ["--block=6"]):
+        assert hand(["--mode=probe", *block, "--blocks", "2"]) == ["--blocks", "2", "--probe-block", "6"]
+    for options, message in ((["probe"], "--mode probe needs --block"),
+                             (["finetune", "--blocks", "1"], "--blocks goes with --probe-block")):
+        done = subprocess.run([sys.executable, "evaluate.py", "--mode", *options], cwd=ROOT, env=ENV,
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_test_set_of_one_class(encoder_folder, tmp_path):
+    root = image_folder(tmp_path / "data")
+    for i in range(6):
+        (root / "val" / "dog" / f"{i}.png").unlink()
+    (root / "val" / "dog").rmdir()
+    entry, = run_mode(encoder_folder, tmp_path, "--mode", "knn", "--data", root, "--k", 3)
+    assert entry["tested"] == 6 and entry["balanced"] == entry["top1"]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--labels", "500 per class"], "has only"), (["--labels", "nonsense"], "neither a share"),
+    (["--labels", "0%"], "out of range"), (["--labels", "LIST"], "one class only"),
+    (["--data", "ONE"], "labels|class"), (["--out", "/proc/nothing"], "cannot write there"),
+])
+def test_bad_input(encoder_folder, tmp_path, options, message):
+    root = image_folder(tmp_path / "data", n=2)
+    image_folder(tmp_path / "ONE", ("cat",), 2)
+    (tmp_path / "LIST").write_text("cat/0.png\ncat/1.png\n")
+    options = [tmp_path / o if o in ("LIST", "ONE") else o for o in options]
+    with pytest.raises(ValueError, match=message) as stop:
+        run_mode(encoder_folder, tmp_path / "out", "--mode", "fewshot", "--data", root, *options)
+    assert stop.value.exit_code == 2 and not (tmp_path / "out" / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--mode", "linaer"], "invalid choice"), (["--checkpoint", "nowhere"], "no checkpoint nowhere"),
+    (["--mode", "predict"], "needs --classifier"), (["--lr", "nan"], "out of range"),
+    (["--epochs", "0"], "out of range"), (["--k", "0"], "out of range"),
+    (["--export", "onyx", "x"], "timm, hf or onnx"), (["--seeds", "-1"], "out of range"),
+    (["--mode", "finetune"], "finetune.main"), (["--all-probabilities"], "goes with --mode predict"),
+])
+def test_bad_arguments_end_in_one_line_and_code_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.get_args(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
