@@ -122,10 +122,11 @@ def jpeg_decoder():
     time.
     """
     try:
-        from torchvision.io import ImageReadMode
+        import torchvision
     except (ImportError, OSError, RuntimeError):
         return None
-    modes = {1: ImageReadMode.GRAY.value, 3: ImageReadMode.RGB.value}
+    modes = torchvision.io.ImageReadMode
+    modes = {1: modes.GRAY.value, 3: modes.RGB.value}
 
     def decode(content, in_chans):
         # the operation under torchvision.io.decode_jpeg, which from 0.29 on looks for whom to warn
@@ -1706,12 +1707,18 @@ ENDINGS = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".jpg", ".jpeg"),
 
 
 def look(dataset, i):
-    """What is special about image i, a list, and the (least, largest) value of more than 8 bits or
-    None. A BadFile if it cannot be read."""
-    dataset.read(i)
-    encoded = dataset.open(i)
+    """(what is special about image i, a list; the (least, largest) value of more than 8 bits or
+    None), or the text of its BadFile."""
+    try:
+        dataset.read(i)
+        encoded = dataset.open(i)
+        extremes = encoded.extremes() if encoded.bits > 8 else None
+    except BadFile as error:
+        with contextlib.suppress(OSError, BadFile):
+            if not dataset.source.content(i):
+                return f"empty: {error}"
+        return str(error)
     image, ending = encoded.image, os.path.splitext(dataset.file(i))[1].lower()
-    extremes = encoded.extremes() if encoded.bits > 8 else None
     special = []
     # what the rarer parts of a good image are like is no reason to refuse it
     with contextlib.suppress(Exception):
@@ -1722,17 +1729,6 @@ def look(dataset, i):
             ("another format than its name says",
              ending not in ENDINGS.get(image.format, (f".{image.format.lower()}",)))) if true]
     return special, extremes
-
-
-def look_or_trouble(dataset, i):
-    """As `look`, or the text of its BadFile; "empty" for an empty file."""
-    try:
-        return look(dataset, i)
-    except BadFile as error:
-        said = str(error)
-        with contextlib.suppress(OSError, BadFile):
-            said = said if dataset.source.content(i) else f"empty: {said}"
-        return said
 
 
 def counted(kinds):
@@ -1763,7 +1759,7 @@ def check(args):
     bad, special, ranges = [], Counter(), []
     started, progress = time.perf_counter(), Progress(f"checking {args.folder}", n)
     with ThreadPool(args.workers) as pool:  # pillow decodes outside Python's lock
-        found = pool.imap(functools.partial(look_or_trouble, dataset), range(n), chunksize=16)
+        found = pool.imap(functools.partial(look, dataset), range(n), chunksize=16)
         for i, what in enumerate(found):
             if isinstance(what, str):
                 kind = next((name for words, name in KINDS if words in what), "damaged")
