@@ -4,6 +4,7 @@ Whatever is random about image i in epoch e (its place in the order, its crops, 
 is a hash of (seed, e, i): not of the number of processes, workers, restarts or micro-batches.
 Shapes: N images, C channels, (H, W) source pixels, (h, w) output pixels.
 """
+import bisect
 import math
 
 import torch
@@ -17,6 +18,8 @@ MOCO_VIEWS = (TRAIN_VIEW | dict(jitter=0.8, grey=0.2, blur=1.0, solarise=0.0),
               TRAIN_VIEW | dict(jitter=0.8, grey=0.2, blur=0.1, solarise=0.2))
 JITTER = (0.4, 0.4, 0.2, 0.1)                           # brightness, contrast, saturation, hue
 BLUR = (0.1, 2.0)                                                       # sigma in pixels
+# on a CPU: floats worked on at once, for its cache; pixels from which an image is large
+CACHED, SMALL = 2 ** 19, 64 * 64
 
 
 # --------------------------------------------------------------------------------------- randomness
@@ -69,9 +72,6 @@ def per_image(x, ids, function, *key):
             torch.default_generator.manual_seed(seed)
             images.append(function(image))
     return torch.stack(images)
-
-
-per_picture = per_image                                 # until its callers say per_image
 
 
 # ---------------------------------------------------------------------------------- boxes and crops
@@ -138,11 +138,27 @@ def upload(x, device):
     return x.to(device)
 
 
+def send(device, *tensors):
+    """Small tensors of the CPU on the device, in one copy: float64 holds their integers too."""
+    if torch.device(device).type == "cpu":
+        return tensors
+    packed = upload(torch.cat([x.flatten().double() for x in tensors]), device)
+    parts = packed.split([x.numel() for x in tensors])
+    return [part.to(x.dtype).view(x.shape) for part, x in zip(parts, tensors)]
+
+
 def resample(images, boxes, size, mode):
     """Boxes (N, 4) of uint8 images (N, C, H, W) -> float32 (N, C, h, w) in [0, 1].
 
-    Two matrix products an image.
+    Two matrix products an image; on a CPU large images by torch's resize of each, the same numbers
+    to rounding and three times as fast.
     """
+    if images.device.type == "cpu" and size[0] * size[1] > SMALL and not boxes.frac().any():
+        x = torch.empty(*images.shape[:2], *size)
+        for image, (top, left, h, w), out in zip(images, boxes.long().tolist(), x):
+            box = image[None, :, top:top + h, left:left + w].float()
+            out.copy_(F.interpolate(box, size, mode=mode, antialias=True)[0])
+        return x.div_(255).clamp_(0, 1)
     boxes = upload(boxes, images.device)
     rows = resample_matrix(boxes[:, 0], boxes[:, 2], images.shape[2], size[0], mode)
     columns = resample_matrix(boxes[:, 1], boxes[:, 3], images.shape[3], size[1], mode)
@@ -150,9 +166,8 @@ def resample(images, boxes, size, mode):
     return x.clamp_(0, 1)
 
 
-# ------------------------------------------ augmentation: (N, C, h, w) floats in [0, 1] to the same
-def _factor(factor, x):
-    return upload(factor, x.device).to(x.dtype)[:, None, None, None]
+# ---------------------------- augmentation: (N, C, h, w) floats in [0, 1] to the same, numbers (N,)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 def grey(x):
@@ -160,86 +175,108 @@ def grey(x):
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
     red, green, blue = x.split(1, 1)
-    return 0.2989 * red + 0.587 * green + 0.114 * blue
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-def adjust_brightness(x, factor):
-    return (x * _factor(factor, x)).clamp(0, 1)
+def blend_(x, own, mean, luma):
+    """x, in place: own x + mean mean(grey(x)) + luma grey(x), clamped to [0, 1].
 
-
-def adjust_contrast(x, factor):
-    mean = grey(x).mean((1, 2, 3), keepdim=True)
-    return torch.lerp(mean.expand_as(x), x, _factor(factor, x)).clamp(0, 1)
-
-
-def adjust_saturation(x, factor):
-    if x.shape[1] != 3:
-        return x
-    return torch.lerp(grey(x).expand_as(x), x, _factor(factor, x)).clamp(0, 1)
-
-
-def adjust_hue(x, factor):
-    """Rotate the hue of (N, 3, h, w) by factor, in turns (-0.5 to 0.5), in HSV space."""
-    if x.shape[1] != 3:
-        return x
-    r, g, b = x.unbind(1)
-    value = x.amax(1)
-    chroma = value - x.amin(1)
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(g == value, (b - r) / safe + 2, (r - g) / safe + 4)
-    hue = torch.where(r == value, (g - b) / safe, hue)
-    hue = (hue[:, None] / 6 + _factor(factor, x)) % 1.0
-    # channel c: value - chroma * clip(min(k, 4 - k), 0, 1), k = (n_c + 6 hue) mod 6, n = 5, 3, 1
-    k = (torch.arange(5, 0, -2, device=x.device)[:, None, None] + 6 * hue) % 6
-    return (value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)).clamp(0, 1)
-
-
-def apply_(function, x, chosen, *numbers):
-    """x, in place, with function(images, *numbers) in the place of the images chosen (N,).
-
-    numbers (N,) each. `chosen` lies on the CPU, so that finding the images costs no synchronisation
-    with the device.
+    own, mean, luma: (N, 1, 1, 1). A factor f of brightness is own = f; of contrast also
+    mean = 1 - f; of saturation luma = 1 - f.
     """
-    ids = chosen.nonzero()[:, 0]
-    if len(ids):
-        on_device = upload(ids, x.device)
-        x[on_device] = function(x[on_device], *(values[ids] for values in numbers))
+    other = grey(x)
+    mean = other.mean((1, 2, 3), keepdim=True) * mean
+    other.mul_(luma).add_(mean)
+    return torch.addcmul(other, x, own, out=x).clamp_(0, 1)
 
 
-def color_jitter_(x, factors, order):
-    """x, in place, with brightness, contrast, saturation and hue changed by factors (N, 4).
-
-    order (N, 4): the operation (0 to 3) that comes first, second, ...; -1: none.
-    """
-    operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-    for position in range(4):
-        for k, operation in enumerate(operations):
-            apply_(operation, x, order[:, position] == k, factors[:, k])
+def turn_hue_(x, turn):
+    """x (N, 3, h, w), in place, its hue turned by turn (N, 1, 1, 1), -1/2 to 1/2, in HSV space."""
+    red, green, blue = x.split(1, 1)
+    high = torch.maximum(red, green).maximum(blue)
+    low = torch.minimum(red, green).minimum(blue)
+    chroma = (high - low).clamp_min_(1e-12)
+    hue = torch.where(green == high, (blue - red).add_(chroma, alpha=2),
+                      (red - green).add_(chroma, alpha=4))
+    hue = torch.where(red == high, green - blue, hue).div_(chroma).add_(6 * turn)
+    hue.sub_((hue / 6).floor_(), alpha=6)           # red at 0 and 6, green at 2, blue at 4
+    for channel, centre, far, near in ((red, 3, high, low), (green, 2, low, high),
+                                       (blue, 4, low, high)):
+        torch.lerp(far, near, (hue - centre).abs_().neg_().add_(2).clamp_(0, 1), out=channel)
     return x
+
+
+def jitter_plan(factors, order):
+    """What `color_jitter_` needs of factors (N, 4) for brightness, contrast, saturation and hue.
+
+    order (N, 4): which of them comes first, second, ...; -1: none. Returns ids (M,) of the images
+    that change, those first whose hue is turned first; numbers (M, 13); at which position each of
+    their hues is turned (4: never).
+    """
+    hue_at = torch.where((order == HUE).any(1), (order == HUE).float().argmax(1), 4)
+    ids = hue_at.argsort(stable=True)
+    ids = ids[(order[ids] >= 0).any(1)]
+    hue_at, order, factors = hue_at[ids], order[ids], factors[ids]
+    f = factors.gather(1, order.clamp_min(0))
+    f = torch.where((order < 0) | (order == HUE), 1.0, f)
+    turn = torch.where(hue_at < 4, factors[:, HUE], 0.0)[:, None]
+    mean, luma = (1 - f) * (order == CONTRAST), (1 - f) * (order == SATURATION)
+    numbers = torch.cat([f, mean, luma, turn], 1)
+    return ids, numbers, hue_at.tolist()
+
+
+def color_jitter_(x, ids, numbers, hue_at):
+    """x, in place, changed as planned by `jitter_plan`; ids and numbers lie on its device.
+
+    In the order of the hues: what comes before is done to the last images, what comes after to the
+    first, and each hue is turned once.
+    """
+    y = x.index_select(0, ids)
+    numbers = numbers[:, :, None, None, None]
+    for position in range(4):
+        late = slice(bisect.bisect_right(hue_at, position), None)
+        if hue_at[late]:
+            blend_(y[late], *numbers[late, position:12:4].unbind(1))
+    if x.shape[1] == 3:
+        turn_hue_(y, numbers[:, 12])
+    for position in range(4):
+        early = slice(bisect.bisect_left(hue_at, position))
+        if hue_at[early]:
+            blend_(y[early], *numbers[early, position:12:4].unbind(1))
+    return x.index_copy_(0, ids, y)
 
 
 def gaussian_blur(x, sigma):
     """Gaussian blur of (N, C, h, w) with reflected borders, cut at 3 sigma.
 
-    sigma (N,) in pixels, at most BLUR's, 0: none. Two convolutions, down and across, in which each
-    channel of each image has its own filter.
+    sigma (N,) in pixels, at most BLUR's, 0: none. Down and across, each image with its own filter:
+    two convolutions, or for large images on a CPU sums of the shifted image, twice as fast there.
     """
     n, c, h, w = x.shape
-    sigma = upload(sigma, x.device).to(x.dtype)[:, None]
-    reach = math.ceil(3 * BLUR[1])
+    sigma = sigma.to(x.dtype)[:, None]
 
     def filters(size):
-        """(N C, 1, taps) for a side of `size` pixels, which a reflection cannot leave."""
-        side = min(reach, size - 1)
+        """(N, taps) for a side of `size` pixels, which a reflection cannot leave."""
+        side = min(math.ceil(3 * BLUR[1]), size - 1)
         distance = torch.arange(-side, side + 1, device=x.device, dtype=x.dtype)
         weights = torch.exp(-0.5 * (distance / sigma.clamp_min(1e-3)) ** 2)
         weights = weights * (distance.abs() <= (3 * sigma).ceil())
-        return (weights / weights.sum(1, keepdim=True)).repeat_interleave(c, 0)[:, None]
+        return weights / weights.sum(1, keepdim=True)
 
     down, across = filters(h), filters(w)
-    borders = [across.shape[2] // 2] * 2 + [down.shape[2] // 2] * 2
-    x = F.pad(x, borders, mode="reflect").flatten(0, 1)[None]
-    x = F.conv2d(x, down[..., None], groups=n * c)
+    borders = [across.shape[1] // 2] * 2 + [down.shape[1] // 2] * 2
+    x = F.pad(x, borders, mode="reflect")
+    if x.device.type == "cpu" and h * w > SMALL:
+        for dim, size, weights in ((2, h, down), (3, w, across)):
+            used = weights.any(0).nonzero()[:, 0].tolist()
+            weights = weights[:, :, None, None, None]
+            total = x.narrow(dim, used[0], size) * weights[:, used[0]]
+            for tap in used[1:]:
+                total.addcmul_(x.narrow(dim, tap, size), weights[:, tap])
+            x = total
+        return x
+    down, across = (weights.repeat_interleave(c, 0)[:, None] for weights in (down, across))
+    x = F.conv2d(x.flatten(0, 1)[None], down[..., None], groups=n * c)
     return F.conv2d(x, across[:, :, None], groups=n * c).reshape(n, c, h, w)
 
 
@@ -247,24 +284,52 @@ def solarise(x, threshold=128 / 255):
     return torch.where(x >= threshold, 1 - x, x)
 
 
+def apply_(function, x, ids, *numbers):
+    """x, in place, with function(images, *numbers) in the place of the images ids (M,)."""
+    if len(ids) == len(x):
+        return x.copy_(function(x, *numbers))
+    if len(ids):
+        images = function(x.index_select(0, ids), *numbers)
+        x.index_copy_(0, ids, images.expand(-1, *x.shape[1:]))
+    return x
+
+
 def augment(x, ids, view, *key):
     """All but the crop of a view: jitter, greyscale, blur, solarise, flip.
 
     x (N, C, h, w) in [0, 1], ids (N,) on the CPU.
     """
-    u = uniform(ids, 14, *key)
-    x = x.clone()
-    if view.get("jitter"):
-        spread = torch.tensor(JITTER)
-        factors = (2 * u[:, :4] - 1) * spread + torch.tensor([1.0, 1.0, 1.0, 0.0])
-        order = u[:, 4:8].argsort(dim=1, stable=True)
-        color_jitter_(x, factors, torch.where(u[:, 8:9] < view["jitter"], order, -1))
-    if view.get("grey") and x.shape[1] == 3:
-        apply_(grey, x, u[:, 9] < view["grey"])
-    if view.get("blur"):
-        apply_(gaussian_blur, x, u[:, 10] < view["blur"], BLUR[0] + (BLUR[1] - BLUR[0]) * u[:, 11])
-    if view.get("solarise"):
-        apply_(solarise, x, u[:, 12] < view["solarise"])
-    if view.get("flip"):
-        apply_(lambda images: images.flip(3), x, u[:, 13] < view["flip"])
+    x, u = x.clone(), uniform(ids, 14, *key)
+    # on a CPU as many at once as its cache holds
+    at_once = max(CACHED // x[0].numel(), 1) if x.device.type == "cpu" else len(x)
+    for images, numbers in zip(x.split(at_once), u.split(at_once)):
+        augment_(images, numbers, view)
     return x
+
+
+def augment_(x, u, view):
+    """As `augment`, in place, with the random numbers u (N, 14) on the CPU."""
+    colour, none = x.shape[1] == 3, torch.zeros(0, dtype=torch.long)
+
+    def chosen(name, column):
+        return (u[:, column] < view[name]).nonzero()[:, 0] if view.get(name) else none
+
+    jittered, factors, hue_at = none, u, []
+    if view.get("jitter"):
+        order = u[:, 4:8].argsort(dim=1, stable=True)
+        order[u[:, 8] >= view["jitter"]] = -1
+        if not colour:
+            order[order >= SATURATION] = -1
+        factors = (2 * u[:, :4] - 1) * torch.tensor(JITTER) + torch.tensor([1.0, 1.0, 1.0, 0.0])
+        jittered, factors, hue_at = jitter_plan(factors, order)
+    blurred = chosen("blur", 10)
+    sigma = BLUR[0] + (BLUR[1] - BLUR[0]) * u[blurred, 11]
+    jittered, factors, greyed, blurred, sigma, solarised, flipped = send(
+        x.device, jittered, factors, chosen("grey", 9) if colour else none, blurred, sigma,
+        chosen("solarise", 12), chosen("flip", 13))
+    if hue_at:
+        color_jitter_(x, jittered, factors, hue_at)
+    apply_(grey, x, greyed)
+    apply_(gaussian_blur, x, blurred, sigma)
+    apply_(solarise, x, solarised)
+    apply_(lambda images: images.flip(3), x, flipped)

@@ -133,13 +133,17 @@ class Dtype:
         self.order = state[1].replace("|", "<")
 
 
-def number(dtype, content):
-    return struct.unpack(dtype.order + FORMATS[dtype.code], content)[0]
+def standing_for(place, found):
+    """`found` under the name of something else in a pickle."""
+    found.__module__, _, found.__name__ = place.rpartition(".")
+    found.__qualname__ = found.__name__
+    return found
 
 
 # the options in MAE's and DINO's own files, and numbers of numpy 1 and 2
-HARMLESS = [argparse.Namespace, (Dtype, "numpy.dtype"), (number, "numpy.core.multiarray.scalar"),
-            (number, "numpy._core.multiarray.scalar")]
+HARMLESS = [argparse.Namespace, standing_for("numpy.dtype", Dtype)] + [
+    standing_for(f"numpy.{core}.multiarray.scalar", lambda dtype, content: struct.unpack(
+        dtype.order + FORMATS[dtype.code], content)[0]) for core in ("core", "_core")]
 
 
 def read(path):
@@ -336,7 +340,7 @@ def find(content, weights):
             if anchor:
                 prefix = key.removesuffix(anchor)
                 place = (group + prefix).strip(".")
-                words = set(re.split(r"[._]", place))
+                words = set(re.split(r"[._]", place.lower()))
                 kind = next((k for k in ("ema", "momentum") if k in words), "base")
                 rank = {"ema": 2, "momentum": 3}.get(kind, "student" in words)
                 found[place] = (rank, kind, group, prefix, ANCHORS[anchor])
@@ -368,9 +372,9 @@ def unwrap(content, weights="base"):
         raise CheckpointError(f"holds a {type(content).__name__}, not a dict of tensors")
     place, group, prefix, layout, notes = find(content, weights)
     if layout == "timm":
-        words = set(re.split(r"[.]", place))
-        layout = ("MoCo v3" if words & {"base_encoder", "momentum_encoder"} else
-                  "DINO" if words & {"teacher", "student"} else
+        parts = set(place.split("."))
+        layout = ("MoCo v3" if parts & {"base_encoder", "momentum_encoder"} else
+                  "DINO" if parts & {"teacher", "student"} else
                   "MAE" if group == "model." else "timm")
     state, rest = {}, {}
     for key, value in dict(groups(content))[group].items():
@@ -479,23 +483,22 @@ def check_config(config, state, path):
     """Refuse what no ViT is, before one of that size is made: a file may claim any width."""
     sides = config.get("img_size")
     sides = sides if isinstance(sides, (list, tuple)) else [sides, sides]
-    ratio = config.get("mlp_ratio", 4.0)
     claims = [("img_size", side) for side in sides]
     claims += [(k, v) for k, v in config.items() if k in LARGEST]
-    for name, value in claims:
-        if type(value) is not int or not 1 <= value <= LARGEST.get(name, 16384):
-            raise CheckpointError(f"{path}: refused, it claims a ViT with {name} {value!r:.40}")
-    if len(sides) != 2 or not isinstance(ratio, (int, float)) or not 0 < ratio <= 64:
-        raise CheckpointError(f"{path}: refused, it claims a ViT with img_size {sides!r:.40} and "
-                              f"mlp_ratio {ratio!r:.40}")
+    wrong = [f"{k} {v!r:.40}" for k, v in claims
+             if type(v) is not int or not 1 <= v <= LARGEST.get(k, 16384)]
+    if len(sides) != 2:
+        wrong.append(f"img_size {sides!r:.40}")
+    if not finite([config.get("mlp_ratio", 4.0)], 1e-3, 64):
+        wrong.append(f"mlp_ratio {config['mlp_ratio']!r:.40}")
     blocks = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
     if config.get("depth", blocks) != blocks:
-        raise CheckpointError(f"{path}: refused, it claims {config['depth']} blocks and has "
-                              f"{blocks}")
-    lengths = [state[k].numel() for k in ("cls_token", "norm.weight") if k in state]
-    if any(n != config.get("dim", n) for n in lengths):
-        raise CheckpointError(f"{path}: refused, it claims a width of {config['dim']} and has "
-                              f"{lengths[0]}")
+        wrong.append(f"{config['depth']} blocks and has {blocks}")
+    for n in (state[k].numel() for k in ("cls_token", "norm.weight") if k in state):
+        if config.get("dim", n) != n:
+            wrong.append(f"a width of {config['dim']} and has {n}")
+    if wrong:
+        raise CheckpointError(f"{path}: refused, it claims a ViT with {wrong[0]}")
 
 
 def finite(values, low, high):
@@ -506,15 +509,17 @@ def finite(values, low, high):
 def check_meta(meta, config, path):
     """Mean, std (a number a channel) and range (low, high) that a file gives for its images."""
     channels = config.get("in_chans", 3)
-    for name, low, high, n in (("mean", -1e4, 1e4, channels), ("std", 1e-6, 1e4, channels),
-                               ("range", -1e30, 1e30, 2)):
-        values = meta.get(name)
-        if values is not None and not (finite(values, low, high) and len(values) == n):
-            raise CheckpointError(f"{path}: refused, its {name} of the images is {values!r:.60}")
-    if meta.get("range") is not None and meta["range"][0] >= meta["range"][1]:
-        raise CheckpointError(f"{path}: refused, its range of the images is {meta['range']!r:.60}")
+    wrong = [name for name, low, high, n in (("mean", -1e4, 1e4, channels),
+                                             ("std", 1e-6, 1e4, channels),
+                                             ("range", -1e30, 1e30, 2))
+             if meta.get(name) is not None
+             and not (finite(meta[name], low, high) and len(meta[name]) == n)]
+    if not wrong and meta.get("range") is not None and meta["range"][0] >= meta["range"][1]:
+        wrong = ["range"]
     if not isinstance(meta.get("system", ""), str):
-        raise CheckpointError(f"{path}: refused, its system is {meta['system']!r:.40}, no name")
+        wrong.append("system")
+    if wrong:
+        raise CheckpointError(f"{path}: refused, its {wrong[0]} is {meta[wrong[0]]!r:.60}")
 
 
 def check_weights(state):
@@ -711,21 +716,27 @@ def encoder_file(model, meta):
 
 
 def load_classifier(path):
-    """(Classifier in evaluation mode, what classifier.pt holds besides) of finetune.py: images
-    (N, C, H, W) normalised with its "mean" and "std" -> logits (N, classes), ordered as "classes"."""
+    """(Classifier in evaluation mode, what classifier.pt holds besides) of finetune.py.
+
+    Images (N, C, H, W) normalised with its "mean" and "std" -> logits (N, classes), as "classes".
+    """
     path = in_folder(path, "classifier.pt")
     content = read(path)
+    found = content if isinstance(content, dict) else {}
     kinds = dict(model=dict, config=dict, head=dict, classes=(list, tuple), mean=(list, tuple),
                  std=(list, tuple))
-    found = content if isinstance(content, dict) else {}
     wrong = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
+    if not wrong:
+        state, config, head, classes = (content[k] for k in ("model", "config", "head", "classes"))
+        if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+            wrong = ["model"]
+        elif not all(isinstance(name, str) for name in classes):
+            wrong = ["classes"]
     if wrong:
         raise CheckpointError(f"{path}: not a classifier that finetune.py wrote ({wrong[0]})")
-    state, config, head, classes = (content[k] for k in ("model", "config", "head", "classes"))
     check_config(config, state, path)
     check_meta(content, config, path)
-    tensors = all(torch.is_tensor(v) for v in state.values())
-    widest = max((n for v in state.values() for n in v.shape), default=0) if tensors else 0
+    widest = max((n for v in state.values() for n in v.shape), default=0)
     claims = [head.get("width", 1), len(classes)]
     if head.get("kind") not in ("linear", "projector") or not all(
             type(n) is int and 0 < n <= widest for n in claims):
@@ -755,7 +766,9 @@ class Encoder(VisionTransformer):
         self.eval().requires_grad_(False)
 
     def normalise(self, images):
-        """(N, C, H, W) or (C, H, W) in [0, 1] -> what the network takes, float32."""
+        """Floats in [0, 1], (N, C, H, W) or (C, H, W) -> what the network takes, float32."""
+        if not images.is_floating_point():
+            raise ValueError(f"images are floats in [0, 1], not {images.dtype}: divide by 255")
         return (images.float() - self.mean) / self.std
 
 

@@ -786,12 +786,13 @@ def momentum_at(step, steps, start=0.99):
     return 1 - (1 - start) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-# ------------------------------------------------------------------------------------------- classifiers
+# -------------------------------------------------------------------------------------- classifiers
 class Classifier(VisionTransformer):
-    """An encoder and a linear classifier on its class token: images (N, C, H, W) -> logits (N, classes).
+    """An encoder and a linear classifier on its class token: (N, C, H, W) -> logits (N, classes).
 
-    head: {"kind": "linear"}, or {"kind": "projector", "width", "bias"} for the projector's first Linear
-    before the classifier, with nothing between them. The first `frozen` blocks stay in evaluation mode.
+    head: {"kind": "linear"}, or {"kind": "projector", "width", "bias"} for the projector's first
+    Linear before the classifier, with nothing between them. The first `frozen` blocks stay in
+    evaluation mode.
     """
 
     def __init__(self, config, head, classes, drop_path=0.0):
@@ -801,7 +802,7 @@ class Classifier(VisionTransformer):
         if head["kind"] == "projector":
             first = nn.Linear(self.dim, head["width"], bias=head["bias"])
             self.head = nn.Sequential(first, classifier)
-        # MAE's: normal with std 2e-5 (cut at +-2, as in timm), so that classes are equally likely at first
+        # MAE's: std 2e-5 (cut at +-2, as in timm), so that classes are equally likely at first
         nn.init.trunc_normal_(classifier.weight, std=2e-5)
         nn.init.zeros_(classifier.bias)
 
@@ -812,16 +813,19 @@ class Classifier(VisionTransformer):
 
 
 def confusion_matrix(predicted, labels, classes):
-    """(C, C) counts of images by true class (rows) and predicted class, from two (N,) int64 tensors."""
+    """(C, C) counts of images by true class (rows) and predicted class, from (N,) int64 each."""
     return (labels * classes + predicted).bincount(minlength=classes ** 2).reshape(classes, classes)
 
 
 def accuracies(confusion, among_five):
-    """Percentages from a confusion matrix (C, C) and the number of images whose class is among the five
-    likeliest: top1; balanced, the mean recall of the classes tested; top5, of more than five classes."""
+    """Percentages from a confusion matrix (C, C) and the number of images whose class is among the
+    five likeliest: top1; balanced, the mean recall of the classes tested; top5, of more than five
+    classes.
+    """
     right, support = confusion.diagonal().double(), confusion.sum(1).double()
     recall = right[support > 0] / support[support > 0]
-    found = dict(top1=100 * (right.sum() / support.sum()).item(), balanced=100 * recall.mean().item())
+    found = dict(top1=100 * (right.sum() / support.sum()).item(),
+                 balanced=100 * recall.mean().item())
     if len(confusion) > 5:
         found["top5"] = 100 * among_five / int(support.sum())
     return found

@@ -1,16 +1,33 @@
-"""augment.py: randomness per image, crops and augmentations against torchvision's."""
+"""augment.py: randomness per image, crops and augmentations, against torchvision's."""
 import itertools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2 as transforms
 import torchvision.transforms.v2.functional as tv
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import augment
-from test_data import images_like
 
 torch.set_num_threads(1)
+
+
+def images_like(n, h, w, seed=0):
+    """Random uint8 images (n, 3, h, w) with large and small structure."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 4, 4, generator=generator)
+    fine = torch.rand(n, 3, h, w, generator=generator)
+    x = 0.7 * F.interpolate(coarse, size=(h, w), mode="bilinear") + 0.3 * fine
+    return (x * 255).to(torch.uint8)
+
+
+def float_images(n=5, h=12, w=10):
+    x = images_like(n, h, w).float() / 255
+    x[0, :, :4] = 0.5                                                       # grey
+    x[1, :, :4], x[1, 1, :4] = 1.0, 0.0                                     # saturated
+    return x
 
 
 # ----------------------------------------------------------------------------- randomness per image
@@ -18,41 +35,39 @@ def test_random_numbers_depend_on_the_key_and_the_image_alone():
     ids = torch.tensor([5, 0, 3, 1 << 20, 7, 4095])
     u = augment.uniform(ids, 6, 2, 0, 13)
     assert u.dtype == torch.float32 and u.shape == (6, 6)
-    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
     assert torch.equal(augment.uniform(ids[order], 6, 2, 0, 13), u[order])
     assert torch.equal(augment.uniform(ids[2:5], 6, 2, 0, 13), u[2:5])
     assert torch.equal(augment.uniform(ids[3:4], 9, 2, 0, 13)[:, :6], u[3:4])
-    for other in ((2, 0, 14), (2, 1, 13), (3, 0, 13), (0, 2, 13), (13, 0, 2), (2, 0),
-                  (2, 0, 13, 0)):
+    for other in ((2, 0, 14), (2, 1, 13), (3, 0, 13), (2, 0), (2, 0, 13, 0)):
         assert not (augment.uniform(ids, 6, *other) == u).any(), other
 
 
-def test_random_numbers_are_uniform_and_uncorrelated():
+def test_random_numbers_are_uniform_and_independent():
     n = 20000
     u = augment.uniform(torch.arange(n), 8, 1, 2, 3).double()
-    assert 0 <= u.min() and u.max() < 1
-    error = 1 / math.sqrt(12 * n)  # of the mean of n uniform numbers
+    assert u.min() >= 0 and u.max() < 1
+    error = 1 / math.sqrt(12 * n)                               # of the mean of n uniform numbers
     assert ((u.mean(0) - 0.5).abs() < 4.5 * error).all()
     assert ((u.var(0) * 12 - 1).abs() < 0.05).all()
-    neighbours = [u, u.roll(1, 0), augment.uniform(torch.arange(n), 8, 1, 2, 4).double(),
-                  augment.uniform(torch.arange(n), 8, 1, 3, 3).double()]
-    correlation = torch.corrcoef(torch.cat(neighbours, 1).T) - torch.eye(32)
+    others = [augment.uniform(torch.arange(n), 8, *key).double() for key in ((1, 2, 4), (1, 3, 3))]
+    correlation = torch.corrcoef(torch.cat([u, u.roll(1, 0), *others], 1).T) - torch.eye(32)
     assert correlation.abs().max() < 5 / math.sqrt(n)
 
 
-def test_shuffled_is_a_permutation_that_depends_on_the_key():
+def test_shuffled_is_a_permutation_of_the_key():
     a, b = augment.shuffled(1000, 0, 1, 2), augment.shuffled(1000, 0, 1, 3)
-    assert a.sort().values.tolist() == list(range(1000))
+    assert torch.equal(a.sort().values, torch.arange(1000))
     assert torch.equal(a, augment.shuffled(1000, 0, 1, 2))
     assert (a == b).sum() < 10 and (a == torch.arange(1000)).sum() < 10
 
 
-# ------------------------------------------------------------------------------ boxes, resampling
+# -------------------------------------------------------------------------------- boxes, resampling
 def box_by_loop(u, h, w, scale, ratio=(3 / 4, 4 / 3)):
-    """torchvision's RandomResizedCrop.get_params with its random numbers, 22 of them."""
+    """torchvision's RandomResizedCrop.get_params: u holds 10 areas, 10 ratios and 2 places."""
+    low, high = math.log(ratio[0]), math.log(ratio[1])
     for i in range(10):
         area = h * w * (scale[0] + (scale[1] - scale[0]) * u[i])
-        low, high = map(math.log, ratio)
         aspect = math.exp(low + (high - low) * u[10 + i])
         box_w, box_h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < box_w <= w and 0 < box_h <= h:
@@ -67,16 +82,15 @@ def test_random_boxes_follow_torchvisions_algorithm(scale):
     ids = torch.arange(len(sizes))
     boxes = augment.random_boxes(ids, sizes, scale, 9)
     u = augment.uniform(ids, 22, 9).double().tolist()
-    expected = torch.tensor([box_by_loop(u[i], *sizes[i].tolist(), scale)
-                             for i in range(len(sizes))])
+    expected = torch.tensor([box_by_loop(v, *size, scale) for v, size in zip(u, sizes.tolist())])
     off = (boxes - expected).abs().max(1).values
-    assert (off == 0).float().mean() > 0.995  # float32 may round .5 to the other side
+    assert (off == 0).float().mean() > 0.995            # float32 may round .5 to the other side
     assert off.max() <= 1
-    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= sizes).all()
-    assert (boxes[:, 2:] > 0).all()
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] > 0).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= sizes).all()
 
 
-def test_a_image_too_long_for_any_box_gets_torchvisions_central_one():
+def test_an_image_too_long_for_any_box_gets_torchvisions_central_one():
     sizes = torch.tensor([[20, 190], [190, 20], [33, 101], [101, 33]])
     boxes = augment.random_boxes(torch.arange(4), sizes, (0.95, 1.0), 9)
     for box, (h, w) in zip(boxes.tolist(), sizes.tolist()):
@@ -86,7 +100,7 @@ def test_a_image_too_long_for_any_box_gets_torchvisions_central_one():
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [(8, 8), (20, 28), (64, 48)])
+@pytest.mark.parametrize("size", [(8, 8), (20, 28), (64, 48), (72, 80)])
 def test_resample_equals_torchvisions_resized_crop(mode, size):
     images = images_like(6, 32, 40)
     boxes = torch.tensor([[0, 0, 32, 40], [3, 5, 20, 30], [31, 39, 1, 1], [0, 10, 32, 7],
@@ -94,8 +108,19 @@ def test_resample_equals_torchvisions_resized_crop(mode, size):
     ours = augment.resample(images, boxes.float(), size, mode)
     for i in range(6):
         theirs = tv.resized_crop(images[i].float() / 255, *boxes[i].tolist(), list(size),
-                                 tv.InterpolationMode(mode), antialias=True).clamp(0, 1)
-        torch.testing.assert_close(ours[i], theirs, rtol=0, atol=2e-5)
+                                 interpolation=tv.InterpolationMode(mode), antialias=True)
+        torch.testing.assert_close(ours[i], theirs.clamp(0, 1), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_large_crops_on_a_cpu_are_the_matrix_products(mode, monkeypatch):
+    images = images_like(6, 120, 90)
+    boxes = augment.random_boxes(torch.arange(6), torch.tensor([[120, 90]] * 6), (0.08, 1.0), 1)
+    ours = augment.resample(images, boxes, (96, 80), mode)
+    monkeypatch.setattr(augment, "SMALL", 10 ** 9)
+    products = augment.resample(images, boxes, (96, 80), mode)
+    assert not torch.equal(ours, products)              # another way, indeed
+    torch.testing.assert_close(ours, products, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(128, 128), (96, 192), (160, 64)])
@@ -114,65 +139,64 @@ def test_central_view_equals_resize_and_centre_crop(size):
     assert whole.tolist() == [[0, 0, 56, 56]]
 
 
-# ---------------------------------------------------------------------------------- augmentations
-FACTORS = torch.tensor([0.0, 0.6, 1.0, 1.37, 2.5])
-TURNS = torch.tensor([-0.5, -0.1, 0.0, 0.07, 0.5])
+# ------------------------------------------------------------------------------------ augmentations
+OPERATIONS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 
 
-def float_images(n=5, h=12, w=10):
-    x = images_like(n, h, w).float() / 255
-    x[0, :, :4] = 0.5  # grey
-    x[1, :, :4], x[1, 1, :4] = 1.0, 0.0  # saturated
-    return x
+def jittered(x, factors, orders):
+    ids, numbers, hue_at = augment.jitter_plan(factors, orders)
+    return augment.color_jitter_(x.clone(), ids, numbers, hue_at)
 
 
-@pytest.mark.parametrize("ours, theirs, factors", [
-    (augment.adjust_brightness, tv.adjust_brightness, FACTORS),
-    (augment.adjust_contrast, tv.adjust_contrast, FACTORS),
-    (augment.adjust_saturation, tv.adjust_saturation, FACTORS),
-    (augment.adjust_hue, tv.adjust_hue, TURNS)],
-    ids=["brightness", "contrast", "saturation", "hue"])
-def test_jitter_operations_equal_torchvisions(ours, theirs, factors):
-    x = float_images()
-    for shift in range(5):  # every factor on every image
+@pytest.mark.parametrize("operation", range(4))
+def test_jitter_operations_equal_torchvisions(operation):
+    factors = [-0.5, -0.1, 0.0, 0.07, 0.5] if operation == 3 else [0.0, 0.6, 1.0, 1.37, 2.5]
+    factors = torch.tensor(factors)
+    x, orders = float_images(), torch.tensor([[-1, operation, -1, -1]] * 5)
+    for shift in range(5):                                              # every factor, every image
         rolled = factors.roll(shift)
-        expected = torch.stack([theirs(image, factor.item()) for image, factor in zip(x, rolled)])
-        torch.testing.assert_close(ours(x, rolled), expected, rtol=0, atol=2e-5)
+        expected = torch.stack([OPERATIONS[operation](image, factor.item())
+                                for image, factor in zip(x, rolled)])
+        ours = jittered(x, rolled[:, None].expand(5, 4), orders)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
+
+
+def test_color_jitter_honours_each_images_order():
+    every = list(itertools.permutations(range(4)))
+    orders = torch.tensor([[-1] * 4] + every + [[2, -1, 0, -1], [-1, 3, -1, 1], [-1, -1, -1, 2]])
+    x = images_like(1, 12, 10).float().expand(len(orders), -1, -1, -1) / 255
+    factors = torch.tensor([1.4, 0.6, 1.3, 0.1]).expand(len(orders), 4)
+    ours = jittered(x, factors, orders)
+    for i, order in enumerate(orders.tolist()):
+        expected = x[i]
+        for k in order:
+            expected = OPERATIONS[k](expected, factors[i, k].item()) if k >= 0 else expected
+        torch.testing.assert_close(ours[i], expected, rtol=0, atol=5e-5)
+    assert torch.equal(ours[0], x[0])
+    assert (ours[1] - ours[2]).abs().max() > 0.01                           # the order matters
 
 
 def test_grey_and_solarise_equal_torchvisions():
     x = float_images()
-    x[2, 0, 0, :3] = torch.tensor([127.0, 128.0, 129.0]) / 255  # around the threshold
+    x[2, 0, 0, :3] = torch.tensor([127.0, 128.0, 129.0]) / 255              # around the threshold
     for i in range(5):
-        torch.testing.assert_close(augment.grey(x)[i], tv.rgb_to_grayscale(x[i]), rtol=0, atol=1e-6)
+        theirs = tv.rgb_to_grayscale(x[i])
+        torch.testing.assert_close(augment.grey(x)[i], theirs, rtol=0, atol=1e-6)
         assert torch.equal(augment.solarise(x)[i], tv.solarize(x[i], 128 / 255))
     eight_bit = images_like(2, 12, 10)
     ours = (augment.solarise(eight_bit.float() / 255) * 255).round().to(torch.uint8)
-    assert torch.equal(ours, tv.solarize(eight_bit, 128))  # the threshold that the recipe names
+    assert torch.equal(ours, tv.solarize(eight_bit, 128))                   # the recipe's threshold
 
 
-def test_blur_equals_torchvisions():
-    x, sigmas = float_images(6, 20, 16), torch.tensor([0.1, 0.31, 0.77, 1.0, 1.5, 2.0])
+@pytest.mark.parametrize("size", [(20, 16), (72, 60)])                      # convolutions; sums
+def test_blur_equals_torchvisions(size):
+    x, sigmas = float_images(6, *size), torch.tensor([0.1, 0.31, 0.77, 1.0, 1.5, 2.0])
     ours = augment.gaussian_blur(x, sigmas)
     for i, sigma in enumerate(sigmas.tolist()):
         width = 2 * math.ceil(3 * sigma) + 1
         theirs = tv.gaussian_blur(x[i], [width, width], [sigma, sigma])
         torch.testing.assert_close(ours[i], theirs, rtol=0, atol=2e-5)
     torch.testing.assert_close(augment.gaussian_blur(x, torch.zeros(6)), x)
-
-
-def test_color_jitter_honours_each_images_order():
-    operations = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
-    orders = torch.tensor(list(itertools.permutations(range(4))) + [[-1] * 4, [2, -1, 0, -1]])
-    x = images_like(1, 12, 10).float().expand(len(orders), -1, -1, -1) / 255
-    factors = torch.tensor([1.4, 0.6, 1.3, 0.1]).expand(len(orders), 4)
-    ours = augment.color_jitter_(x.clone(), factors, orders)
-    for i, order in enumerate(orders.tolist()):
-        expected = x[i]
-        for k in order:
-            expected = operations[k](expected, factors[i, k].item()) if k >= 0 else expected
-        torch.testing.assert_close(ours[i], expected, rtol=0, atol=5e-5)
-    assert (ours[0] - ours[1]).abs().max() > 0.01  # the order matters
 
 
 def test_operations_change_the_chosen_images_alone_and_the_given_ones_never():
@@ -188,6 +212,41 @@ def test_operations_change_the_chosen_images_alone_and_the_given_ones_never():
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("view", augment.MOCO_VIEWS, ids=["first", "second"])
+def test_a_batch_in_pieces_is_the_batch(view, monkeypatch):
+    x, ids = float_images(13, 8, 6), torch.arange(13)
+    whole = augment.augment(x, ids, view, 1)
+    monkeypatch.setattr(augment, "CACHED", 5 * x[0].numel())
+    torch.testing.assert_close(augment.augment(x, ids, view, 1), whole, rtol=0, atol=2e-6)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is done on the device that holds no data: operations on images, and uploads."""
+
+    def __init__(self):
+        super().__init__()
+        self.images = self.uploads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type == "meta":
+            if function is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+                self.uploads += 1
+            elif not function.is_view and result.ndim > 2 and result.numel() >= 20 * 20:
+                self.images += 1
+        return result
+
+
+@pytest.mark.parametrize("view", augment.MOCO_VIEWS, ids=["first", "second"])
+def test_a_view_on_a_device_takes_one_upload_and_no_look_at_the_pixels(view):
+    """231 operations on images and 36 uploads before; reading one would raise on this device."""
+    with Operations() as counted:
+        x = augment.augment(torch.empty(128, 3, 20, 20, device="meta"), torch.arange(128), view, 1)
+    assert x.shape == (128, 3, 20, 20) and x.device.type == "meta"
+    assert counted.uploads == 1
+    assert 40 < counted.images <= 105
+
+
 def test_views_are_the_recipe():
     first, second = augment.MOCO_VIEWS
     common = dict(scale=(0.08, 1.0), mode="bilinear", jitter=0.8, grey=0.2, flip=0.5)
@@ -201,7 +260,8 @@ def test_each_operation_has_its_probability_independently_of_the_others():
     n = 4000
     x = images_like(1, 8, 8).float().expand(n, -1, -1, -1) / 255
     changed = {}
-    for name, share in (dict(jitter=0.8, grey=0.2, blur=0.1, solarise=0.2, flip=0.5)).items():
+    for name, share in (("jitter", 0.8), ("grey", 0.2), ("blur", 0.1), ("solarise", 0.2),
+                        ("flip", 0.5)):
         y = augment.augment(x.clone(), torch.arange(n), {name: share}, 1, 2, 3)
         changed[name] = (y != x).flatten(1).any(1)
         assert abs(changed[name].float().mean() - share) < 0.03, name
@@ -212,13 +272,13 @@ def test_each_operation_has_its_probability_independently_of_the_others():
 
 
 def test_jitter_draws_its_factors_and_orders_as_colorjitter_does(monkeypatch):
-    drawn, n = {}, 3000
+    drawn, n, plan = {}, 3000, augment.jitter_plan
 
-    def note(x, factors, order):
+    def note(factors, order):
         drawn.update(factors=factors, order=order)
-        return x
+        return plan(factors, order)
 
-    monkeypatch.setattr(augment, "color_jitter_", note)
+    monkeypatch.setattr(augment, "jitter_plan", note)
     augment.augment(torch.zeros(n, 3, 2, 2), torch.arange(n), {"jitter": 1.0}, 1)
     for k, (centre, spread) in enumerate(((1, 0.4), (1, 0.4), (1, 0.2), (0, 0.1))):
         values = drawn["factors"][:, k]
@@ -227,7 +287,7 @@ def test_jitter_draws_its_factors_and_orders_as_colorjitter_does(monkeypatch):
         assert values.mean().item() == pytest.approx(centre, abs=0.05 * spread)
     orders = [tuple(order) for order in drawn["order"].tolist()]
     counts = [orders.count(order) for order in itertools.permutations(range(4))]
-    assert sum(counts) == n and min(counts) > 80  # 125 expected of each of 24
+    assert sum(counts) == n and min(counts) > 80                            # 125 expected of each
 
 
 def test_blur_draws_its_sigma_from_the_range(monkeypatch):
@@ -244,13 +304,7 @@ def test_other_channel_counts_pass_through_the_augmentations(channels):
     x = torch.rand(8, channels, 6, 6)
     y = augment.augment(x.clone(), torch.arange(8), augment.MOCO_VIEWS[1], 1)
     assert y.shape == x.shape and y.isfinite().all() and not torch.equal(x, y)
-
-
-def test_boxes_of_a_batch_are_those_of_each_image():
-    """To the bit, on which rests that an image's crop does not depend on its batch."""
-    n = 300
-    sizes = torch.stack([torch.arange(n) % 97 + 100, torch.arange(n) % 89 + 120], 1)
-    together = augment.random_boxes(torch.arange(n), sizes, (0.08, 1.0), 1, 2)
-    alone = [augment.random_boxes(torch.tensor([i]), sizes[i:i + 1], (0.08, 1.0), 1, 2)
-             for i in range(n)]
-    assert torch.equal(torch.cat(alone), together)
+    factors, orders = torch.tensor([[1.4, 0.6, 9.0, 9.0]]), torch.tensor([[1, -1, 0, -1]])
+    grey = torch.rand(1, 1, 6, 6)
+    expected = (0.6 * grey + 0.4 * grey.mean()).clamp(0, 1).mul(1.4).clamp(0, 1)
+    torch.testing.assert_close(jittered(grey, factors, orders), expected)

@@ -384,6 +384,8 @@ def test_three_lines_give_features(tmp_path):
     x = encoder.forward_features(encoder.normalise(torch.full((2, 3, 16, 16), 0.8)))
     by_hand = torch.tensor([4.0, 1.5, 2 / 3])[:, None, None].expand(2, 3, 16, 16)
     torch.testing.assert_close(x, net(by_hand))
+    with pytest.raises(ValueError, match="divide by 255"):
+        encoder.normalise(torch.zeros(3, 16, 16, dtype=torch.uint8))
     assert not encoder.training and not x.requires_grad and set(encoder.config) == set(net.config)
     assert_identical(encoder.state_dict(), net.state_dict())
     assert checkpoint.digest(encoder) == checkpoint.digest(net)

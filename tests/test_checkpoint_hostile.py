@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import checkpoint
+import model
 from checkpoint import CheckpointError
 from test_checkpoint import vit
 
@@ -196,6 +197,33 @@ def test_hostile_linear_classifiers_are_refused(change):
         change = dict(classifier=head | change["classifier"])
     with pytest.raises(CheckpointError, match="^file: "):
         checkpoint.check_linear(good | change, "file", 24)
+
+
+CLASSIFIERS = {
+    "no head": dict(head=3), "a word": dict(classes="cat"),
+    "a wide head": dict(head=dict(kind="projector", width=10 ** 9, bias=True)),
+    "another head": dict(head=dict(kind="probe", block=1, blocks=10 ** 6)),
+    "many classes": dict(classes=["c"] * 100), "numbers": dict(classes=[1, 2, 3, 4]),
+    "no mean": dict(mean=None), "a std of zero": dict(std=[0.0] * 3),
+    "a huge encoder": dict(config=dict(dim=10 ** 9, depth=3)), "no weights": dict(model={}),
+    "words": dict(model={"cls_token": "b"}), "no names": dict(model={1: torch.zeros(1)}),
+    "NaN": dict(model={"head.bias": torch.full((4,), float("nan"))})}
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_hostile_classifiers_are_refused(tmp_path, kind):
+    net = model.Classifier(vit().config, dict(kind="linear"), 4)
+    good = dict(model=net.state_dict(), config=net.config, classes=list("abcd"),
+                head=dict(kind="linear"), mean=[0.5] * 3, std=[0.5] * 3)
+    torch.save(good, tmp_path / "classifier.pt")
+    assert len(checkpoint.load_classifier(str(tmp_path))[1]["classes"]) == 4
+    change = CLASSIFIERS[kind]
+    if kind == "NaN":
+        change = dict(model=good["model"] | change["model"])
+    torch.save(good | change, tmp_path / "classifier.pt")
+    with pytest.raises(CheckpointError, match="classifier.pt: ") as error:
+        checkpoint.load_classifier(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("error, message", [

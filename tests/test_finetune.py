@@ -387,12 +387,12 @@ def test_erasing_goes_by_picture():
     x, ids = torch.zeros(40, 3, 16, 16), torch.arange(40)
     eraser = finetune.v2.RandomErasing(0.25, value="random")
     state = torch.get_rng_state()
-    erased = augment.per_picture(x, ids, eraser, augment.ERASE, 0, 0)
+    erased = augment.per_image(x, ids, eraser, augment.ERASE, 0, 0)
     assert torch.equal(torch.get_rng_state(), state)
     changed = erased.abs().amax((1, 2, 3)) > 0
     assert 3 <= changed.sum() <= 18
-    assert torch.equal(erased[7:20], augment.per_picture(x[7:20], ids[7:20], eraser, augment.ERASE, 0, 0))
-    assert not torch.equal(erased, augment.per_picture(x, ids, eraser, augment.ERASE, 0, 1))
+    assert torch.equal(erased[7:20], augment.per_image(x[7:20], ids[7:20], eraser, augment.ERASE, 0, 0))
+    assert not torch.equal(erased, augment.per_image(x, ids, eraser, augment.ERASE, 0, 1))
 
 
 def test_unreadable_pictures(made, tmp_path, folder):
