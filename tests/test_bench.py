@@ -26,6 +26,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench, "LEAST", 0.0)
     monkeypatch.setattr(bench, "HEADS", (64, 16))
     monkeypatch.setattr(bench, "EPOCHS", dict(linear=2, loop=2))
+    monkeypatch.setattr(bench, "SEGMENT", 64)
+    monkeypatch.setitem(model.ARCHS, "vit_mini", ((8, 24, 3, 3), (16, 1, 2)))
     monkeypatch.setitem(bench.MATRIX, "cpu", 64)
     monkeypatch.setitem(bench.FEWSHOT, "cpu", (60, 5))
     drawn = data.embedded(n=32)
@@ -40,12 +42,12 @@ def options(*more):
 
 
 # ------------------------------------------------------------------------------------- the cases
-OURS = {"mae": {"ours"}, "graft": {"ours", "undivided"}, "augment": {"ours"},
+OURS = {"mae": {"ours"}, "graft": {"ours", "undivided"}, "augment": {"ours"}, "segment": {"ours"},
         "reading": {"ours, worker", "ours, worker and device", "decoding alone, pillow"},
         "linear": {"35 rates", "1 rate"}, "fewshot": {"ours"},
         "loop": {"ours, training loop", "bare steps"}}
-PACKAGES = {"mae": ("timm", "transformers"), "graft": ("timm",), "augment": ("torchvision",),
-            "reading": ("torchvision",), "fewshot": ("sklearn",)}
+PACKAGES = {"mae": ("timm", "transformers"), "graft": ("timm",), "segment": ("transformers",),
+            "augment": ("torchvision",), "reading": ("torchvision",), "fewshot": ("sklearn",)}
 
 
 @pytest.mark.parametrize("name", bench.CASES)

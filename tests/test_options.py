@@ -68,7 +68,8 @@ def attempt(name, arguments, monkeypatch):
 
 
 REQUIRED = {"finetune": ["--checkpoint", "{encoder}"], "evaluate": ["--checkpoint", "{encoder}"],
-            "graft_train": ["--init", "none"], "segment": ["--init", "{encoder}", "--data", "{tmp}"]}
+            "graft_train": ["--init", "none"],
+            "segment": ["--init", "{encoder}", "--data", "{tmp}"]}
 
 
 def base_of(name, words, places):
