@@ -425,7 +425,7 @@ def find_tars(path):
     parts = braces[1].split(",")
     if ends:
         numbers = range(int(ends[1]), int(ends[2]) + 1)
-        parts = [str(i).zfill(len(ends[1])) for i in numbers]
+        parts = (str(i).zfill(len(ends[1])) for i in numbers)
     found = []
     for one in (path[:braces.start()] + part + path[braces.end():] for part in parts):
         tars = find_tars(one)
@@ -471,6 +471,8 @@ def pax_records(content):
     found = {}
     while content:
         length = int(content.split(b" ", 1)[0])
+        if length < 5:                      # or it would never end
+            raise ValueError
         key, value = content[:length - 1].split(b" ", 1)[1].split(b"=", 1)
         found[key] = value
         content = content[length:]
@@ -1886,7 +1888,7 @@ def go_on(f, part, head, source, keep):
         f.seek(0)
         f.write(head)
     places = {}
-    with contextlib.suppress(DataError, BadFile):           # at what was being written
+    with contextlib.suppress(DataError, BadFile, OSError):  # at what was being written
         for _, name, offset, length in tar_members(f.fileno(), 0, size, part):
             name = os.fsdecode(name)
             if offset + length > size - 2 * SYNC:
