@@ -122,10 +122,11 @@ def jpeg_decoder():
     time.
     """
     try:
-        from torchvision.io import ImageReadMode
+        import torchvision
     except (ImportError, OSError, RuntimeError):
         return None
-    modes = {1: ImageReadMode.GRAY.value, 3: ImageReadMode.RGB.value}
+    modes = torchvision.io.ImageReadMode
+    modes = {1: modes.GRAY.value, 3: modes.RGB.value}
 
     def decode(content, in_chans):
         # the operation under torchvision.io.decode_jpeg, which from 0.29 on looks for whom to warn
@@ -237,10 +238,9 @@ class Names:
     def __init__(self, names=(), text=None, first=None, last=None):
         if text is None:
             text = os.fsencode("\0".join(names))    # at once: a tenth of the time of one by one
-            ends = np.flatnonzero(np.frombuffer(text + b"\0", np.uint8) == 0)
-            first, last = np.append(0, ends[:-1] + 1), ends
-            if not text:
-                first = last = ends[:0]
+        if first is None:
+            last = np.flatnonzero(np.frombuffer(text + b"\0" * bool(text), np.uint8) == 0)
+            first = np.append(0, last + 1)[:-1]
         self.text, self.first, self.last = text, first, last
 
     def __len__(self):
@@ -267,10 +267,11 @@ class Names:
 
     def below(self, folder):
         """Indices of the names that begin with folder/."""
-        start = os.fsencode(folder) + b"/"
-        places = zip(self.first.tolist(), self.last.tolist())
-        return [i for i, (a, b) in enumerate(places)
-                if b - a > len(start) and self.text.startswith(start, a)]
+        start = np.frombuffer(os.fsencode(folder) + b"/", np.uint8)
+        text, inside = np.frombuffer(self.text, np.uint8), self.last - self.first > len(start)
+        for k, byte in enumerate(start):
+            inside[inside] = text[self.first[inside] + k] == byte
+        return np.flatnonzero(inside)
 
 
 class FileSource:
@@ -507,12 +508,12 @@ def tar_members(fd, at, end, where):
         if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in special):
             raise DataError(f"{where}: has sparse files; make it again without --sparse")
         if kind == b"L":
-            special[b"path"] = os.pread(fd, min(size, 1 << 20), data).rstrip(b"\0")
+            special[b"path"] = os.pread(fd, min(size, 1 << 20), data)
         elif kind not in (b"x", b"g", b"K"):
             name = head[:100].split(b"\0", 1)[0]
             if head[257:263] == b"ustar\0" and head[345]:
                 name = head[345:500].split(b"\0", 1)[0] + b"/" + name
-            yield kind, special.get(b"path", name), data, size
+            yield kind, special.get(b"path", name).split(b"\0", 1)[0], data, size
             special = {}
 
 
@@ -552,7 +553,7 @@ def label_of(name, labels):
 
 
 def index_tars(path, tars):
-    """{names, ends, places, labels, lists}: arrays with all that open_tars needs."""
+    """{names, places, labels, lists}: arrays with all that open_tars needs."""
     names, places, labels, other = [], array("q"), [], {}
     progress = Progress(f"indexing {path}")
     for number, tar in enumerate(tars):
@@ -581,9 +582,9 @@ def index_tars(path, tars):
              if j < 0 or names[i] != names[j]]
     classes = sorted_classes(set(labels) - {""})
     numbers = {text: i for i, text in enumerate(classes)} | {"": -1}
-    found = Names([names[i] for i in order])
+    text = os.fsencode("\0".join(names[i] for i in order))
     tops = sorted({names[i].split("/", 1)[0] for i in order if "/" in names[i]})
-    return dict(names=np.frombuffer(found.text, np.uint8), ends=found.last, places=places[order],
+    return dict(names=np.frombuffer(text, np.uint8), places=places[order],
                 labels=np.array([numbers[labels[i]] for i in order], np.int64),
                 lists=np.frombuffer(json.dumps([classes, tops]).encode(), np.uint8))
 
@@ -654,8 +655,7 @@ def open_tars(path, tars):
             os.makedirs(cache, mode=0o700, exist_ok=True)
         index = kept | dict(made=np.frombuffer(made, np.uint8))
         any(write_index(place, index) for place in places)
-    names = Names(text=kept["names"].tobytes(), first=np.append(0, kept["ends"] + 1)[:-1],
-                  last=kept["ends"])
+    names = Names(text=kept["names"].tobytes())
     classes, tops = json.loads(kept["lists"].tobytes())
     return TarSource(path, names, Tars(tars, [s.st_size for s in status]), kept["places"],
                      *(kept["labels"], classes) if classes else (None, None), tops)
@@ -666,7 +666,7 @@ def read_index(place, made):
     try:
         with np.load(place, allow_pickle=False) as kept:
             if kept["made"].tobytes() == made:
-                return {key: kept[key] for key in ("names", "ends", "places", "labels", "lists")}
+                return {key: kept[key] for key in ("names", "places", "labels", "lists")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
@@ -706,10 +706,10 @@ class Dataset:
     @property
     def files(self):
         """The names of all files, a sequence, or None."""
-        return self.source and self.source.names
+        return None if self.source is None else self.source.names
 
     def file(self, i):
-        return self.source.name(i) if self.source else f"{self.name}/{i}"
+        return f"{self.name}/{i}" if self.source is None else self.source.name(i)
 
     def open(self, i):
         """Image i with its bytes in memory and its header read (`Encoded`), or a BadFile."""
@@ -723,9 +723,8 @@ class Dataset:
     @property
     def digest(self):
         """Changes when an image is added, renamed or removed."""
-        text = f"{self.name} {len(self)}".encode()
-        if self.source:
-            text = b"\0".join(map(os.fsencode, self.source.names))
+        names = self.files or [self.name, str(len(self))]
+        text = os.fsencode("\0".join(names))
         return hashlib.sha256(text).hexdigest()[:16]
 
     def label(self, names, classes):
@@ -750,7 +749,7 @@ class Dataset:
         """The images at ids (a list or tensor of indices), as a set of its own."""
         ids = torch.as_tensor(ids, dtype=torch.long)
         part = copy.copy(self)
-        part.source = self.source and self.source.select(ids.numpy())
+        part.source = None if self.source is None else self.source.select(ids.numpy())
         part.images = None if self.images is None else self.images[ids.to(self.images.device)]
         part.labels = None if self.labels is None else self.labels[ids]
         rows = enumerate(ids.tolist()) if self.bad else ()
@@ -867,7 +866,12 @@ def parts_of(path, names):
             raise DataError(f"{path}: is {found[kind]}/ or {name}/ the {kind} part? Rename one")
         if kind:
             found[kind] = name
-    words = {match[1] for name in names if not part_kind(name)
+    others = [name for name in names if not part_kind(name)]
+    if list(found) == ["train"] and len(others) > 2:        # Pascal VOC and COCO have such a class
+        raise DataError(f"{path}: is {found['train']}/, beside {', '.join(sorted(others)[:3])}, a "
+                        f"part or a class? Give {os.path.join(path, found['train'])}, or put the "
+                        "classes into a folder train/")
+    words = {match[1] for name in others
              if (match := re.match(r"(train|val|test)[^a-z]", name.lower()))}
     if not found and len(words) > 1:                # pre-training would mix them up as classes
         raise DataError(f"{path}: the folders {', '.join(sorted(names)[:4])} look like parts of a "
@@ -947,29 +951,34 @@ def read_table(path):
             content = f.read()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-    text = content.decode("utf-16" if wide else "utf-8-sig", "surrogateescape")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        text = content.decode("utf-16", "replace")
+    else:
+        text = content.decode("utf-8-sig", "surrogateescape")
+    lines = [line.strip() for line in text.splitlines() if line.strip(' \t"')]
     if not lines:
         raise DataError(f"{path}: the list is empty")
     for delimiter in ",;\t":
-        rows = [[cell.strip() for cell in row]
-                for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True)]
-        heads = [head.lower() for head in rows[0]]
-        if heads[0] in COLUMNS["file"] or any(h in COLUMNS["file"] for h in heads[1:]):
-            places = [next((heads.index(word) for word in words if word in heads), None)
-                      for words in COLUMNS.values()]
-            return [tuple(None if at is None or at >= len(row) else row[at] for at in places)
-                    for row in rows[1:]]
-        if all(len(row) > 1 and row[0].lower().endswith(EXTENSIONS) for row in rows):
-            return [tuple((*row, None)[:3]) for row in rows]
+        rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+        try:
+            first = [cell.strip() for cell in next(rows)]
+            heads = [head.lower() for head in first]
+            if set(heads) & set(COLUMNS["file"]):
+                places = [next((heads.index(word) for word in words if word in heads), None)
+                          for words in COLUMNS.values()]
+                return [tuple(None if at is None or at >= len(row) else row[at].strip()
+                              for at in places) for row in rows]
+            if len(first) > 1 and heads[0].endswith(EXTENSIONS):
+                rows = [first] + [[cell.strip() for cell in row] for row in rows]
+                if all(len(row) > 1 and row[0].lower().endswith(EXTENSIONS) for row in rows):
+                    return [tuple((*row, None)[:3]) for row in rows]
+        except csv.Error as error:
+            raise DataError(f"{path}: no table ({error})") from None
     rows = []
     for line in lines:
-        if line[0] == line[-1] == '"':
-            line = line[1:-1]
-        name, *label = line.rsplit(maxsplit=1)
+        name, *label = line.strip('"').rsplit(maxsplit=1)
         has = label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS))
-        rows.append((name, label[0], None) if has else (line, None, None))
+        rows.append((name, label[0], None) if has else (line.strip('"'), None, None))
     return rows
 
 
@@ -1052,10 +1061,6 @@ def listed_images(source, table, root, parts, train):
     ids = find_listed(source.names, [name for name, *_ in rows], table, root)
     files = [source.name(i) for i in ids]
     labels = [label and unicodedata.normalize("NFC", label) for _, label, _ in rows]
-    known = {}
-    for i, file, label in zip(ids, files, labels) if any(labels) else ():
-        if not label or known.setdefault(i, label) != label:
-            raise DataError(f"{table}: {file} has {'two labels' if label else 'no label'}")
     kinds = [part_kind(split or "") for *_, split in rows]
     if any(split for *_, split in rows):
         if None in kinds:
@@ -1068,15 +1073,20 @@ def listed_images(source, table, root, parts, train):
     chosen = choose_part(table, parts, train)
     mine = [row for row, kind in enumerate(kinds) if not chosen or parts.get(kind) == chosen]
     source = source.select([ids[row] for row in mine])
-    if not any(labels):
+    if not any(labels[row] for row in mine):
         return source, None, parts
+    known = {}
+    for row in mine:
+        if not labels[row] or known.setdefault(ids[row], labels[row]) != labels[row]:
+            trouble = "two labels" if labels[row] else "no label"
+            raise DataError(f"{table}: {files[row]} has {trouble}")
     # numbers for folders, as in ImageNet's lists, are known by the folders' names
-    folders = [file.split("/")[-2] if "/" in file else None for file in files]
-    pairs = len(set(zip(folders, labels)))
-    numbers = all(label.isdecimal() for label in set(labels))
+    folders = [files[row].split("/")[-2] if "/" in files[row] else None for row in mine]
+    labels = [labels[row] for row in mine]
+    pairs, numbers = len(set(zip(folders, labels))), all(map(str.isdecimal, set(labels)))
     if numbers and None not in folders and pairs == len(set(folders)) == len(set(labels)):
         labels = folders
-    return source, [labels[row] for row in mine], parts
+    return source, labels, parts
 
 
 def sorted_classes(labels):
@@ -1547,7 +1557,11 @@ class Loader:
         """The batches of an epoch, from batch `start` on."""
         if self.reader is not None and self.place != (epoch, start):
             self.keys.keys = self.plan.stream(epoch, start)
-            self.items = iter(self.reader)
+            try:
+                self.items = iter(self.reader)
+            except OSError as error:
+                raise DataError(f"data workers cannot be started ({error.strerror}): give fewer "
+                                "--workers", 1) from None
         for b, ids in enumerate(self.batches(epoch, start), start + 1):
             if self.reader is None:
                 yield self.held(ids, epoch)
@@ -1707,12 +1721,18 @@ ENDINGS = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".jpg", ".jpeg"),
 
 
 def look(dataset, i):
-    """What is special about image i, a list, and the (least, largest) value of more than 8 bits or
-    None. A BadFile if it cannot be read."""
-    dataset.read(i)
-    encoded = dataset.open(i)
+    """(what is special about image i, a list; the (least, largest) value of more than 8 bits or
+    None), or the text of its BadFile."""
+    try:
+        dataset.read(i)
+        encoded = dataset.open(i)
+        extremes = encoded.extremes() if encoded.bits > 8 else None
+    except BadFile as error:
+        with contextlib.suppress(OSError, BadFile):
+            if not dataset.source.content(i):
+                return f"empty: {error}"
+        return str(error)
     image, ending = encoded.image, os.path.splitext(dataset.file(i))[1].lower()
-    extremes = encoded.extremes() if encoded.bits > 8 else None
     special = []
     # what the rarer parts of a good image are like is no reason to refuse it
     with contextlib.suppress(Exception):
@@ -1723,17 +1743,6 @@ def look(dataset, i):
             ("another format than its name says",
              ending not in ENDINGS.get(image.format, (f".{image.format.lower()}",)))) if true]
     return special, extremes
-
-
-def look_or_trouble(dataset, i):
-    """As `look`, or the text of its BadFile; "empty" for an empty file."""
-    try:
-        return look(dataset, i)
-    except BadFile as error:
-        said = str(error)
-        with contextlib.suppress(OSError, BadFile):
-            said = said if dataset.source.content(i) else f"empty: {said}"
-        return said
 
 
 def counted(kinds):
@@ -1764,7 +1773,7 @@ def check(args):
     bad, special, ranges = [], Counter(), []
     started, progress = time.perf_counter(), Progress(f"checking {args.folder}", n)
     with ThreadPool(args.workers) as pool:  # pillow decodes outside Python's lock
-        found = pool.imap(functools.partial(look_or_trouble, dataset), range(n), chunksize=16)
+        found = pool.imap(functools.partial(look, dataset), range(n), chunksize=16)
         for i, what in enumerate(found):
             if isinstance(what, str):
                 kind = next((name for words, name in KINDS if words in what), "damaged")

@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from PIL import Image
 
 import analyze
+import checkpoint
 import data
 import evaluate
 import finetune
@@ -49,9 +50,12 @@ DECADES = ("1.5e-6", "1.5e-5", "1.5e-4")
 PLAIN = dict(rand_augment=0, mixup=0, cutmix=0, erasing=0)  # a few epochs cannot take the paper's
 PROBES = ((6, 9, 12), (0, 1, 2, 4))                         # Table 5: blocks, new blocks on top
 SMALL = dict(
-    images=10000, tests=10000, rate=1.8e11, arch=dict(arch="vit_mini", patch_size=4, img_size=32),
+    images=10000, tests=10000, rate=1.7e11, arch=dict(arch="vit_mini", patch_size=4, img_size=32),
     vicreg=dict(lr="1e-3"), grid_epochs=1, many="10%", linear=dict(cache_features=True),
     probes=((3, 6), (0, 1)), partial=(0, 2, 4), rates="1.5e-4,5e-4,1.5e-3", never=("table6",))
+LONG = dict(
+    rates="1.5e-5,1.5e-5,1.5e-4", vicreg=dict(lr="1.5e-4"), few="1%", many="10%", probes=PROBES,
+    partial=(0, 2, 4, 6, 8, 10, 12))
 PRESETS = {
     "demo": SMALL | dict(
         data=None, images=4096, tests=2048, common=dict(log_every=32), short=4, few="3 per class",
@@ -59,7 +63,7 @@ PRESETS = {
         rates="5e-4,5e-4,1.5e-3", fine=dict(epochs=3), few_fine=dict(epochs=60),
         grid=(("1.5e-4", "5e-4", "1.5e-3"), ("5e-4",), ("1.5e-4", "5e-4", "1.5e-3")),
         tuned={"MAE": (8, ("1e-3", "3e-3", "6e-3"), ("0.2", "0.4")),
-                "MoCo v3": (3, ("5e-4", "1.5e-3", "3e-3"), ("0.2", "0.4"))}),
+               "MoCo v3": (3, ("5e-4", "1.5e-3", "3e-3"), ("0.2", "0.4"))}),
     "cifar10-small": SMALL | dict(
         data="cifar10", common=dict(log_every=39, workers=0, batch_size=128, crop_min=0.2),
         mae=dict(epochs=32, lr="1.5e-3"), short=13, few="1%",
@@ -68,28 +72,24 @@ PRESETS = {
         fine=dict(epochs=2, batch_size=64, lr="4e-3", crop_min=0.4) | PLAIN,
         few_fine=dict(epochs=10, batch_size=64, lr="4e-3", crop_min=0.4) | PLAIN,
         tuned={"MAE": (8, ("5e-4", "1.5e-3", "4.5e-3"), ("0.2", "0.5")),
-                "MoCo v3": (2, ("1.5e-4", "5e-4", "1.5e-3", "4.5e-3"), ("0.08", "0.2", "0.4"))},
+               "MoCo v3": (2, ("1.5e-4", "5e-4", "1.5e-3", "4.5e-3"), ("0.08", "0.2", "0.4"))},
         main=("MAE", "MoCo v3", "MTL", "Layer grafted", "MAE, equal cost", "MoCo v3, equal cost")),
-    "cifar10": dict(
-        data="cifar10", images=50000, tests=10000, rate=2e13,
-        arch=dict(arch="vit_tiny", patch_size=4, img_size=32),
+    "cifar10": LONG | dict(
+        data="cifar10", images=50000, tests=10000, rate=2e13, linear=dict(cache_features=True),
+        arch=dict(arch="vit_tiny", patch_size=4, img_size=32), short=30, grid_epochs=15,
         common=dict(batch_size=1024, crop_min=0.2), mae=dict(epochs=200, lr="1.5e-4"),
-        contrastive=dict(epochs=60, lr="1.5e-4", hidden_dim=2048), vicreg=dict(lr="1.5e-4"),
-        rates="1.5e-5,1.5e-5,1.5e-4", grid=(DECADES, ("1.5e-5",), DECADES), short=30,
-        grid_epochs=15, few="1%", many="10%", fine=dict(epochs=50, crop_min=0.2),
-        few_fine=dict(epochs=400, lr="3e-5", crop_min=0.2), linear=dict(cache_features=True),
-        probes=PROBES, partial=(0, 2, 4, 6, 8, 10, 12), never=("table6",),
+        contrastive=dict(epochs=60, lr="1.5e-4", hidden_dim=2048),
+        grid=(DECADES, ("1.5e-5",), DECADES), fine=dict(epochs=50, crop_min=0.2),
+        few_fine=dict(epochs=400, lr="3e-5", crop_min=0.2), never=("table6",),
         tuned={"MAE": (50, ("1.5e-4", "5e-4", "1.5e-3"), ("0.2", "0.5")),
-                "MoCo v3": (15, ("1.5e-4", "5e-4", "1.5e-3"), ("0.08", "0.2", "0.4"))}),
+               "MoCo v3": (15, ("1.5e-4", "5e-4", "1.5e-3"), ("0.08", "0.2", "0.4"))}),
     # the paper's; warm-up 40 at any length is that of the released script
-    "imagenet": dict(
-        data=None, images=1281167, tests=50000, rate=3e14, common=dict(warmup_epochs=40),
-        arch=dict(arch="vit_base", patch_size=16, img_size=224),
+    "imagenet": LONG | dict(
+        data=None, images=1281167, tests=50000, rate=3e14, linear={}, short=100, grid_epochs=100,
+        arch=dict(arch="vit_base", patch_size=16, img_size=224), common=dict(warmup_epochs=40),
         mae=dict(epochs=1600, lr="1.5e-4"), contrastive=dict(epochs=300, lr="1.5e-4"),
-        vicreg=dict(lr="1.5e-4"), rates="1.5e-5,1.5e-5,1.5e-4", grid=(DECADES,) * 3, short=100,
-        grid_epochs=100, few="1%", many="10%", fine=dict(epochs=100),
-        few_fine=dict(epochs=400, lr="3e-5"), linear={}, probes=PROBES,
-        partial=(0, 2, 4, 6, 8, 10, 12), never=("tuning", "longtail")),
+        grid=(DECADES,) * 3, fine=dict(epochs=100), few_fine=dict(epochs=400, lr="3e-5"),
+        never=("tuning", "longtail")),
 }
 PRESETS["imagenet-large"] = PRESETS["imagenet"] | dict(
     arch=dict(arch="vit_large", patch_size=16, img_size=224),
@@ -127,7 +127,6 @@ TABLES = {
     "figure5": ("Figure 5: partial fine-tuning", ("MAE", "Layer grafted"), ("partial",)),
     "main": ("Every system by every protocol",
              EVERY, ("linear", "k-NN", "few", "many", "fine-tune")),
-    "labels": ("Every system with frozen or few labels", EVERY, ("linear", "k-NN", "few", "many")),
     "longer": ("MoCo v3 for as many epochs as MAE and grafting (ours)",
                ("MoCo v3", TOTAL, "Layer grafted"), ("linear", "few", "many", "k-NN")),
     "longtail": ("Trained on a long tail: balanced accuracy",
@@ -137,7 +136,7 @@ TABLES = {
 ANALYSES = "analyses"                                       # Figures 1, 3 to 8, by analyze.py
 PAPERS = [name for name in TABLES if name.startswith(("table", "figure"))]
 SHOWN = {"tuning": "held_out_top1", "longtail": "balanced", "table6": "miou"}     # not top-1
-# top-1 on ImageNet-1k, from the paper: system -> linear, few (1 %), many (10 %), fine-tune; and mIoU
+# from the paper: top-1 on ImageNet-1k by linear, few (1 %), many (10 %), fine-tune, and the mIoU
 PAPER = {
     "vit_base": {
         "MAE": (68.0, 51.1, 73.3, 83.6, 48.1), "MoCo v3": (76.7, 63.4, 75.4, 83.2, 47.3),
@@ -284,14 +283,18 @@ def protocols(p, column, name):
     return [(title, same.get(title, title), *job) for title, *job in found]
 
 
-def paper_figure(p, column, name, title):
-    """The paper's top-1 for a cell of a table, or None."""
+def paper_figure(p, table, column, name, title):
+    """The paper's figure for a cell of a table in brackets, or nothing. Its Table 7 is of ViT-L."""
+    if table == "table7" and p["arch"]["arch"] != "vit_large":
+        return ""
     figures = PAPER.get(p["arch"]["arch"], PAPER["vit_base"]).get(name)
     if column == "probe" and p["probes"] == PROBES:
         places = [f"block {k} + {n}" for k, n in itertools.product(*PROBES)]
-        return PAPER_PROBES[name][places.index(title)]
-    columns = dict(zip(("linear", "few", "many", "fine-tune", "segment"), figures or ()))
-    return columns.get(column)
+        found = PAPER_PROBES[name][places.index(title)]
+    else:
+        columns = ("linear", "few", "many", "fine-tune", "segment")
+        found = dict(zip(columns, figures or ())).get(column)
+    return f" ({found:.1f})" if found else ""
 
 
 def folder(p, seed, name):
@@ -327,7 +330,7 @@ def rows_of(p, table):
     """The systems of a table, in order."""
     known = systems(p)
     rows = []
-    for row in p.get("main" if table == "labels" else table, TABLES[table][1]):
+    for row in p.get(table, TABLES[table][1]):
         rows += [name for name in known if name.startswith(row)] if row[-1] == " " else [row]
     return rows
 
@@ -488,16 +491,13 @@ def markdown(results, p):
             continue
         heads = [(column, head, protocol) for column in columns
                  for head, protocol, *_ in protocols(p, column, "Layer grafted")]
-        costs = ["operations (10^15)"] * (table in ("main", "labels", "longer", "longtail"))
+        costs = ["operations (10^15)"] * (table in ("main", "longer", "longtail"))
         rows = []
         for name in rows_of(p, table):
             rows.append([name] + [f"{cost(p, name) / 1e15:.3g}" for _ in costs])
             for column, head, protocol in heads:
-                # the paper's Table 7 is of ViT-L alone
-                no_paper = table == "table7" and p["arch"]["arch"] != "vit_large"
-                paper = None if no_paper else paper_figure(p, column, name, head)
                 text = cell(results, name, protocol, SHOWN.get(table, "top1"))
-                rows[-1].append(text + (f" ({paper:.1f})" if paper else ""))
+                rows[-1].append(text + paper_figure(p, table, column, name, head))
         lines += table_lines(["system", *costs, *(head for _, head, _ in heads)], rows)
     return "\n".join(lines)
 
@@ -560,7 +560,7 @@ def reproduce(args):
     evaluating = sum(evaluation_flops(p, *job) for job in todo.values())
     say(f"{len(models)} systems to train or resume, {len(todo)} evaluations, {len(done)} results "
         f"are there; {training:.3g} operations to train, {evaluating:.3g} to evaluate: about "
-        f"{run.duration((training + evaluating) / p['rate'])} on one device at {p['rate']:.0e} "
+        f"{run.duration((training + evaluating) / p['rate'])} on one device at {p['rate']:.2g} "
         "a second")
     started, trained = time.perf_counter(), set()
     for (seed, name, protocol), (script, options) in todo.items():
@@ -602,31 +602,24 @@ def reproduce(args):
     return results
 
 
-def analyses(p, seed):
-    """Analysis -> options of analyze.py, for the systems that are there: Figures 1 and 8 from the
-    MTL weights that were kept, 6 with the fine-tuned MAE among the curves, 7 and 3; then those
-    that read the results."""
+def draw(p, seed, again):
+    """The paper's figures of the systems that are there, in one process; again: also those that are
+    drawn already."""
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
     kept = sorted(glob.glob(os.path.join(folder(p, seed, "MTL"), "epoch*.pt")))
     if kept and int(kept[-1][-7:-3]) < p["contrastive"]["epochs"]:      # the end is in last.pt
         kept.append(os.path.join(folder(p, seed, "MTL"), "last.pt"))
-    paths = [folder(p, seed, name) for name in ("MAE", "MoCo v3", "Layer grafted")]
-    there = [path for path in paths
-             if os.path.isfile(path) or os.path.exists(os.path.join(path, "encoder.pt"))]
-    fine = os.path.join(p["out"], f"seed{seed}", "mae", "fine-tune")
+    there = [folder(p, seed, name) for name in ("MAE", "MoCo v3", "Layer grafted")]
+    there = [path for path in there if os.path.exists(checkpoint.in_folder(path))]
+    fine = os.path.join(p["out"], f"seed{seed}", "mae", "fine-tune")    # Figure 6 has it
     curves = there + [fine] * os.path.exists(os.path.join(fine, "classifier.pt"))
-    found = {}
-    for name, own in dict(gradients=kept, vic=curves, attention=there, tsne=there).items():
-        if own:
-            found[name] = command(p, seed, {}, "--checkpoint", *own)
-    return found | {name: ["--results", p["out"]] for name in ("lr-grid", "partial", "depth")}
-
-
-def draw(p, seed, again):
-    """The paper's figures, in one process; again: also those that are there already."""
-    for name in ("RANK", "WORLD_SIZE"):
-        os.environ.pop(name, None)
+    of_encoders = dict(gradients=kept, vic=curves, attention=there, tsne=there)
+    found = {name: command(p, seed, {}, "--checkpoint", *paths)
+             for name, paths in of_encoders.items() if paths}
+    found |= {name: ["--results", p["out"]] for name in ("lr-grid", "partial", "depth")}
     out = os.path.join(p["out"], "figures")
-    for name, options in analyses(p, seed).items():
+    for name, options in found.items():
         if not again and os.path.exists(os.path.join(out, f"{name}.csv")):
             continue
         print(f"== python analyze.py {shlex.join([name, *options])}", flush=True)

@@ -80,7 +80,7 @@ class Help(argparse.HelpFormatter):
     """Every default in the help, but those that depend on other options: their help says so."""
 
     def _get_help_string(self, action):
-        told = action.default in (None, False, "") or "default" in action.help
+        told = action.default in (None, False, "", argparse.SUPPRESS) or "default" in action.help
         positional = not action.option_strings
         return action.help + ("" if told or positional else " (default: %(default)s)")
 
@@ -969,7 +969,7 @@ class Job:
         """Note a step: its loss, its rates, and what else the log shows, read when it is written.
         The tensors `features`, `q` and `k` become feature_stats there."""
         self.window.append((self.step + 1, loss.detach(), batch.ids, self.overflow))
-        self.rates, self.noted = rates, log
+        self.rates, self.noted = rates, {k: torch.as_tensor(v).detach() for k, v in log.items()}
 
     def after(self, step):
         if self.writer is not None and not self.writer.is_alive():

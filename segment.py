@@ -7,8 +7,8 @@
         --iterations 120 --batch-size 8 --lr 1e-2 --amp off                 # half a minute on a CPU
     python segment.py --predict IMAGES --segmenter out/segment              # label PNGs, overlays
 
-Writes last.pt (to resume), segmenter.pt, log.jsonl and sheet.png into --out, and the mIoU on the test
-images as one line of results.jsonl. Settings are those of MAE's ADE20K runs in mmsegmentation
+Writes last.pt (to resume), segmenter.pt, log.jsonl and sheet.png into --out, and the mIoU on the
+test images as one line of results.jsonl. Settings are those of MAE's ADE20K runs in mmsegmentation
 (configs/mae/upernet_mae-base_fp16_8x2_512x512_160k_ade20k.py), which follow BEiT.
 """
 import run  # first: a Ctrl-C while torch is imported ends in one line
@@ -50,10 +50,10 @@ TEST_OPTIONS = ("show", "predict", "segmenter", "test_part", "stride")
 def get_args(argv=None):
     parser = run.Parser(__doc__)
     add = parser.group("data")
-    add("--data", help="folder with train/images, train/labels, val/images and val/labels, or ADE20K's, "
-        "Cityscapes' or VOC's folders as they are unpacked (default: $DATA)")
-    add("--classes", metavar="FILE", help="names of the classes, one a line (default: those of the known "
-        "folders, else numbers)")
+    add("--data", help="folder with train/images, train/labels, val/images and val/labels, or "
+        "ADE20K's, Cityscapes' or VOC's folders as they are unpacked (default: $DATA)")
+    add("--classes", metavar="FILE", help="names of the classes, one a line (default: those of the "
+        "known folders, else numbers)")
     add("--ignore", type=number(int, 0, 65535), action="append", metavar="ID",
         help="a further id that counts for nothing, as 255 does; may be repeated")
     add("--reduce-zero-label", action=argparse.BooleanOptionalAction,
@@ -62,51 +62,54 @@ def get_args(argv=None):
     add("--test-part", choices=("val", "test"), help="what is tested (default: val, else test)")
     run.add_options(add, "workers max-bad")
     add = parser.group("model")
-    add("--init", nargs="+", default=["out/graft"], help="encoders, a row each: a run's folder, our "
-        "files, MAE, MoCo v3, DINO, timm, transformers; or none")
+    add("--init", nargs="+", default=["out/graft"], help="encoders, a row each: a run's folder, "
+        "our files, MAE, MoCo v3, DINO, timm, transformers; or none")
     run.add_options(add, "weights heads")
     add("--arch", choices=ARCHS, default="vit_base", help="with --init none")
     add("--patch-size", type=number(int, 1, 256), help="with --init none (default: --arch's)")
-    add("--protocol", choices=DEFAULTS, default="upernet", help="linear, linear4: BatchNorm and a linear "
-        "classifier on the last or four blocks' tokens of the frozen encoder")
+    add("--protocol", choices=DEFAULTS, default="upernet", help="linear, linear4: BatchNorm and a "
+        "linear classifier on the last or four blocks' tokens of the frozen encoder")
     add("--channels", type=number(int, 1, 4096), help="of UperNet (default: the encoder's width)")
     add("--relative-positions", action=argparse.BooleanOptionalAction, default=True,
         help="a learned bias by offset in every block, from 0, beside the positions")
     add("--layer-scale", type=number(float, 0, 10), default=1.0,
         help="first value of the learned scale of every branch; 0: none")
     add = parser.group("images")
-    add("--crop-size", type=run.image_size, default=[512, 512], help="512 or HEIGHTxWIDTH; also of the "
-        "windows in the test")
-    add("--short-side", type=number(int, 1, 8192), help="short side of the images, before the random "
-        "resize and in the test (default: the crop's)")
-    add("--stride", type=number(int, 1, 8192), help="of the windows (default: two thirds of the crop)")
+    add("--crop-size", type=run.image_size, default=[512, 512], help="512 or HEIGHTxWIDTH; also "
+        "of the windows in the test")
+    add("--short-side", type=number(int, 1, 8192), help="short side of the images, before the "
+        "random resize and in the test (default: the crop's)")
+    add("--stride", type=number(int, 1, 8192), help="of the windows (default: 2/3 of the crop)")
     add("--show", type=number(int, 0, 64), default=4, help="test images on the sheet")
     add = parser.group("optimisation")
     add("--iterations", type=number(int, 1, 10 ** 7), help="default 160000; linear 40000")
     add("--batch-size", type=number(int, 1), default=16, help="global, of all devices")
-    add("--lr", type=number(above=True), help="for any batch (default 1e-4; linear 1e-3; linear4 8e-5)")
-    add("--layer-decay", type=number(float, 0, 1, above=True), help="rate of a layer / rate of the layer "
-        "above (default 0.65)")
+    add("--lr", type=number(above=True), help="for any batch (default 1e-4; linear 1e-3; linear4 "
+        "8e-5)")
+    add("--layer-decay", type=number(float, 0, 1, above=True), help="rate of a layer / rate of the "
+        "layer above (default 0.65)")
     add("--weight-decay", type=number(), help="not on 1-D parameters (default 0.05; linear 1e-4)")
-    add("--warmup-iterations", type=number(int, 0, 10 ** 7), help="default 1500, or 15 %% of a shorter run")
-    add("--drop-path", type=number(float, 0, 0.99), help="of the last block, falling to 0 at the first "
-        "(default 0.1)")
-    add("--loss-over", choices=("all", "valid"), default="all", help="pixels whose mean is the loss: "
-        "with the ignored ones, as in mmsegmentation, or without")
+    add("--warmup-iterations", type=number(int, 0, 10 ** 7), help="default 1500, or 15 %% of a "
+        "shorter run")
+    add("--drop-path", type=number(float, 0, 0.99), help="of the last block, falling to 0 at the "
+        "first (default 0.1)")
+    add("--loss-over", choices=("all", "valid"), default="all", help="pixels whose mean is the "
+        "loss: with the ignored ones, as in mmsegmentation, or without")
     add = parser.group("predict")
-    add("--predict", metavar="FOLDER", help="write labels and overlays of its images, and nothing else")
+    add("--predict", metavar="FOLDER", help="only write labels and overlays of its images")
     add("--segmenter", help="a run's folder or its segmenter.pt (default: --out)")
     add = parser.group("run")
-    run.add_options(add, "out resume seed device amp compile log-every save-minutes timeout-minutes",
-                    out="out/segment")
+    run.add_options(add, "out resume seed device amp compile log-every save-minutes "
+                    "timeout-minutes", out="out/segment")
     add("--results", help="folder of the results.jsonl that gets the results (default: --out)")
     args = parser.parse_args(argv)
     args.data = args.data or os.environ.get("DATA")
     side = min(args.crop_size)
-    run.fill(args, DEFAULTS[args.protocol] | dict(short_side=side, stride=max(side * 2 // 3, 1), ignore=[]))
+    run.fill(args, DEFAULTS[args.protocol])
+    run.fill(args, dict(short_side=side, stride=max(side * 2 // 3, 1), ignore=[]))
     run.fill(args, dict(warmup_iterations=min(1500, int(0.15 * args.iterations))))
     if args.stride > side:
-        parser.error(f"--stride {args.stride} is more than the crop's {side}: pixels would be left out")
+        parser.error(f"--stride {args.stride} is more than the crop's {side}: it leaves pixels out")
     if not args.predict:
         if not args.data:
             parser.error("--data is needed, a folder of images with labels for every pixel")
@@ -126,8 +129,8 @@ def get_args(argv=None):
 class RelativeAttention(Attention):
     """Attention with a learned bias by head and offset between patches, from 0 (Bao et al., 2021).
 
-    offsets (h, 2 H - 1, 2 W - 1) for a grid of (H, W) patches; class_bias (h, 3): of the class token
-    to patches, of patches to it, of it to itself.
+    offsets (h, 2 H - 1, 2 W - 1) for a grid of (H, W) patches; class_bias (h, 3): of the class
+    token to patches, of patches to it, of it to itself.
     """
 
     def __init__(self, dim, heads, grid):
@@ -179,8 +182,10 @@ class ScaledBlock(Block):
 
 # ---------------------------------------------------------------------------------------- the heads
 class BatchNorm2d(BatchNorm1d):
-    """BatchNorm of (N, C, h, w) over the images of all processes, in float32 under autocast. A batch
-    that is not finite leaves no trace in the running statistics."""
+    """BatchNorm of (N, C, h, w) over the images of all processes, in float32 under autocast.
+
+    A batch that is not finite leaves no trace in the running statistics.
+    """
 
     def forward(self, x):
         x = full(x)
@@ -263,8 +268,8 @@ class Segmenter(VisionTransformer):
     """An encoder and a head: images (N, C, H, W) -> (logits (N, classes, h, w), those of the
     auxiliary head or None).
 
-    head: the dict of `describe`. Under UperNet everything trains, positions included, and taps are the
-    blocks' outputs as they are. A linear head reads them after the final norm, and trains alone.
+    head: the dict of `describe`. Under UperNet everything trains, positions included, and taps are
+    the blocks' outputs as they are. A linear head reads them after the final norm and trains alone.
     """
 
     def __init__(self, config, head, drop_path=0.0):
@@ -311,7 +316,7 @@ class Segmenter(VisionTransformer):
 
 def describe(protocol, depth, classes, channels=768, relative=True, layer_scale=1.0,
              fcn_channels=256):
-    """A Segmenter's head. Taps: after blocks 4, 6, 8 and 12 of 12, in proportion of other depths."""
+    """A Segmenter's head. Taps: after blocks 4, 6, 8 and 12 of 12, and in proportion."""
     taps = [max(1, round(depth * share)) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
     head = dict(protocol=protocol, classes=classes, taps=taps[3:] if protocol == "linear" else taps)
     if protocol == "upernet":
@@ -339,7 +344,7 @@ def build(config, head, state=None, drop_path=0.0):
 
 
 def load_segmenter(path):
-    """(network in evaluation mode, what segmenter.pt holds besides). A run's folder stands for it."""
+    """(network in evaluation mode, what segmenter.pt, or the one in a folder, holds besides)."""
     path = checkpoint.in_folder(path, "segmenter.pt")
     content = checkpoint.read(path)
     wanted = dict(model=dict, config=dict, head=dict, classes=list, mean=list, std=list,
@@ -365,9 +370,9 @@ def load_segmenter(path):
     return net.eval(), content
 
 
-# ----------------------------------------------------------------------------- loss, rates, measures
+# ---------------------------------------------------------------------------- loss, rates, measures
 def pixel_loss(logits, labels, over="all"):
-    """Cross-entropy of logits (N, K, h, w), resized to labels (N, H, W). IGNORED pixels give nothing.
+    """Cross-entropy of logits (N, K, h, w), resized to labels (N, H, W); IGNORED ones give nothing.
 
     over: "all" divides by all pixels, the ignored ones too, as mmsegmentation does; "valid" by the
     others, of all processes.
@@ -390,7 +395,7 @@ def linear_factor(step, steps, warmup):
 
 
 def confusion(labels, predicted, classes):
-    """(classes, classes) pixel counts, truth by row, prediction by column; IGNORED ones left out."""
+    """(classes, classes) pixel counts, truth by row, prediction by column, without IGNORED ones."""
     labels, predicted = labels.flatten().long(), predicted.flatten().long()
     valid = labels != IGNORED
     pairs = labels[valid] * classes + predicted[valid]
@@ -398,8 +403,8 @@ def confusion(labels, predicted, classes):
 
 
 def measures(matrix):
-    """Percentages of a confusion matrix: iou of each class, None where it is neither in the truth nor
-    in the prediction; miou, the mean of the others; accuracy, of all pixels."""
+    """Percentages of a confusion matrix: iou of each class, None where it is neither in the truth
+    nor in the prediction; miou, the mean of the others; accuracy, of all pixels."""
     matrix = matrix.double()
     right = matrix.diag()
     iou = 100 * right / (matrix.sum(0) + matrix.sum(1) - right)             # 0 / 0 is NaN
@@ -408,7 +413,7 @@ def measures(matrix):
                 iou=[None if math.isnan(v) else round(v, 2) for v in iou.tolist()])
 
 
-# --------------------------------------------------------------------------------- images and labels
+# -------------------------------------------------------------------------------- images and labels
 VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
        "motorbike person pottedplant sheep sofa train tvmonitor").split()
 CITYSCAPES = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic light",
@@ -434,14 +439,19 @@ def stems(root, folder, ending=None):
 
 
 def find(root, part):
-    """(images, labels, layout, class names or None) of a part, train, val or test; images and labels
-    {name: path below root}."""
+    """(images, labels, layout, class names or None) of a part: train, val or test.
+
+    images, labels: {name: path below root}.
+    """
     def there(folder):
         return os.path.isdir(os.path.join(root, folder))
 
     if there("JPEGImages"):
         path = os.path.join(root, "ImageSets", "Segmentation", f"{part}.txt")
-        names = data.read_list(path) if os.path.isfile(path) else []
+        names = []
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8-sig", errors="replace") as f:
+                names = f.read().split()
         images, labels = stems(root, "JPEGImages"), stems(root, "SegmentationClass")
         missing = [name for name in names if name not in images and name not in labels]
         if missing:
@@ -485,9 +495,11 @@ class Pairs(data.Dataset):
             alone = sorted(set(have) - set(lack))
             if alone:
                 more = f" ({len(alone)} such files)" if len(alone) > 1 else ""
-                raise DataError(f"{os.path.join(root, have[alone[0]])}: no {what} goes with it{more}")
+                first = os.path.join(root, have[alone[0]])
+                raise DataError(f"{first}: no {what} goes with it{more}")
         keys = sorted(images)
-        super().__init__(data.FileSource(root, [images[k] for k in keys]), in_chans=in_chans, name=root)
+        source = data.FileSource(root, [images[k] for k in keys])
+        super().__init__(source, in_chans=in_chans, name=root)
         self.root, self.part, self.targets = root, part, [labels[k] for k in keys]
         self.ignore, self.classes = tuple(ignore), classes or names
         self.reduce_zero = layout == "ade20k" if reduce_zero is None else reduce_zero
@@ -514,8 +526,8 @@ class Pairs(data.Dataset):
         except data.BadFile:
             return
         if mode not in ("1", "L", "P", "I", "I;16"):
-            raise DataError(f"{path}: a label of {mode} pixels; needed is one channel of class ids (a "
-                            "palette PNG is read by its indices)")
+            raise DataError(f"{path}: a label of {mode} pixels; needed is one channel of class ids "
+                            "(a palette PNG is read by its indices)")
         if size != shown:
             raise DataError(f"{path}: a label of {size[0]}x{size[1]} pixels for an image of "
                             f"{shown[0]}x{shown[1]}")
@@ -562,7 +574,8 @@ def picture(pixels):
 
 # ------------------------------------------------------------------------- augmentation and batches
 def fit_short(image, short, factor=1.0):
-    """(width, height) for a PIL image: short side factor * short, long side at most four times that."""
+    """(width, height) for a PIL image: its short side factor * short, the long one at most 4 times
+    that."""
     scale = factor * min(short / min(image.size), 4 * short / max(image.size))
     return tuple(max(1, int(side * scale + 0.5)) for side in image.size)
 
@@ -574,9 +587,10 @@ def shrunk(image, short):
 
 
 def random_crop(image, label, crop, short, i, *key):
-    """Resize by 0.5 to 2, crop, flip: PIL image and label -> uint8 (h, w, C) and (h, w), at most crop.
+    """Resize by 0.5 to 2, crop, flip: PIL image and label -> uint8 (h, w, C), (h, w), at most crop.
 
-    The crop is drawn again, up to 10 times, while one class has 75 % or more of the pixels that count.
+    The crop is drawn again, up to 10 times, while one class has 75 % or more of the pixels that
+    count.
     """
     u = augment.uniform(torch.tensor([i]), 24, SEGMENT, 0, *key)[0].tolist()
     size = fit_short(image, short, 0.5 + 1.5 * u[0])
@@ -595,8 +609,8 @@ def random_crop(image, label, crop, short, i, *key):
 
 def photometric(x, ids, *key):
     """mmsegmentation's distortion of x (N, C, h, w) in [0, 1], each part with probability .5:
-    brightness +-32 / 255; contrast .5 to 1.5, before or after saturation .5 to 1.5 and hue +-.1 turns,
-    which are of RGB alone."""
+    brightness +-32 / 255; contrast .5 to 1.5, before or after saturation .5 to 1.5 and hue +-.1
+    turns, which are of RGB alone."""
     u = augment.uniform(ids, 9, SEGMENT, 1, *key)
     on, spread, first = u[:, :4] < 0.5, 2 * u[:, 4:8] - 1, u[:, 8] < 0.5
 
@@ -618,8 +632,8 @@ def photometric(x, ids, *key):
 class Crops(torch.utils.data.Dataset):
     """What a worker does with (turn, i): read image i and its label, crop, pad to the crop.
 
-    -> ((turn, i), uint8 (C, h, w), label uint8 (h, w), size (2,) without the padding, what is wrong or
-    None). What cannot be read is a crop without a pixel that counts.
+    -> ((turn, i), uint8 (C, h, w), label uint8 (h, w), size (2,) without the padding, what is wrong
+    or None). What cannot be read is a crop without a pixel that counts.
     """
 
     def __init__(self, pairs, crop, short, seed):
@@ -654,17 +668,19 @@ class Whole(Crops):
 
 
 class Batch(NamedTuple):
-    """images (n, C, h, w), normalised, 0 in the padding; labels (n, h, w) int64; ids (n,) on the CPU."""
+    """images (n, C, h, w), normalised, 0 in the padding; labels (n, h, w) int64; ids (n,), on the
+    CPU."""
     ids: torch.Tensor
     images: torch.Tensor
     labels: torch.Tensor
 
 
 class Loader:
-    """`iterations` random batches, as one epoch: image i looks the same in its turn-th crop, whatever
-    the number of processes, workers and restarts. batch_size is this process's share."""
+    """`iterations` random batches, as one epoch: image i looks the same in its turn-th crop,
+    whatever the number of processes, workers and restarts. batch_size is this process's share."""
 
-    def __init__(self, pairs, crop, short, batch_size, iterations, env, seed=0, workers=0, max_bad=0.01):
+    def __init__(self, pairs, crop, short, batch_size, iterations, env, seed=0, workers=0,
+                 max_bad=0.01):
         self.dataset, self.iterations, self.seed, self.max_bad = pairs, iterations, seed, max_bad
         self.batch_size, self.env, self.workers, self.waited = batch_size, env, workers, 0.0
         self.turn = len(pairs) // (batch_size * env.processes)      # batches with each image once
@@ -688,8 +704,8 @@ class Loader:
     def epoch(self, epoch=0, start=0):
         device, seen = self.env.device, 0
         reader = torch.utils.data.DataLoader(
-            self.crops, batch_sampler=self.plan(start), num_workers=self.workers, collate_fn=collated,
-            pin_memory=device.type == "cuda")
+            self.crops, batch_sampler=self.plan(start), num_workers=self.workers,
+            collate_fn=collated, pin_memory=device.type == "cuda")
         items = iter(reader)
         while True:
             before = time.perf_counter()
@@ -703,7 +719,8 @@ class Loader:
             ids, turn = torch.tensor([i for _, i in keys]), keys[0][0]
             x = augment.upload(images, device).float() / 255
             x = (photometric(x, ids, self.seed, turn) - self.mean) / self.std
-            down, across = (torch.arange(side, device=device) < augment.upload(size, device)[:, None]
+            sizes = augment.upload(sizes, device)
+            down, across = (torch.arange(side, device=device) < size[:, None]
                             for side, size in zip(x.shape[2:], sizes.unbind(1)))
             inside = (down[:, :, None] & across[:, None])[:, None]
             yield Batch(ids, x * inside, augment.upload(labels, device).long())
@@ -715,7 +732,7 @@ def collated(items):
 
 
 def note(pairs, i, error, max_bad, seen):
-    """Take note of a file that cannot be read; any other fault, as of a label, ends the run here."""
+    """Take note of a file that cannot be read. Any other fault, as of a label, ends the run."""
     if error is None:
         return seen
     if not isinstance(error, data.BadFile):
@@ -724,7 +741,7 @@ def note(pairs, i, error, max_bad, seen):
     return data.report_bad(pairs, max_bad, seen)
 
 
-# ------------------------------------------------------------------------------------------ the test
+# ----------------------------------------------------------------------------------------- the test
 def corners(length, size, stride):
     """Where windows of `size` start: every `stride`, the last moved inward to end with the side."""
     count = max(length - size + stride - 1, 0) // stride + 1
@@ -733,8 +750,8 @@ def corners(length, size, stride):
 
 @torch.no_grad()
 def slide(forward, x, size, stride, at_once=8):
-    """Logits (K, H, W) of a normalised image x (C, H, W): the mean over windows of `size`; a smaller
-    image is padded by 0. forward: (n, C, *size) -> (logits, anything)."""
+    """Logits (K, H, W) of a normalised image x (C, H, W): the mean over windows of `size`; a
+    smaller image is padded by 0. forward: (n, C, *size) -> (logits, anything)."""
     height, width = x.shape[1:]
     x = F.pad(x, (0, max(size[1] - width, 0), 0, max(size[0] - height, 0)))
     boxes = [(slice(top, top + size[0]), slice(left, left + size[1]))
@@ -754,8 +771,8 @@ def slide(forward, x, size, stride, at_once=8):
 
 
 def label_map(logits, size, together=32):
-    """Logits (K, h, w) -> uint8 (H, W), the likeliest class at that size; `together` classes at once,
-    since 150 of them at the size of a photograph fill a memory."""
+    """Logits (K, h, w) -> uint8 (H, W), the likeliest class at that size; `together` classes at
+    once, since 150 of them at the size of a photograph fill a memory."""
     best = chosen = None
     for first in range(0, len(logits), together):
         value, index = resized(logits[None, first:first + together], size)[0].max(0)
@@ -771,8 +788,10 @@ class Tester:
     """Labels whole images: resized to `short_side`, in windows, at their own size in the end."""
 
     def __init__(self, net, env, mean, std, short_side, stride):
-        self.net, self.forward, self.env, self.short, self.stride = net, env.autocast(net), env, short_side, stride
-        self.mean, self.std = (torch.tensor(v, device=env.device)[:, None, None] for v in (mean, std))
+        self.net, self.forward, self.env = net, env.autocast(net), env
+        self.short, self.stride = short_side, stride
+        self.mean, self.std = (torch.tensor(v, device=env.device)[:, None, None]
+                               for v in (mean, std))
 
     def label(self, image, size):
         """uint8 (C, h, w) -> class ids uint8 (H, W) of `size`, on the device."""
@@ -791,7 +810,8 @@ class Tester:
         for i, (image, label, wrong) in zip(mine, reader):
             seen = note(pairs, i, wrong, max_bad, seen)
             if wrong is None:
-                found = confusion(augment.upload(label, env.device), self.label(image, label.shape), classes)
+                predicted = self.label(image, label.shape)
+                found = confusion(augment.upload(label, env.device), predicted, classes)
                 matrix += F.pad(found.flatten(), (0, 1), value=1)
             progress.step()
         if env.processes > 1:
@@ -801,7 +821,7 @@ class Tester:
         return matrix[:-1].reshape(classes, classes).cpu(), int(matrix[-1])
 
 
-# --------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------------------------- a run
 def start(args):
     """(source or None, the encoder's state or None, its config) of --init."""
     if args.init == "none":
@@ -816,15 +836,15 @@ def start(args):
 
 
 def load_pairs(args, in_chans, known):
-    """(training pairs that are used, how they were chosen, test pairs); known: the encoder's meta."""
+    """(training pairs in use, how they were chosen, test pairs); known: the encoder's meta."""
     names = None
     if args.classes:
         with open(args.classes, encoding="utf-8-sig", errors="replace") as f:
             names = [line.strip() for line in f if line.strip()]
     train = Pairs(args.data, "train", in_chans, names, args.ignore, args.reduce_zero_label)
     if not len(train):
-        raise DataError(f"{args.data}: no training images (looked for train/images and train/labels, "
-                        "and for ADE20K's, Cityscapes' and VOC's folders)")
+        raise DataError(f"{args.data}: no training images (looked for train/images and "
+                        "train/labels, and for ADE20K's, Cityscapes' and VOC's folders)")
     train.name_classes()
     if not 2 <= len(train.classes) <= IGNORED:
         raise DataError(f"{args.data}: {len(train.classes)} classes; there must be 2 to {IGNORED}")
@@ -833,19 +853,20 @@ def load_pairs(args, in_chans, known):
         if len(test):
             break
     else:
-        raise DataError(f"{args.data}: no images to test on (--test-part {args.test_part or 'val'})")
+        raise DataError(f"{args.data}: no images to test on ({args.test_part or 'val or test'})")
     used, how = train, "all"
     if args.labels:
         text = args.labels.removesuffix("%")
         try:
             n = int(text) if text == args.labels else round(len(train) * float(text) / 100)
         except ValueError:
-            raise UsageError(f"--labels {args.labels!r}: neither a number of images nor a share (10%)"
-                             ) from None
+            raise UsageError(f"--labels {args.labels!r}: neither a number of images nor a share, "
+                             "10%") from None
         if not 0 < n <= len(train):
             raise UsageError(f"--labels {args.labels}: of {len(train)} training images")
         drawn = augment.shuffled(len(train), augment.SUBSET, 3, args.seed)[:n]
-        used, how = train.select(sorted(drawn.tolist())), f"{args.labels}, drawn by seed {args.seed}"
+        used = train.select(sorted(drawn.tolist()))
+        how = f"{args.labels}, drawn by seed {args.seed}"
     for pairs in (used, test):
         pairs.range = known.get("range")
         pairs.mean, pairs.std = (tuple(known.get(k) or getattr(pairs, k)) for k in ("mean", "std"))
@@ -861,12 +882,12 @@ def train_and_test(args, env):
     pairs, how, test = load_pairs(args, config["in_chans"], known)
     args.batch_size = min(args.batch_size, len(pairs) // env.processes * env.processes)
     if args.batch_size < 2:
-        raise UsageError(f"--batch-size, of {len(pairs)} training images: the BatchNorm of the heads "
+        raise UsageError(f"--batch-size, of {len(pairs)} training images: the heads' BatchNorm "
                          "needs two images")
     local = env.share(args.batch_size)
     torch.manual_seed(args.seed)
-    head = describe(args.protocol, config["depth"], len(pairs.classes), args.channels or config["dim"],
-                    args.relative_positions, args.layer_scale)
+    head = describe(args.protocol, config["depth"], len(pairs.classes),
+                    args.channels or config["dim"], args.relative_positions, args.layer_scale)
     net, unused = build(config, head, state, args.drop_path)
     loader = Loader(pairs, args.crop_size, args.short_side, local, args.iterations, env, args.seed,
                     args.workers, args.max_bad)
@@ -876,7 +897,8 @@ def train_and_test(args, env):
     forward = env.autocast(model)
 
     # ------------------------------------------------------------- 2. rates
-    groups = param_groups(net, net.depth, [args.lr], args.weight_decay, layer_decay=args.layer_decay)
+    groups = param_groups(net, net.depth, [args.lr], args.weight_decay,
+                          layer_decay=args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
     scaler = run.grad_scaler(env)
     fixed = checkpoint.digest(net, checkpoint.is_encoder)
@@ -890,7 +912,8 @@ def train_and_test(args, env):
     trained = {k: v for k, v in vars(args).items() if k not in TEST_OPTIONS}
     job = run.Job(argparse.Namespace(**trained), env, net, optimizer, scaler, loader, meta, source,
                   args.warmup_iterations, encoder_file=False)
-    title = f"{args.protocol}, {len(pairs.classes)} classes, labels: {how}; {len(test)} images of {test.part} to test; "
+    title = (f"{args.protocol}, {len(pairs.classes)} classes, labels: {how}; {len(test)} images of "
+             f"{test.part} to test; ")
     job.report(groups, 1.0, local, title=title)
     if unused:
         job.say(f"  left out: {', '.join(unused)} (UperNet reads the blocks' outputs as they are)")
@@ -915,24 +938,27 @@ def train_and_test(args, env):
 
     # ------------------------------------------------------------- 5. the result, of the last step
     if net.frozen:
-        assert checkpoint.digest(net, checkpoint.is_encoder) == fixed, "training changed frozen weights"
+        now = checkpoint.digest(net, checkpoint.is_encoder)
+        assert now == fixed, "training changed frozen weights"
     tester = Tester(net, env, pairs.mean, pairs.std, args.short_side, args.stride)
     matrix, tested = tester.confusion(test, args.workers, args.max_bad)
     found = measures(matrix)
-    result = dict(system=system, protocol=args.protocol, miou=found["miou"], accuracy=found["accuracy"],
-                  iou=dict(zip(pairs.classes, found["iou"])), checkpoint=args.init,
-                  digest=source and source["digest"], data=pairs.name, part=test.part, labels=how,
-                  labelled=len(pairs), tested=tested, seed=args.seed, iterations=args.iterations,
-                  batch_size=args.batch_size, lr=args.lr, layer_decay=args.layer_decay,
-                  weight_decay=args.weight_decay, crop_size=list(args.crop_size),
-                  short_side=args.short_side, stride=args.stride, head=head,
-                  pretraining={k: known.get(k) for k in ("epochs", "step", "seed", "data", "commit")},
+    told = ("epochs", "step", "seed", "data", "commit")
+    result = dict(system=system, protocol=args.protocol, miou=found["miou"],
+                  accuracy=found["accuracy"], iou=dict(zip(pairs.classes, found["iou"])),
+                  checkpoint=args.init, digest=source and source["digest"], data=pairs.name,
+                  part=test.part, labels=how, labelled=len(pairs), tested=tested, seed=args.seed,
+                  iterations=args.iterations, batch_size=args.batch_size, lr=args.lr,
+                  layer_decay=args.layer_decay, weight_decay=args.weight_decay,
+                  crop_size=list(args.crop_size), short_side=args.short_side, stride=args.stride,
+                  head=head, pretraining={k: known.get(k) for k in told},
                   seconds=round(job.seconds(), 1), commit=run.commit())
     shown = []
     if env.rank == 0:
         content = dict(model={k: v.cpu() for k, v in net.state_dict().items()}, config=net.config,
                        head=head, classes=list(pairs.classes), mean=list(pairs.mean),
-                       std=list(pairs.std), short_side=args.short_side, stride=args.stride, meta=meta)
+                       std=list(pairs.std), short_side=args.short_side, stride=args.stride,
+                       meta=meta)
         checkpoint.save(content, job.path("segmenter.pt"))
         job.say(f"wrote {job.path('segmenter.pt')}")
         run.write_result(args.results or args.out, result)
@@ -949,7 +975,7 @@ def sheet_pairs(pairs, n):
 
 
 def predict(args):
-    """Palette PNGs of class ids, as trained, and overlays of the images in --predict: in --out/predict."""
+    """Writes palette PNGs of class ids, as trained, and overlays of the images in --predict."""
     env = run.setup(args)
     net, content = load_segmenter(args.segmenter or args.out)
     files = stems(args.predict, "")
@@ -997,7 +1023,8 @@ def main(args):
     if env.rank == 0 and args.show:
         drawn, classes = sheet_pairs(test, args.show), len(test.classes)
         sheet = dict(image=[np.asarray(image.convert("RGB")) for image, _ in drawn])
-        for title, maps in (dict(truth=[np.asarray(label) for _, label in drawn]) | columns).items():
+        columns = dict(truth=[np.asarray(label) for _, label in drawn]) | columns
+        for title, maps in columns.items():
             sheet[title] = [figures.coloured(labels, classes) for labels in maps]
         with run.atomic(os.path.join(args.out, "sheet.png")) as path:
             figures.sheet(path, sheet, test.classes)

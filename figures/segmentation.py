@@ -8,17 +8,20 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 IGNORED = 255
-GREY = (150, 150, 150)                                                      # of ignored pixels
+GREY = (150, 150, 150)      # of ignored pixels
 # linear RGB as seen without L, M or S cones (Machado et al., 2009, severity 1)
 DEFICIENCIES = np.array([
-    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-    [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+     [-0.003882, -0.048116, 1.051998]],
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+     [-0.011820, 0.042940, 0.968881]],
+    [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+     [0.004733, 0.691367, 0.303900]],
 ])
 
 
 def oklab(linear):
-    """Linear RGB (..., 3) -> OKLab (Ottosson, 2020): equal distances look about equally different."""
+    """Linear RGB (..., 3) -> OKLab (Ottosson, 2020), where equal distances look about equal."""
     lms = linear @ np.array([[0.4122214708, 0.2119034982, 0.0883024619],
                              [0.5363325363, 0.6806995451, 0.2817188376],
                              [0.0514459929, 0.1073969566, 0.6299787005]])
@@ -28,7 +31,7 @@ def oklab(linear):
 
 
 def appearances(colours):
-    """sRGB colours (n, 3), 0 to 255 -> OKLab (4, n, 3): as seen with all cones, and without each kind."""
+    """sRGB (n, 3), 0 to 255 -> OKLab (4, n, 3): with all cones, and without each of the kinds."""
     x = np.asarray(colours, np.float64) / 255
     linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
     seen = [linear] + [linear @ matrix.T for matrix in DEFICIENCIES]
@@ -37,7 +40,8 @@ def appearances(colours):
 
 @functools.cache
 def palette(n):
-    """n colours (n, 3) uint8. Each is the one farthest from those before it, for the eye that tells them worst."""
+    """n colours (n, 3) uint8: each the farthest from those before it, and from GREY, for the kind
+    of colour vision that tells it from them worst."""
     steps = np.linspace(0, 255, 10).round()
     grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
     seen = appearances(grid)
@@ -75,15 +79,17 @@ def overlay(image, labels, classes, opacity=0.55):
 def font(size):
     try:
         return ImageFont.load_default(size)
-    except TypeError:                                                       # pillow before 10.1: one size
+    except TypeError:       # pillow before 10.1 has one size
         return ImageFont.load_default()
 
 
 def sheet(path, columns, names, width=240, margin=6):
-    """A PNG of columns {title: list of RGB (H, W, 3) uint8, one a row}, with a legend of the class names."""
+    """A PNG of columns {title: RGB images (H, W, 3) uint8, one a row}, the first smoothly resized,
+    with a legend of the class names."""
     text = font(12)
     rows = len(next(iter(columns.values())))
-    cells = {title: [Image.fromarray(image) for image in images] for title, images in columns.items()}
+    cells = {title: [Image.fromarray(image) for image in images]
+             for title, images in columns.items()}
     first = next(iter(cells.values()))
     heights = [round(width * image.height / image.width) for image in first]
     across = len(cells) * (width + margin) + margin
@@ -100,13 +106,15 @@ def sheet(path, columns, names, width=240, margin=6):
         pen.text((left, 4), title, fill="black", font=text)
         y = top
         for image, height in zip(images, heights):
-            page.paste(image.resize((width, height), Image.NEAREST if column else Image.BICUBIC), (left, y))
+            mode = Image.NEAREST if column else Image.BICUBIC
+            page.paste(image.resize((width, height), mode), (left, y))
             y += height + margin
     y = top + sum(heights) + rows * margin
     for i, (name, colour) in enumerate(zip(names, palette(len(names)).tolist())):
         left = margin + (i % per_line) * (across - margin) // per_line
         line = y + (i // per_line) * 19
-        pen.rectangle((left, line, left + swatch, line + swatch), fill=tuple(colour), outline="black")
+        square = left, line, left + swatch, line + swatch
+        pen.rectangle(square, fill=tuple(colour), outline="black")
         pen.text((left + swatch + margin, line), name, fill="black", font=text)
     page = page.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     page.save(path, format="PNG", optimize=True)

@@ -370,3 +370,180 @@ def test_unreadable_images_are_marked_in_features_and_predictions(encoder_folder
     rows = {row["file"]: row for row in csv.DictReader(open(tmp_path / "predictions.csv"))}
     assert rows["cat/2.png"] == {"file": "cat/2.png", "class": "", "probability": "unreadable"}
     assert all(float(row["probability"]) >= 0.5 for name, row in rows.items() if name != "cat/2.png")
+
+
+# ------------------------------------------------------------------- features, prediction, export
+def test_features_of_an_unlabelled_folder_and_of_a_block(encoder_folder, tmp_path):
+    folder = image_folder(tmp_path / "data", n=3) / "val" / "cat"
+    encoder = encoder_of(encoder_folder)
+    run_mode(encoder_folder, tmp_path, "--mode", "features", "--input", folder)
+    content = np.load(next(tmp_path.glob("features-*.npz")))
+    assert list(content["files"]) == ["0.png", "1.png", "2.png"] and "labels" not in content
+    tokens = features_of(encoder, data.load(str(folder)))
+    assert np.allclose(content["class_token"], tokens[:, 0], atol=1e-5)
+    assert np.allclose(content["patch_mean"], tokens[:, 1:].mean(1), atol=1e-5)
+    run_mode(encoder_folder, tmp_path, "--mode", "features", "--input", folder, "--block", 2)
+    content = np.load(next(tmp_path.glob("features-*.npz")))
+    loader = data.Loader(data.load(str(folder)), [augment.TEST_VIEW], (32, 32), 8, shuffle=False)
+    tokens, = encoder.intermediate(next(iter(loader.epoch(0))).view(0), [2])
+    assert np.allclose(content["class_token"], tokens[:, 0], atol=1e-5)
+
+
+def test_a_full_disk_leaves_the_file_before(encoder_folder, tmp_path, monkeypatch):
+    options = ["--mode", "features", "--input", image_folder(tmp_path / "data", n=2) / "val"]
+    run_mode(encoder_folder, tmp_path, *options)
+    path, = tmp_path.glob("features-*.npz")
+    before = path.read_bytes()
+
+    def full(f, **fields):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(run.RunError, match="cannot write .*No space left"):
+        run_mode(encoder_folder, tmp_path, *options)
+    assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("mode", ["linear", "fewshot"])
+def test_predict_gives_the_tested_answers(encoder_folder, tmp_path, mode):
+    root = image_folder(tmp_path / "data", ("=cat", "dog", "-x"), n=12)
+    options = ["--labels", "8 per class"] if mode == "fewshot" else ["--epochs", 30, "--cache-features"]
+    entry, = run_mode(encoder_folder, tmp_path, "--mode", mode, "--data", root, *options,
+                      "--img-size", "40")
+    predict = ["--mode", "predict", "--classifier", tmp_path / f"classifier-{mode}.pt", "--input",
+               root / "val"]
+    run_mode(encoder_folder, tmp_path, *predict)            # at the size that it was trained at
+    rows = list(csv.DictReader(open(tmp_path / "predictions.csv")))
+    # what a spreadsheet would compute is quoted
+    right = np.mean([row["class"] == row["file"].split("/")[0].replace("-x", "'-x") for row in rows])
+    assert len(rows) == 36 and 100 * right == pytest.approx(entry["top1"], abs=0.01)
+    assert {row["class"] for row in rows} <= {"'=cat", "dog", "'-x"}
+    assert all(1 / 3 <= float(row["probability"]) <= 1 for row in rows)
+    run_mode(encoder_folder, tmp_path, *predict, "--all-probabilities")
+    for row in csv.DictReader(open(tmp_path / "predictions.csv")):
+        every = {name: float(row[name]) for name in ("'=cat", "dog", "'-x")}
+        assert sum(every.values()) == pytest.approx(1, abs=2e-3)
+        assert every[row["class"]] == max(every.values()) == float(row["probability"])
+
+
+def test_predict_refuses_another_encoder_and_broken_classifiers(encoder_folder, tmp_path):
+    root = image_folder(tmp_path / "data", n=3)
+    run_mode(encoder_folder, tmp_path, "--mode", "fewshot", "--labels", "2 per class", "--data", root)
+    torch.manual_seed(5)
+    other, path = tmp_path / "other.pt", tmp_path / "classifier-fewshot.pt"
+    checkpoint.save(checkpoint.encoder_file(VisionTransformer(32, 8, 3, 32, 3, 2), {}), other)
+    predict = ["--mode", "predict", "--classifier", path, "--input", root]
+    with pytest.raises(run.UsageError, match="another encoder"):
+        run_mode(other, tmp_path, *predict)
+    content = checkpoint.read(path)
+    for value in (math.nan, math.inf, 1e38):
+        content["classifier"]["weight"][0, 0] = value
+        checkpoint.save(content, path)
+        with pytest.raises(checkpoint.CheckpointError, match="not a finite number"):
+            run_mode(encoder_folder, tmp_path, *predict)
+
+
+@pytest.mark.parametrize("kind", ["timm", "hf"])
+def test_export(encoder_folder, tmp_path, kind):
+    path, x = tmp_path / "vit", torch.randn(2, 3, 32, 32)
+    run_mode(encoder_folder, tmp_path, "--export", kind, path)
+    encoder = encoder_of(encoder_folder)
+    if kind == "timm":
+        timm = pytest.importorskip("timm")
+        theirs = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3,
+                                               num_heads=2, num_classes=0)
+        theirs.load_state_dict(torch.load(path), strict=True)
+        assert torch.allclose(theirs.eval()(x), encoder(x), atol=1e-5)
+    else:
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.ViTModel.from_pretrained(path, add_pooling_layer=False).eval()
+        assert torch.allclose(theirs(x).last_hidden_state, encoder.tokens(x), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------ several processes
+def test_two_processes_give_the_result_of_one(encoder_folder, tmp_path):
+    root = image_folder(tmp_path / "data", n=5, sizes=2)
+    (root / "train" / "cat" / "1.png").write_bytes(b"junk")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    found, written = [], []
+    for launcher in ([], torchrun):
+        out = tmp_path / f"out{len(found)}"
+        for options in (["linear", "--epochs", "2", "--batch-size", "8", "--no-cache-features"],
+                        ["knn", "--k", "3"], ["fewshot", "--labels", "3 per class"], ["features"],
+                        ["predict", "--classifier", str(out / "classifier-fewshot.pt"), "--input",
+                         str(root)]):
+            command = ["evaluate.py", "--mode", *options, "--checkpoint", str(encoder_folder), "--out",
+                       str(out), "--amp", "off", "--device", "cpu", "--workers", "0", "--data",
+                       str(root), "--max-bad", "0.2"]
+            done = subprocess.run([sys.executable, *launcher, *command], cwd=ROOT, env=ENV,
+                                  capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count("wrote ") == (options[0] in ("features", "predict"))
+        found.append([{k: v for k, v in json.loads(line).items() if k != "seconds"}
+                      for line in open(out / "results.jsonl")])
+        content = np.load(next(out.glob("features-*.npz")))
+        written.append((content["class_token"], content["readable"], open(out / "predictions.csv").read()))
+    assert found[0] == found[1] and len(found[0]) == 3 and found[0][0]["unreadable"] == 1
+    assert np.allclose(written[0][0], written[1][0], atol=1e-5)
+    assert (written[0][1] == written[1][1]).all() and written[0][2] == written[1][2]
+
+
+def test_more_processes_than_the_batch_has_images(encoder_folder, tmp_path):
+    train = data.load(str(image_folder(tmp_path / "data")))
+    frozen = SimpleNamespace(env=run.Env(torch.device("cpu"), None, 0, 3))
+    args = evaluate.get_args(["--checkpoint", str(encoder_folder), "--batch-size", "2",
+                              "--no-cache-features"])
+    with pytest.raises(run.UsageError, match="too few for 3 processes"):
+        evaluate.linear(frozen, train, train, args, 0)
+
+
+# -------------------------------------------------------------------------------------- bad input
+def test_finetune_and_probe_from_the_command_line():
+    hand = evaluate.handed_on
+    assert hand(["--mode", "finetune", "--lr", "1"]) == ["--lr", "1"] and hand(["--lr", "1"]) is None
+    for block in (["--block", "6"], ["--block=6"]):
+        assert hand(["--mode=probe", *block, "--blocks", "2"]) == ["--blocks", "2", "--probe-block", "6"]
+    for options, message in ((["probe"], "--mode probe needs --block"),
+                             (["finetune", "--blocks", "1"], "--blocks goes with --probe-block")):
+        done = subprocess.run([sys.executable, "evaluate.py", "--mode", *options], cwd=ROOT, env=ENV,
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_test_set_of_one_class(encoder_folder, tmp_path):
+    root = image_folder(tmp_path / "data")
+    for i in range(6):
+        (root / "val" / "dog" / f"{i}.png").unlink()
+    (root / "val" / "dog").rmdir()
+    entry, = run_mode(encoder_folder, tmp_path, "--mode", "knn", "--data", root, "--k", 3)
+    assert entry["tested"] == 6 and entry["balanced"] == entry["top1"]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--labels", "500 per class"], "has only"), (["--labels", "nonsense"], "neither a share"),
+    (["--labels", "0%"], "out of range"), (["--labels", "LIST"], "one class only"),
+    (["--data", "ONE"], "labels|class"), (["--out", "/proc/nothing"], "cannot write there"),
+])
+def test_bad_input(encoder_folder, tmp_path, options, message):
+    root = image_folder(tmp_path / "data", n=2)
+    image_folder(tmp_path / "ONE", ("cat",), 2)
+    (tmp_path / "LIST").write_text("cat/0.png\ncat/1.png\n")
+    options = [tmp_path / o if o in ("LIST", "ONE") else o for o in options]
+    with pytest.raises(ValueError, match=message) as stop:
+        run_mode(encoder_folder, tmp_path / "out", "--mode", "fewshot", "--data", root, *options)
+    assert stop.value.exit_code == 2 and not (tmp_path / "out" / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--mode", "linaer"], "invalid choice"), (["--checkpoint", "nowhere"], "no checkpoint nowhere"),
+    (["--mode", "predict"], "needs --classifier"), (["--lr", "nan"], "out of range"),
+    (["--epochs", "0"], "out of range"), (["--k", "0"], "out of range"),
+    (["--export", "onyx", "x"], "timm, hf or onnx"), (["--seeds", "-1"], "out of range"),
+    (["--mode", "finetune"], "finetune.main"), (["--all-probabilities"], "goes with --mode predict"),
+])
+def test_bad_arguments_end_in_one_line_and_code_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.get_args(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1

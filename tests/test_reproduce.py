@@ -2,13 +2,10 @@
 and what is called at the end. The stages are stubs."""
 import json
 import os
-import subprocess
-import sys
 import types
 
 import pytest
 import torch
-from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,7 +47,7 @@ def stubs(monkeypatch):
                 os.makedirs(out, exist_ok=True)
                 open(os.path.join(out, "encoder.pt"), "w").close()
             n = float(len(calls))
-            return dict(protocol=name, top1=n, held_out_top1=-n, balanced=n / 2, miou=n + 40, seed=0)
+            return dict(protocol=name, top1=n, held_out_top1=-n, balanced=n / 2, miou=n + 40)
         return main
 
     for name in SCRIPTS:
@@ -334,43 +331,30 @@ def test_bad_arguments(options, message, capsys, monkeypatch):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_for_real_in_two_processes(tmp_path):
-    """A preset of one epoch each on the smallest images: every stage in both processes, the files
-    from the first; a second call has nothing to do but the figures that are missing."""
-    pixels = torch.randint(0, 255, (2, 4, 16, 8, 8, 3), dtype=torch.uint8).numpy()
-    for part, images in zip(("train", "val"), pixels):
-        for c, own in enumerate(images):
-            place = tmp_path / "images" / part / f"class {c}"
-            place.mkdir(parents=True)
-            for i, x in enumerate(own):
-                Image.fromarray(x).save(place / f"{i}.png")
-    script = tmp_path / "tiny.py"
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {os.path.dirname(reproduce.__file__)!r})
-import model, reproduce, run
-model.ARCHS["vit_test"] = ((4, 16, 3, 2), (16, 1, 2))
-one = dict(epochs=1, batch_size=16)
-reproduce.PRESETS["demo"] = reproduce.SMALL | dict(
-    data=None, images=64, tests=64, common=one | dict(crop_min=0.5), short=1, few="25%",
-    many="50%", arch=dict(arch="vit_test", patch_size=4, img_size=8),
-    mae=dict(epochs=1, lr="1e-3"),
-    contrastive=dict(epochs=1, lr="1e-3", hidden_dim=8), rates="1e-4,1e-4,1e-3", fine=one,
-    few_fine=one, grid=(("1e-4", "1e-3"),) * 3, probes=((2, 3), (0, 1)), partial=(0, 2),
-    table3=("MAE", "MoCo v3", "MTL", "Layer grafted"), table5=("MAE",),
-    longtail=("MAE, long tail",))
-run.program(reproduce.main, reproduce.get_args)
-""")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", str(script), "--data", str(tmp_path / "images"), "--out", str(tmp_path / "out"),
-               "--common", "--workers 0", "--only", "longtail,table3,table5,analyses"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+def tiny_preset():
+    """In place of the demonstration: an epoch of each, for the small world's network."""
+    one = dict(epochs=1, batch_size=16)
+    reproduce.PRESETS["demo"] = reproduce.SMALL | dict(
+        data=None, images=96, tests=50, common=one | dict(crop_min=0.5), short=1, few="25%",
+        many="50%", arch=dict(arch="vit_test", patch_size=8, img_size=32),
+        mae=dict(epochs=1, lr="1e-3"), contrastive=dict(epochs=1, lr="1e-3", hidden_dim=8),
+        rates="1e-4,1e-4,1e-3", fine=one, few_fine=one, grid=(("1e-4", "1e-3"),) * 3,
+        probes=((2, 3), (0, 1)), table3=("MAE", "MoCo v3", "MTL", "Layer grafted"),
+        table5=("MAE",), longtail=("MAE, long tail",))
+
+
+def test_for_real_in_two_processes(tmp_path, start):
+    """Every stage in both processes, the files from the first; a second call has nothing to do."""
+    command = ["--out", tmp_path / "out", "--common", "--workers 0", "--only",
+               "longtail,table3,table5,analyses"]
+    job = start("reproduce", *command, processes=2, prepare=tiny_preset)
+    assert job.codes(900) == [0, 0], job.said()
     entries = reproduce.run.read_results(tmp_path / "out" / "results.jsonl")
     keys = [(e["name"], e["protocol_name"]) for e in entries]
     assert len(keys) == len(set(keys)) == 3 + 4 + 4
     assert {"gradients.csv", "vic.csv", "attention.csv", "depth.csv"} <= set(
         os.listdir(tmp_path / "out" / "figures"))
-    assert "no lr-grid: " in done.stdout
-    done = subprocess.run([sys.executable, *command[6:]], capture_output=True, text=True)
-    assert done.returncode == 0 and "0 systems to train or resume, 0 evaluations" in done.stdout
+    assert "no lr-grid: " in job.said()
+    job = start("reproduce", *command, prepare=tiny_preset)
+    assert job.codes(300) == [0]
+    assert "0 systems to train or resume, 0 evaluations" in job.said()

@@ -1,4 +1,4 @@
-"""Tests of segment.py: identities of the measure, the windows, the networks and the rates; labels; runs."""
+"""Tests of segment.py: identities of measure, windows, networks and rates; labels; runs."""
 import json
 import os
 from types import SimpleNamespace
@@ -10,26 +10,42 @@ import torch.nn.functional as F
 from PIL import Image
 
 import checkpoint
-import data
 import model
+import run
 import segment
 from data import DataError
 from figures import segmentation as figures
+from run import UsageError
 
 torch.set_num_threads(1)
 CONFIG = dict(img_size=[16, 24], patch_size=4, in_chans=3, dim=24, depth=6, heads=3, mlp_ratio=4.0)
-ENV = SimpleNamespace(device=torch.device("cpu"), dtype=None, rank=0, processes=1, autocast=lambda function: function)
+ENV = SimpleNamespace(device=torch.device("cpu"), rank=0, processes=1, autocast=lambda net: net)
 QUIET = ["--device", "cpu", "--amp", "off", "--workers", "0", "--log-every", "1", "--show", "2"]
+SMALL = "--init none --arch vit_mini --channels 8 --crop-size 16x24 --iterations 4 --batch-size 2"
 
 
-def network(protocol="upernet", classes=3, config=CONFIG, drop_path=0.0, **more):
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """A still smaller vit_mini."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.ARCHS, "vit_mini", ((4, 24, 3, 3), (16, 1, 2)))
+        patch.delenv("DATA", raising=False)
+        yield
+
+
+def go(folder, out, *more):
+    options = [*QUIET, *SMALL.split(), "--data", str(folder), "--out", str(out), *more]
+    return segment.main(segment.get_args(options))
+
+
+def network(protocol="upernet", config=CONFIG):
     torch.manual_seed(0)
-    head = segment.describe(protocol, config["depth"], classes, channels=8, fcn_channels=8, **more)
-    return segment.build(config, head, drop_path=drop_path)[0]
+    head = segment.describe(protocol, config["depth"], 3, channels=8, fcn_channels=8)
+    return segment.build(config, head)[0]
 
 
 def scene(i, size=(16, 24)):
-    """An image whose colours tell its classes, and its label: three bands that differ from image to image."""
+    """(image whose colours tell its classes, its label): three bands, different for each i."""
     rng = np.random.default_rng(i)
     label = np.zeros(size, np.uint8)
     label[rng.integers(4, 8):] = 1
@@ -39,12 +55,10 @@ def scene(i, size=(16, 24)):
 
 
 def write(root, part, n, first=0, **more):
-    for kind in ("images", "labels"):
-        os.makedirs(root / part / kind, exist_ok=True)
     for i in range(first, first + n):
-        image, label = scene(i, **more)
-        Image.fromarray(image).save(root / part / "images" / f"{i:02}.png")
-        Image.fromarray(label).save(root / part / "labels" / f"{i:02}.png")
+        for kind, pixels in zip(("images", "labels"), scene(i, **more)):
+            os.makedirs(root / part / kind, exist_ok=True)
+            Image.fromarray(pixels).save(root / part / kind / f"{i:02}.png")
 
 
 @pytest.fixture(scope="module")
@@ -55,47 +69,30 @@ def folder(tmp_path_factory):
     return root
 
 
-# ------------------------------------------------------------------------------------------------ the measure
 def test_miou_by_hand():
     truth = torch.tensor([[0, 0, 1, 1], [2, 2, 255, 255]])
     guess = torch.tensor([[0, 1, 1, 1], [2, 0, 3, 0]])
     matrix = segment.confusion(truth, guess, 5)
     found = segment.measures(matrix)
-    assert found["iou"] == [33.33, 66.67, 50.0, None, None]                 # 1/3, 2/3, 1/2; two classes nowhere
+    assert found["iou"] == [33.33, 66.67, 50.0, None, None]    # 1/3, 2/3, 1/2; two classes nowhere
     assert found["miou"] == 50.0 and found["accuracy"] == 66.67
-    other = torch.where(truth == 255, 4, guess)                             # whatever is said where 255 is
+    other = torch.where(truth == 255, 4, guess)    # whatever is said where 255 is
     assert torch.equal(matrix, segment.confusion(truth, other, 5))
     # a class that is only predicted counts, with 0
-    assert segment.measures(segment.confusion(torch.tensor([0, 0]), torch.tensor([0, 3]), 5))["miou"] == 25.0
-
-
-def test_miou_is_accumulated_and_no_mean_over_images():
+    matrix = segment.confusion(torch.tensor([0, 0]), torch.tensor([0, 3]), 5)
+    assert segment.measures(matrix)["miou"] == 25.0
+    # accumulated, no mean over images
     a = segment.confusion(torch.tensor([0] * 8), torch.tensor([0] * 8), 2)
     b = segment.confusion(torch.tensor([0, 1]), torch.tensor([1, 1]), 2)
     assert segment.measures(a + b)["miou"] == pytest.approx(100 * (8 / 9 + 1 / 2) / 2, abs=0.01)
 
 
-# ------------------------------------------------------------------------------------------------ the windows
-def test_windows():
+def test_windows_and_constant_network():
     assert segment.corners(512, 512, 341) == [0]
     assert segment.corners(683, 512, 341) == [0, 171]
     assert segment.corners(1024, 512, 341) == [0, 341, 512]
-    assert segment.corners(853, 512, 341) == [0, 341]                       # fits to the pixel
-
-
-def test_one_window_is_the_whole_and_small_images_are_padded():
-    net = network().eval()
-    x = torch.randn(3, 16, 24)
-    whole = segment.resized(net(x[None])[0], (16, 24))[0]
-    assert torch.equal(segment.slide(net, x, (16, 24), 8), whole)
-    padded = segment.slide(net, x[:, :10, :20], (16, 24), 8)
-    assert padded.shape == (3, 10, 20)
-    again = net(F.pad(x[:, :10, :20], (0, 4, 0, 6))[None])[0]
-    assert torch.equal(padded, segment.resized(again, (16, 24))[0, :, :10, :20])
-
-
-def test_constant_network_gives_a_constant_map():
-    logits = torch.arange(40.0)[:, None, None]                              # more classes than are resized at once
+    assert segment.corners(853, 512, 341) == [0, 341]    # fits to the pixel
+    logits = torch.arange(40.0)[:, None, None]    # more classes than are resized at once
 
     def forward(x):
         return logits.expand(len(x), 40, 4, 6), None
@@ -106,26 +103,31 @@ def test_constant_network_gives_a_constant_map():
     labels = segment.label_map(found, (50, 33))
     assert labels.shape == (50, 33) and (labels == 39).all()
     x = torch.randn(40, 5, 7)
-    assert torch.equal(segment.label_map(x, (9, 9)).long(), segment.resized(x[None], (9, 9))[0].argmax(0))
+    expected = segment.resized(x[None], (9, 9))[0].argmax(0)
+    assert torch.equal(segment.label_map(x, (9, 9)).long(), expected)
 
 
-# ----------------------------------------------------------------------------------------------- the networks
+def test_one_window_is_the_whole_and_small_images_are_padded():
+    net = network().eval()
+    x = torch.randn(3, 16, 24)
+    whole = segment.resized(net(x[None])[0], (16, 24))[0]
+    assert torch.equal(segment.slide(net, x, (16, 24), 8), whole)
+    again = net(F.pad(x[:, :10, :20], (0, 4, 0, 6))[None])[0]
+    expected = segment.resized(again, (16, 24))[0, :, :10, :20]
+    assert torch.equal(segment.slide(net, x[:, :10, :20], (16, 24), 8), expected)
+
+
 @pytest.mark.parametrize("grid", [(5, 7), (4, 6), (2, 3)])
 def test_pyramid_and_head_take_odd_grids(grid):
     net = network(config=CONFIG | dict(img_size=[4 * side for side in grid]))
-    h, w = grid
-    x = torch.randn(2, 3, 4 * h, 4 * w)
+    (h, w), x = grid, torch.randn(2, 3, 4 * grid[0], 4 * grid[1])
     shapes = [tuple(level.shape[2:]) for level in net.head.pyramid(net.maps(x))]
     assert shapes == [(4 * h, 4 * w), (2 * h, 2 * w), (h, w), (h // 2, w // 2)]
     logits, auxiliary = net.train()(x)
     assert logits.shape == (2, 3, 4 * h, 4 * w) and auxiliary.shape == (2, 3, h, w)
     assert net.eval()(x)[1] is None
-
-
-def test_taps():
     assert segment.describe("upernet", 12, 150)["taps"] == [4, 6, 8, 12]
-    assert segment.describe("upernet", 24, 150)["taps"] == [8, 12, 16, 24]
-    assert segment.describe("linear", 12, 150)["taps"] == [12]
+    assert segment.describe("linear", 24, 150)["taps"] == [24]
 
 
 def test_relative_bias_of_zero_is_the_plain_encoder():
@@ -133,9 +135,7 @@ def test_relative_bias_of_zero_is_the_plain_encoder():
     state = {k: v for k, v in net.state_dict().items() if k in plain.state_dict()}
     plain.load_state_dict(state, strict=False)
     x = torch.randn(2, 3, 16, 24)
-    weights, expected = ([] for _ in range(2))
-    blocks = net.intermediate(x, net.taps)
-    for ours, theirs in zip(blocks, plain.intermediate(x, net.taps)):
+    for ours, theirs in zip(net.intermediate(x, net.taps), plain.intermediate(x, net.taps)):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     # to the bit where both are computed as two products
     ours, weights = net.intermediate(x, attention=True)
@@ -153,7 +153,8 @@ def test_relative_bias_is_by_offset():
             dy, dx = asks // 4 - asked // 4, asks % 4 - asked % 4
             assert torch.equal(bias[:, 1 + asks, 1 + asked], layer.offsets[:, dy + 2, dx + 3])
     to_patches, to_class, own = layer.class_bias.unbind(1)
-    assert torch.equal(bias[:, 0, 1:], to_patches[:, None].expand(3, 12)) and torch.equal(bias[:, 0, 0], own)
+    assert torch.equal(bias[:, 0, 1:], to_patches[:, None].expand(3, 12))
+    assert torch.equal(bias[:, 0, 0], own)
     assert torch.equal(bias[:, 1:, 0], to_class[:, None].expand(3, 12))
 
 
@@ -164,13 +165,12 @@ def test_gradient_is_zero_at_ignored_pixels():
     for over in ("all", "valid"):
         gradient, = torch.autograd.grad(segment.pixel_loss(logits, labels, over), logits)
         assert (gradient[0, :, :2] == 0).all() and (gradient[0, :, 2:] != 0).all()
-    mean = F.cross_entropy(logits, labels, ignore_index=255)
-    torch.testing.assert_close(segment.pixel_loss(logits, labels, "valid"), mean)
-    torch.testing.assert_close(segment.pixel_loss(logits, labels), mean * 36 / 48)
-    for over in ("all", "valid"):
         loss = segment.pixel_loss(logits, torch.full_like(labels, 255), over)
         gradient, = torch.autograd.grad(loss, logits)
         assert loss == 0 and (gradient == 0).all()
+    mean = F.cross_entropy(logits, labels, ignore_index=255)
+    torch.testing.assert_close(segment.pixel_loss(logits, labels, "valid"), mean)
+    torch.testing.assert_close(segment.pixel_loss(logits, labels), mean * 36 / 48)
 
 
 def test_layer_decay_of_every_tensor():
@@ -178,18 +178,17 @@ def test_layer_decay_of_every_tensor():
     groups = model.param_groups(net, net.depth, [1.0], 0.05, layer_decay=0.5)
     rates = {name: group["base_lr"] for group in groups for name in group["names"]}
     decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
-    assert set(rates) == {name for name, _ in net.named_parameters()}       # all train, positions included
+    assert set(rates) == {name for name, _ in net.named_parameters()}    # all, positions too
     for name, parameter in net.named_parameters():
-        above = 0
-        if name.startswith("blocks."):
-            above = 6 - int(name.split(".")[1])
-        elif name in ("pos_embed", "cls_token") or name.startswith("patch_embed."):
+        above = 6 - int(name.split(".")[1]) if name.startswith("blocks.") else 0
+        if name in ("pos_embed", "cls_token") or name.startswith("patch_embed."):
             above = 7
         assert rates[name] == 0.5 ** above, name
-        assert decays[name] == (0.05 if parameter.ndim > 1 else 0.0), name
+        decay = 0.05 if parameter.ndim > 1 and name != "cls_token" else 0.0
+        assert decays[name] == decay, name
     for protocol in ("linear", "linear4"):
-        net = network(protocol)
-        assert all(name.startswith("head.") == p.requires_grad for name, p in net.named_parameters())
+        trained = {name: p.requires_grad for name, p in network(protocol).named_parameters()}
+        assert all(name.startswith("head.") == trains for name, trains in trained.items())
 
 
 def test_rates():
@@ -209,30 +208,26 @@ def test_batchnorm():
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
 
 
-# --------------------------------------------------------------------------------------- labels, augmentation
 def test_image_and_label_are_cropped_and_flipped_together():
-    """Each pixel of the label is what the image says at that pixel, for every draw; and all draws differ."""
+    """Each pixel of the label is what the image says there, for every draw; all draws differ."""
     label = np.kron(np.arange(48).reshape(6, 8), np.ones((8, 8))).astype(np.uint8)
-    image = Image.fromarray(np.stack([label * 4] * 3, 2))
+    pair = Image.fromarray(np.stack([label * 4] * 3, 2)), Image.fromarray(label)
     seen, flipped = set(), 0
     for epoch in range(30):
-        pixels, ids = segment.random_crop(image, Image.fromarray(label), (32, 32), 48, 7, 0, epoch)
+        pixels, ids = segment.random_crop(*pair, (32, 32), 48, 7, 0, epoch)
         assert ids.shape[0] <= 32 and ids.shape[1] <= 32 and set(np.unique(ids)) <= set(range(48))
         off = np.abs(pixels[..., 0].astype(int) - 4 * ids)
-        assert np.median(off) == 0 and (off > 0).mean() < 0.45              # between two classes, the image is mixed
+        assert np.median(off) == 0 and (off > 0).mean() < 0.45    # mixed between two classes
         seen.add(ids.tobytes())
         flipped += bool((np.diff(ids[0].astype(int)) < 0).any())
     assert len(seen) == 30 and 5 < flipped < 25
-    once, twice = (segment.random_crop(image, Image.fromarray(label), (32, 32), 48, 7, 0, 3) for _ in range(2))
-    assert all(np.array_equal(a, b) for a, b in zip(once, twice))
 
 
 def test_crops_have_no_class_with_three_quarters():
     label = np.zeros((100, 100), np.uint8)
     label[:, 90:] = 1
-    image = Image.new("RGB", (100, 100))
-    shares = [np.mean(segment.random_crop(image, Image.fromarray(label), (24, 24), 100, i, 0, 0)[1] == 0)
-              for i in range(60)]
+    pair = Image.new("RGB", (100, 100)), Image.fromarray(label)
+    shares = [np.mean(segment.random_crop(*pair, (24, 24), 100, i, 0)[1] == 0) for i in range(60)]
     # a single draw has less than that 5 times in 100, one of eleven 43 times
     assert 0.3 < np.mean([share < 0.75 for share in shares]) < 0.6
 
@@ -241,10 +236,9 @@ def test_photometric():
     x, ids = torch.rand(64, 3, 4, 4), torch.arange(64)
     y = segment.photometric(x, ids, 0, 0)
     same = (x - y).abs().flatten(1).amax(1) < 1e-5
-    assert 0 < same.sum() < 16 and 0 <= y.min() and y.max() <= 1            # 1 in 16 has none of the four
+    assert 0 < same.sum() < 16 and 0 <= y.min() and y.max() <= 1    # 1 in 16 has none of the four
     assert torch.equal(y[5:9], segment.photometric(x[5:9], ids[5:9], 0, 0))
     assert not torch.equal(y, segment.photometric(x, ids, 0, 1))
-    assert segment.photometric(x[:, :1], ids, 0, 0).shape == (64, 1, 4, 4)
 
 
 def test_batches_do_not_depend_on_processes_or_restarts(folder):
@@ -261,6 +255,141 @@ def test_batches_do_not_depend_on_processes_or_restarts(folder):
     for one, (a, b) in zip(whole, halves, strict=True):
         assert torch.equal(one.images, torch.cat([a.images, b.images]))
         assert torch.equal(one.labels, torch.cat([a.labels, b.labels]))
-    assert all(torch.equal(a.images, b.images) for a, b in zip(whole[2:], batches(4, start=2), strict=True))
+    for a, b in zip(whole[2:], batches(4, start=2), strict=True):
+        assert torch.equal(a.images, b.images)
     padding = (whole[0].labels == 255)[:, None].expand_as(whole[0].images)
-    assert padding.any() and (whole[0].images[padding] == 0).all()          # 0 after normalising
+    assert padding.any() and (whole[0].images[padding] == 0).all()    # 0 after normalising
+
+
+def test_layouts(tmp_path):
+    label = Image.fromarray(np.array([[0, 1], [2, 255]], np.uint8))
+    image = Image.new("RGB", (2, 2))
+
+    def put(content, name):
+        os.makedirs((tmp_path / name).parent, exist_ok=True)
+        content.save(tmp_path / name)
+
+    put(image, "ade/images/training/a.jpg")
+    put(label, "ade/annotations/training/a.png")
+    (tmp_path / "ade" / "objectInfo150.txt").write_text("Idx\tName\n1\twall, brick\n2\tsky\n")
+    ade = segment.Pairs(str(tmp_path / "ade"), "train")
+    assert ade.classes == ["wall", "sky"] and ade.label(0).tolist() == [[255, 0], [1, 255]]
+    put(image, "city/leftImg8bit/val/ulm/u_leftImg8bit.png")
+    put(label, "city/gtFine/val/ulm/u_gtFine_labelTrainIds.png")
+    put(image, "city/gtFine/val/ulm/u_gtFine_color.png")
+    city = segment.Pairs(str(tmp_path / "city"), "val", ignore=[2])
+    assert len(city.classes) == 19 and city.label(0).tolist() == [[0, 1], [255, 255]]
+    palette = figures.label_image(np.array(label), 3)
+    for name in "abc":
+        put(image, f"voc/JPEGImages/{name}.jpg")
+        put(palette, f"voc/SegmentationClass/{name}.png")
+    lists = tmp_path / "voc" / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("c\nb\n")
+    voc = segment.Pairs(str(tmp_path / "voc"), "train")
+    assert list(voc.files) == ["JPEGImages/b.jpg", "JPEGImages/c.jpg"]
+    assert voc.classes == segment.VOC
+    assert voc.label(0).tolist() == [[0, 1], [2, 255]]    # the indices, not the colours
+
+
+@pytest.mark.parametrize("fault", ["rgb", "size", "id", "no label", "no image", "twins"])
+def test_bad_labels_are_refused_by_name(tmp_path, fault):
+    write(tmp_path, "train", 2)
+    write(tmp_path, "val", 1)
+    label = tmp_path / "train" / "labels" / "01.png"
+    image = tmp_path / "train" / "images" / "01.png"
+    {"rgb": lambda: Image.open(label).convert("RGB").save(label),
+     "size": lambda: Image.open(label).resize((3, 4)).save(label),
+     "id": lambda: Image.fromarray(np.full((16, 24), 3, np.uint8)).save(label),
+     "no label": label.unlink, "no image": image.unlink,
+     "twins": lambda: Image.open(image).save(image.with_suffix(".jpg"))}[fault]()
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    with pytest.raises(DataError, match="01") as error:
+        go(tmp_path, tmp_path / "out", "--classes", str(tmp_path / "names.txt"))
+    assert error.value.exit_code == 2 and "\n" not in str(error.value)
+
+
+def test_overfits_and_predicts(tmp_path):
+    """Two images are learned by heart; segmenter.pt labels them alone, through --predict."""
+    write(tmp_path, "train", 2)
+    write(tmp_path, "val", 2)    # the same ones
+    result = go(tmp_path, tmp_path / "out", "--iterations", "150", "--lr", "3e-3", "--log-every",
+                "50", "--drop-path", "0")
+    assert result["accuracy"] > 95 and result["tested"] == 2 and list(result["iou"]) == list("012")
+    assert json.loads((tmp_path / "out" / "results.jsonl").read_text()) == result
+    assert Image.open(tmp_path / "out" / "sheet.png").size[0] > 3 * 200
+    found = segment.main(segment.get_args([
+        *QUIET, "--out", str(tmp_path / "out"), "--predict", str(tmp_path / "val" / "images")]))
+    assert found["images"] == 2
+    labels = [np.array(Image.open(os.path.join(found["path"], f"{i:02}.png"))) for i in range(2)]
+    right = np.mean([label == scene(i)[1] for i, label in enumerate(labels)])
+    assert 100 * right == pytest.approx(result["accuracy"], abs=0.01)
+    assert Image.open(os.path.join(found["path"], "00-overlay.png")).mode == "RGB"
+
+
+@pytest.mark.parametrize("protocol", ["upernet", "linear4"])
+def test_resumes_to_the_same_weights(folder, tmp_path, protocol, monkeypatch):
+    more = ["--protocol", protocol, "--drop-path", "0.3", "--lr", "1e-2"]
+    whole = go(folder, tmp_path / "a", *more)
+    record = run.Job.record
+
+    def stop(job, *args, **log):
+        record(job, *args, **log)
+        job.signal = 15 if job.step == 1 else None
+
+    with monkeypatch.context() as patch, pytest.raises(run.Stopped):
+        patch.setattr(run.Job, "record", stop)
+        go(folder, tmp_path / "b", *more)
+    resumed = go(folder, tmp_path / "b", *more)
+    assert whole["iou"] == resumed["iou"] and whole["labelled"] == 4
+    a, b = (checkpoint.read(str(tmp_path / name / "segmenter.pt"))["model"] for name in "ab")
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert go(folder, tmp_path / "b", *more, "--show", "1")["miou"] == whole["miou"]    # is done
+    assert len((tmp_path / "b" / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_encoders_are_loaded_and_what_is_left_out_is_named(folder, tmp_path, capsys):
+    encoder = model.VisionTransformer(**CONFIG | dict(img_size=[32, 32]))
+    torch.nn.init.normal_(encoder.norm.weight)
+    path = str(tmp_path / "encoder.pt")
+    checkpoint.save(checkpoint.encoder_file(encoder, dict(system="MAE")), path)
+    results = go(folder, tmp_path / "t", "--init", "none", path, "--iterations", "1", "--lr",
+                 "1e-9")
+    assert [result["system"] for result in results] == ["random", "MAE"]
+    assert "left out: norm.weight, norm.bias" in capsys.readouterr().out
+    net, content = segment.load_segmenter(str(tmp_path / "t" / "encoder.pt"))
+    state = checkpoint.fit(checkpoint.read_encoder(path), [16, 24])[0]
+    for name, value in state.items():
+        if not name.startswith("norm."):
+            torch.testing.assert_close(net.state_dict()[name], value, rtol=0, atol=1e-6)
+    assert (tmp_path / "t" / "sheet.png").exists()
+    go(folder, tmp_path / "l", "--init", path, "--protocol", "linear", "--iterations", "2")
+    net, content = segment.load_segmenter(str(tmp_path / "l"))
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in state.items())
+    damaged = content | dict(head=content["head"] | dict(classes=10 ** 9))
+    checkpoint.save(damaged, str(tmp_path / "bad.pt"))
+    with pytest.raises(UsageError, match="claims a head"):
+        segment.load_segmenter(str(tmp_path / "bad.pt"))
+
+
+def test_unreadable_files_are_left_out(tmp_path):
+    for part, n in (("train", 4), ("val", 3)):
+        write(tmp_path, part, n)
+        (tmp_path / part / "images" / "01.png").write_bytes(b"no image")
+    result = go(tmp_path, tmp_path / "out", "--max-bad", "0.5", "--labels", "3")
+    assert result["tested"] == 2 and result["labelled"] == 3
+
+
+def test_colours_can_be_told_apart():
+    """OKLab distance above 0.1 between any two of 11 classes, for each kind of colour vision."""
+    seen = figures.appearances(figures.palette(11))
+    distance = np.linalg.norm(seen[:, :, None] - seen[:, None], axis=-1) + np.eye(11)
+    assert distance.min() > 0.1
+
+
+@pytest.mark.parametrize("more", [["--stride", "17"], ["--crop-size", "4"], ["--crop-size", "18"],
+                                  ["--labels", "9"], ["--labels", "x"], ["--batch-size", "1"]])
+def test_what_cannot_be_done_is_refused(folder, tmp_path, more):
+    with pytest.raises((UsageError, SystemExit)):
+        go(folder, tmp_path, *more)
+    assert not (tmp_path / "last.pt").exists()

@@ -444,3 +444,14 @@ def test_a_loss_that_is_not_finite_skips_its_step_and_leaves_no_trace(small, tmp
         if not name.startswith("momentum_encoder.") and "num_batches" not in name:
             assert torch.equal(after[3][name], after[2][name]), name
     assert "loss is nan at step 3, step skipped; images embedded/" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_shows_groups_and_every_default(stage, capsys):
+    with pytest.raises(SystemExit) as end:
+        STAGES[stage].get_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for words in ("data:", "model:", "loss:", "optimisation:", "run:", "(default: 4096, embedded 128)",
+                  "(default: 0.75)", "(default: auto)"):
+        assert words in said, words
