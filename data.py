@@ -706,10 +706,10 @@ class Dataset:
     @property
     def files(self):
         """The names of all files, a sequence, or None."""
-        return self.source and self.source.names
+        return None if self.source is None else self.source.names
 
     def file(self, i):
-        return self.source.name(i) if self.source else f"{self.name}/{i}"
+        return f"{self.name}/{i}" if self.source is None else self.source.name(i)
 
     def open(self, i):
         """Image i with its bytes in memory and its header read (`Encoded`), or a BadFile."""
@@ -723,9 +723,8 @@ class Dataset:
     @property
     def digest(self):
         """Changes when an image is added, renamed or removed."""
-        text = f"{self.name} {len(self)}".encode()
-        if self.source:
-            text = b"\0".join(map(os.fsencode, self.source.names))
+        names = self.files or [self.name, str(len(self))]
+        text = os.fsencode("\0".join(names))
         return hashlib.sha256(text).hexdigest()[:16]
 
     def label(self, names, classes):
@@ -750,7 +749,7 @@ class Dataset:
         """The images at ids (a list or tensor of indices), as a set of its own."""
         ids = torch.as_tensor(ids, dtype=torch.long)
         part = copy.copy(self)
-        part.source = self.source and self.source.select(ids.numpy())
+        part.source = None if self.source is None else self.source.select(ids.numpy())
         part.images = None if self.images is None else self.images[ids.to(self.images.device)]
         part.labels = None if self.labels is None else self.labels[ids]
         rows = enumerate(ids.tolist()) if self.bad else ()
@@ -867,7 +866,12 @@ def parts_of(path, names):
             raise DataError(f"{path}: is {found[kind]}/ or {name}/ the {kind} part? Rename one")
         if kind:
             found[kind] = name
-    words = {match[1] for name in names if not part_kind(name)
+    others = [name for name in names if not part_kind(name)]
+    if list(found) == ["train"] and len(others) > 2:        # Pascal VOC and COCO have such a class
+        raise DataError(f"{path}: is {found['train']}/, beside {', '.join(sorted(others)[:3])}, a "
+                        f"part or a class? Give {os.path.join(path, found['train'])}, or put the "
+                        "classes into a folder train/")
+    words = {match[1] for name in others
              if (match := re.match(r"(train|val|test)[^a-z]", name.lower()))}
     if not found and len(words) > 1:                # pre-training would mix them up as classes
         raise DataError(f"{path}: the folders {', '.join(sorted(names)[:4])} look like parts of a "
@@ -947,29 +951,34 @@ def read_table(path):
             content = f.read()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-    text = content.decode("utf-16" if wide else "utf-8-sig", "surrogateescape")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        text = content.decode("utf-16", "replace")
+    else:
+        text = content.decode("utf-8-sig", "surrogateescape")
+    lines = [line.strip() for line in text.splitlines() if line.strip(' \t"')]
     if not lines:
         raise DataError(f"{path}: the list is empty")
     for delimiter in ",;\t":
-        rows = [[cell.strip() for cell in row]
-                for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True)]
-        heads = [head.lower() for head in rows[0]]
-        if heads[0] in COLUMNS["file"] or any(h in COLUMNS["file"] for h in heads[1:]):
-            places = [next((heads.index(word) for word in words if word in heads), None)
-                      for words in COLUMNS.values()]
-            return [tuple(None if at is None or at >= len(row) else row[at] for at in places)
-                    for row in rows[1:]]
-        if all(len(row) > 1 and row[0].lower().endswith(EXTENSIONS) for row in rows):
-            return [tuple((*row, None)[:3]) for row in rows]
+        rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+        try:
+            first = [cell.strip() for cell in next(rows)]
+            heads = [head.lower() for head in first]
+            if set(heads) & set(COLUMNS["file"]):
+                places = [next((heads.index(word) for word in words if word in heads), None)
+                          for words in COLUMNS.values()]
+                return [tuple(None if at is None or at >= len(row) else row[at].strip()
+                              for at in places) for row in rows]
+            if len(first) > 1 and heads[0].endswith(EXTENSIONS):
+                rows = [first] + [[cell.strip() for cell in row] for row in rows]
+                if all(len(row) > 1 and row[0].lower().endswith(EXTENSIONS) for row in rows):
+                    return [tuple((*row, None)[:3]) for row in rows]
+        except csv.Error as error:
+            raise DataError(f"{path}: no table ({error})") from None
     rows = []
     for line in lines:
-        if line[0] == line[-1] == '"':
-            line = line[1:-1]
-        name, *label = line.rsplit(maxsplit=1)
+        name, *label = line.strip('"').rsplit(maxsplit=1)
         has = label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS))
-        rows.append((name, label[0], None) if has else (line, None, None))
+        rows.append((name, label[0], None) if has else (line.strip('"'), None, None))
     return rows
 
 
@@ -1052,10 +1061,6 @@ def listed_images(source, table, root, parts, train):
     ids = find_listed(source.names, [name for name, *_ in rows], table, root)
     files = [source.name(i) for i in ids]
     labels = [label and unicodedata.normalize("NFC", label) for _, label, _ in rows]
-    known = {}
-    for i, file, label in zip(ids, files, labels) if any(labels) else ():
-        if not label or known.setdefault(i, label) != label:
-            raise DataError(f"{table}: {file} has {'two labels' if label else 'no label'}")
     kinds = [part_kind(split or "") for *_, split in rows]
     if any(split for *_, split in rows):
         if None in kinds:
@@ -1068,15 +1073,20 @@ def listed_images(source, table, root, parts, train):
     chosen = choose_part(table, parts, train)
     mine = [row for row, kind in enumerate(kinds) if not chosen or parts.get(kind) == chosen]
     source = source.select([ids[row] for row in mine])
-    if not any(labels):
+    if not any(labels[row] for row in mine):
         return source, None, parts
+    known = {}
+    for row in mine:
+        if not labels[row] or known.setdefault(ids[row], labels[row]) != labels[row]:
+            trouble = "two labels" if labels[row] else "no label"
+            raise DataError(f"{table}: {files[row]} has {trouble}")
     # numbers for folders, as in ImageNet's lists, are known by the folders' names
-    folders = [file.split("/")[-2] if "/" in file else None for file in files]
-    pairs = len(set(zip(folders, labels)))
-    numbers = all(label.isdecimal() for label in set(labels))
+    folders = [files[row].split("/")[-2] if "/" in files[row] else None for row in mine]
+    labels = [labels[row] for row in mine]
+    pairs, numbers = len(set(zip(folders, labels))), all(map(str.isdecimal, set(labels)))
     if numbers and None not in folders and pairs == len(set(folders)) == len(set(labels)):
         labels = folders
-    return source, [labels[row] for row in mine], parts
+    return source, labels, parts
 
 
 def sorted_classes(labels):
@@ -1547,7 +1557,11 @@ class Loader:
         """The batches of an epoch, from batch `start` on."""
         if self.reader is not None and self.place != (epoch, start):
             self.keys.keys = self.plan.stream(epoch, start)
-            self.items = iter(self.reader)
+            try:
+                self.items = iter(self.reader)
+            except OSError as error:
+                raise DataError(f"data workers cannot be started ({error.strerror}): give fewer "
+                                "--workers", 1) from None
         for b, ids in enumerate(self.batches(epoch, start), start + 1):
             if self.reader is None:
                 yield self.held(ids, epoch)

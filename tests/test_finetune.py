@@ -1,11 +1,10 @@
-"""Tests of finetune.py: what each protocol trains, that nothing else moves, restarts, processes, bad input."""
+"""finetune.py: what each protocol trains, that nothing else moves, restarts, processes, bad input."""
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,19 +20,19 @@ import graft_train
 import mae_pretrain
 import model
 import run
-from data import UsageError
-from features import digest, extract
 
 DEPTH, DIM, CLASSES = 3, 24, 16
 QUIET = ["--device", "cpu", "--amp", "off", "--workers", "0"]
 # everything that draws random numbers
-HARD = ["--rand-augment", "9", "--mixup", "0.8", "--cutmix", "1", "--erasing", "0.5", "--drop-path", "0.3"]
+HARD = ["--rand-augment", "9", "--mixup", "0.8", "--cutmix", "1", "--erasing", "0.5",
+        "--drop-path", "0.3"]
+CPU = run.Env(torch.device("cpu"))
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """A tiny vit_mini, and an embedded set of 160 and 83 pictures."""
+    """A tiny vit_mini, and an embedded set of 160 and 83 images."""
     patch = pytest.MonkeyPatch()
     sets = {train: data.embedded(train, n=160 if train else 83) for train in (True, False)}
     patch.setattr(data, "embedded", lambda train, in_chans: sets[train].select(range(len(sets[train]))))
@@ -55,49 +54,58 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Files of several sizes, so that they are read and not held: 4 classes, 24 pictures to train and 13 to test."""
+    """Files of several sizes, read and not held: 4 classes, 24 images to train on, 13 to test."""
     root = tmp_path_factory.mktemp("files")
-    pictures = data.embedded(True, 3)
+    images = data.embedded(True, 3).images
     for part, n, first in (("train", 24, 0), ("val", 13, 24)):
         for i in range(n):
             place = root / part / f"class{i % 4}"
             place.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray(pictures.images[first + i].permute(1, 2, 0).numpy())
+            image = Image.fromarray(images[first + i].permute(1, 2, 0).numpy())
             image.resize((32 + i % 3, 40)).save(place / f"{i:02}.png")
     return str(root)
 
 
-def arguments(checkpoint_path, out, *more):
-    return finetune.get_args([*QUIET, "--checkpoint", checkpoint_path, "--out", str(out), "--batch-size", "40",
+def arguments(path, out, *more):
+    return finetune.get_args([*QUIET, "--checkpoint", path, "--out", str(out), "--batch-size", "40",
                               "--epochs", "1", *more])
 
 
-def tune(checkpoint_path, out, *more):
+def tune(path, out, *more):
     """(result, what classifier.pt holds) of a run."""
-    entry = finetune.main(arguments(checkpoint_path, out, *more))
+    entry = finetune.main(arguments(path, out, *more))
     return entry, checkpoint.read(os.path.join(out, "classifier.pt"))
 
 
-def built(checkpoint_path, *more):
+def built(path, *more):
     """(network as it starts, what the checkpoint held)."""
-    args = arguments(checkpoint_path, "unused", *more)
+    args = arguments(path, "unused", *more)
     source = checkpoint.read_encoder(args.checkpoint, args.weights)
     return finetune.build(args, source, CLASSES)[0], source
 
 
+def log_of(out):
+    return [json.loads(line) for line in open(out / "log.jsonl")]
+
+
+def moved_by(out, start, names):
+    """Adam's first step moves a parameter by its rate, whatever the gradient: median way by name."""
+    last = checkpoint.read(str(out / "last.pt"))
+    assert last["step"] == 1
+    return {name: (last["model"][name] - start[name]).abs().median().item() for name in names}
+
+
+# ------------------------------------------------------------------------------------ rates
 def test_rates_fall_with_depth(made, tmp_path):
-    """Adam's first step moves a parameter by its rate, whatever the gradient: so the rates show in the weights."""
-    lr, decay = 1e-3, 0.5
+    lr, decay, scale = 1e-3, 0.5, 160 / 256
     tune(made["graft"], tmp_path, "--lr", str(lr), "--layer-decay", str(decay), "--batch-size", "160",
          "--warmup-epochs", "0", "--drop-path", "0")
     start = checkpoint.read_encoder(made["graft"])["state"]
+    layers = {"patch_embed.proj.bias": 0, "blocks.0.mlp.fc2.bias": 1, "blocks.1.mlp.fc2.bias": 2,
+              "blocks.2.mlp.fc2.bias": 3, "norm.weight": 4}
+    for name, way in moved_by(tmp_path, start, layers).items():
+        assert way == pytest.approx(lr * scale * decay ** (DEPTH + 1 - layers[name]), rel=0.1), name
     last = checkpoint.read(str(tmp_path / "last.pt"))
-    assert last["step"] == 1
-    scale = 160 / 256
-    for name, layer in (("patch_embed.proj.bias", 0), ("blocks.0.mlp.fc2.bias", 1), ("blocks.1.mlp.fc2.bias", 2),
-                        ("blocks.2.mlp.fc2.bias", 3), ("norm.weight", 4)):
-        moved = (last["model"][name] - start[name]).abs().median().item()
-        assert moved == pytest.approx(lr * scale * decay ** (DEPTH + 1 - layer), rel=0.1), name
     assert torch.equal(last["model"]["pos_embed"], start["pos_embed"])
     groups = {name: group for group in last["optimizer"]["param_groups"] for name in group["names"]}
     assert set(groups) == set(last["model"]) - {"pos_embed"}
@@ -105,27 +113,36 @@ def test_rates_fall_with_depth(made, tmp_path):
 
 
 def test_rate_ends_at_min_lr(made, tmp_path):
-    tune(made["graft"], tmp_path, "--lr", "1e-3", "--min-lr", "1e-4", "--log-every", "1", "--warmup-epochs", "0")
-    lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
-    scale, floor = 40 / 256, 1e-4
+    tune(made["graft"], tmp_path, "--lr", "1e-3", "--min-lr", "1e-4", "--log-every", "1",
+         "--warmup-epochs", "0")
+    lines, scale, floor = log_of(tmp_path), 40 / 256, 1e-4
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[0]["lr"] == pytest.approx([1e-3 * scale])
     assert lines[2]["lr"] == pytest.approx([floor + (1e-3 * scale - floor) / 2])
     # with no room above the floor the rate stays where it is
-    tune(made["graft"], tmp_path / "b", "--lr", "1e-6", "--min-lr", "1", "--log-every", "1", "--warmup-epochs", "0")
-    lines = [json.loads(line) for line in open(tmp_path / "b" / "log.jsonl")]
-    assert all(line["lr"] == pytest.approx([1e-6 * scale]) for line in lines)
+    tune(made["graft"], tmp_path / "b", "--lr", "1e-6", "--min-lr", "1", "--log-every", "1",
+         "--warmup-epochs", "0")
+    assert all(line["lr"] == pytest.approx([1e-6 * scale]) for line in log_of(tmp_path / "b"))
 
 
-def test_paper_defaults_with_data(made, folder):
-    args = finetune.get_args(["--checkpoint", made["graft"], "--data", folder])
-    assert (args.epochs, args.batch_size, args.lr, args.layer_decay, args.warmup_epochs) == (100, 1024, 5e-4, 0.6, 5)
-    assert (args.weight_decay, args.min_lr, args.drop_path, args.label_smoothing) == (0.05, 1e-6, 0.1, 0.1)
-    assert (args.rand_augment, args.mixup, args.cutmix, args.erasing, args.crop_min) == (9, 0.8, 1.0, 0.25, 0.08)
-    args = finetune.get_args(["--checkpoint", made["graft"], "--data", folder, "--from-projector"])
-    assert (args.epochs, args.lr, args.layer_decay, args.mixup) == (400, 3e-5, 0.6, 0.8)
+def test_defaults(made, folder):
+    def of(*options):
+        return finetune.get_args(["--checkpoint", made["graft"], *options])
+
+    args = of("--data", folder)
+    assert (args.epochs, args.batch_size, args.lr, args.layer_decay) == (100, 1024, 5e-4, 0.6)
+    assert (args.weight_decay, args.min_lr, args.drop_path, args.warmup_epochs) == (0.05, 1e-6, 0.1, 5)
+    assert (args.rand_augment, args.mixup, args.cutmix, args.erasing) == (9, 0.8, 1.0, 0.25)
+    assert args.label_smoothing == 0.1 and args.crop_min == 0.08
+    # with a part of the labels every row of a table trains alike, with or without a projector
+    for more in ((), ("--from-projector",), ("--freeze-blocks", "2")):
+        args = of("--data", folder, "--labels", "10%", *more)
+        assert (args.epochs, args.lr, args.layer_decay, args.mixup) == (400, 3e-5, 0.6, 0.8)
+        assert of("--labels", "10%", *more).epochs == 60
+        assert of(*more).epochs == of("--labels", "100%", *more).epochs == 10
 
 
+# ------------------------------------------------------------------------------------ what trains
 def test_classifier_starts_near_zero(made):
     torch.manual_seed(0)
     for more in ((), ("--from-projector",), ("--probe-block", "3", "--blocks", "1")):
@@ -140,13 +157,11 @@ def test_full_fine_tuning_moves_everything(made, tmp_path):
     entry, content = tune(made["graft"], tmp_path, *HARD)
     start = checkpoint.read_encoder(made["graft"])
     assert entry["protocol"] == "fine-tune" and entry["labels"] == "all" and entry["labelled"] == 160
-    assert entry["tested"] == 83 and entry["system"] == "Layer grafted"
+    assert entry["tested"] == 83 and entry["unreadable"] == 0 and entry["system"] == "Layer grafted"
     for name, value in start["state"].items():
         assert torch.equal(content["model"][name], value) == (name == "pos_embed"), name
     assert content["head"] == {"kind": "linear"} and content["encoder_digest"] == entry["digest"]
-    encoder = model.VisionTransformer(**start["config"])
-    encoder.load_state_dict(start["state"])
-    assert entry["digest"] == digest(encoder)
+    assert entry["digest"] == checkpoint.digest(checkpoint.load(made["graft"]))
     assert json.loads(open(tmp_path / "results.jsonl").read()) == entry
 
 
@@ -154,83 +169,84 @@ def test_frozen_blocks_stay(made, tmp_path):
     entry, content = tune(made["graft"], tmp_path, "--freeze-blocks", "2", *HARD)
     assert entry["protocol"] == "partial fine-tune 2"
     for name, value in checkpoint.read_encoder(made["graft"])["state"].items():
-        frozen = model.layer_of(name, DEPTH) <= 2
-        assert torch.equal(content["model"][name], value) == frozen, name
+        assert torch.equal(content["model"][name], value) == (model.layer_of(name, DEPTH) <= 2), name
     net, _ = built(made["graft"], "--freeze-blocks", "2", "--drop-path", "0.5")
     net.train()
     assert [block.training for block in net.blocks] == [False, False, True] and net.norm.training
     x = torch.rand(4, 3, 32, 32)
-    assert not net.intermediate(x, [2])[0].requires_grad                    # no graph below: no memory, no time
+    assert not net.intermediate(x, [2])[0].requires_grad                # no graph below
     assert torch.equal(net.intermediate(x, [2])[0], net.intermediate(x, [2])[0])
-    assert not torch.equal(net(x), net(x))                                  # drop path, above
+    assert not torch.equal(net(x), net(x))                              # drop path, above
     net(x).sum().backward()
-    assert all((p.grad is None) == (model.layer_of(name, DEPTH) <= 2) for name, p in net.named_parameters())
+    frozen = {name for name, p in net.named_parameters() if p.grad is None}
+    assert frozen == {name for name, _ in net.named_parameters() if model.layer_of(name, DEPTH) <= 2}
 
 
-@pytest.mark.parametrize("block, blocks", [(2, 0), (2, 2), (3, 0), (3, 1)])
+@pytest.mark.parametrize("block, blocks", [(2, 1), (2, 2), (3, 1)])
 def test_probe_trains_only_what_is_new(made, tmp_path, block, blocks):
+    """New blocks directly on the block's tokens, then a new norm, also for the last block; dropped
+    paths and layer decay count them as the highest layers."""
+    lr, decay, scale = 1e-3, 0.5, 160 / 256
     options = ("--probe-block", str(block), "--blocks", str(blocks))
-    entry, content = tune(made["graft"], tmp_path, *options, *HARD)
+    entry, content = tune(made["graft"], tmp_path, *options, "--drop-path", "0", "--lr", str(lr),
+                          "--layer-decay", str(decay), "--batch-size", "160", "--warmup-epochs", "0")
     source = checkpoint.read_encoder(made["graft"])
     assert entry["protocol"] == f"probe block {block} + {blocks} blocks"
-    assert all(torch.equal(content["model"][name], value) for name, value in source["state"].items())
-    net, _ = finetune.load_classifier(str(tmp_path))
-    assert digest(net, checkpoint.is_encoder) == entry["digest"]
+    assert entry["digest"] == checkpoint.digest(checkpoint.load(made["graft"]))
     torch.manual_seed(0)
-    fresh, _ = built(made["graft"], *options)
+    fresh, _ = built(made["graft"], *options, "--drop-path", "0.1")
+    assert [b.drop_path for b in fresh.blocks[block:]] == [0.1] * blocks
     trained = {name for name, p in fresh.named_parameters() if p.requires_grad}
-    assert trained == {name for name in content["model"] if name.startswith("head.")}
-    assert not any(torch.equal(content["model"][name], value) for name, value in fresh.state_dict().items()
-                   if name in trained)
-    assert len(net.head.blocks) == blocks
+    new = tuple(f"blocks.{block + i}." for i in range(blocks))
+    assert trained == {n for n in content["model"] if n.startswith(("norm.", "head.", *new))}
+    for name, value in content["model"].items():
+        assert torch.equal(value, fresh.state_dict()[name]) == (name not in trained), name
+        assert name in trained or torch.equal(value, source["state"][name])
+    layers = {f"blocks.{block + i}.mlp.fc2.bias": i for i in range(blocks)} | {"norm.weight": blocks}
+    for name, way in moved_by(tmp_path, fresh.state_dict(), layers).items():
+        assert way == pytest.approx(lr * scale * decay ** (blocks - layers[name]), rel=0.1), name
     # the definition, written out with a plain encoder
-    encoder = model.VisionTransformer(**source["config"])
-    encoder.load_state_dict(source["state"])
-    x = torch.rand(5, 3, 32, 32)
+    net, _ = checkpoint.load_classifier(str(tmp_path))
+    encoder, x = checkpoint.load(made["graft"]), torch.rand(5, 3, 32, 32)
     with torch.no_grad():
-        tokens = encoder.tokens(x) if block == DEPTH else encoder.intermediate(x, [block])[0]
-        for new in net.head.blocks:
-            tokens = new(tokens)
-        feature = net.head.norm(tokens)[:, 0] if blocks else tokens[:, 0]
-        expected = feature @ content["model"]["head.classifier.weight"].T + content["model"]["head.classifier.bias"]
-        assert torch.allclose(net(x), expected, atol=1e-6)
+        tokens, = encoder.intermediate(x, [block])
+        for own in net.blocks[block:]:
+            tokens = own(tokens)
+        assert torch.allclose(net(x), net.head(net.norm(tokens[:, 0])), atol=1e-6)
 
 
 def test_from_projector(made, tmp_path):
-    entry, content = tune(made["graft"], tmp_path, "--from-projector", "--labels", "20%", "--layer-decay", "0.6")
-    assert entry["protocol"] == "20% from projector" and entry["labelled"] == 32 and entry["batch_size"] == 32
-    assert entry["labels"].startswith("20%")
+    entry, content = tune(made["graft"], tmp_path, "--from-projector", "--labels", "20%",
+                          "--layer-decay", "0.6")
+    assert entry["protocol"] == "20% from projector" and entry["labelled"] == 32
+    assert entry["labels"].startswith("20%") and entry["batch_size"] == 32
     net, source = built(made["graft"], "--from-projector")
     weight = source["rest"]["head.0.weight"]
-    assert weight.shape == (20, DIM) and torch.equal(net.head[0].weight, weight) and net.head[0].bias is None
-    moved = (content["model"]["head.0.weight"] - weight).abs().max()
-    assert 0 < moved < 1e-2                                                 # started there, and trained
+    assert weight.shape == (20, DIM) and torch.equal(net.head[0].weight, weight)
+    assert 0 < (content["model"]["head.0.weight"] - weight).abs().max() < 1e-2  # started there
     x = torch.rand(2, 3, 32, 32)
     net.eval()
     with torch.no_grad():
         expected = net.forward_features(x) @ weight.T @ net.head[1].weight.T
-        assert torch.allclose(net(x), expected, rtol=1e-4, atol=1e-9)
+        assert net.head[0].bias is None and torch.allclose(net(x), expected, rtol=1e-4, atol=1e-9)
 
 
 def test_no_projector_no_from_projector(made, tmp_path):
-    with pytest.raises(UsageError, match="no projector in it"):
+    with pytest.raises(run.UsageError, match="no projector in it"):
         tune(made["mae"], tmp_path, "--from-projector")
-    tune(made["mae"], tmp_path / "a")
-    with pytest.raises(UsageError, match="no projector in it"):             # nor in a fine-tuned classifier
-        tune(str(tmp_path / "a" / "classifier.pt"), tmp_path / "b", "--from-projector")
 
 
 def test_official_layout_and_weights(made, tmp_path):
-    """A file as MoCo v3 writes them: the base or the momentum encoder, each with its own projector."""
+    """A file as MoCo v3 writes them: the base or the momentum encoder, each with its projector."""
     last = checkpoint.read(os.path.join(made["graft"], "last.pt"))["model"]
     state = {f"module.{name}": value for name, value in last.items()}
     path = str(tmp_path / "moco.pth")
     torch.save({"state_dict": state, "arch": "vit", "epoch": 1}, path)
     for which in ("base", "momentum"):
-        net, source = built(path, "--from-projector", "--weights", which)
+        net, _ = built(path, "--from-projector", "--weights", which)
         assert torch.equal(net.head[0].weight, last[f"{which}_encoder.head.0.weight"])
-        assert torch.equal(net.blocks[2].mlp.fc1.weight, last[f"{which}_encoder.blocks.2.mlp.fc1.weight"])
-    assert not torch.equal(last["base_encoder.head.0.weight"], last["momentum_encoder.head.0.weight"])
+        name = "blocks.2.mlp.fc1.weight"
+        assert torch.equal(net.state_dict()[name], last[f"{which}_encoder.{name}"])
 
 
 def test_projector_with_bias(tmp_path):
@@ -243,31 +259,32 @@ def test_projector_with_bias(tmp_path):
     assert torch.equal(tuned.head[0].bias, net.base_encoder.head[0].bias)
 
 
+# ------------------------------------------------------------------------- restarts, processes
 def test_stop_and_resume_is_exact(made, tmp_path, monkeypatch):
-    """A signal in the middle of the second epoch, then the same command: bit for bit what an unbroken run gives."""
+    """A signal in the middle of the second epoch, then the same command: bit for bit an unbroken run."""
     options = [*HARD, "--epochs", "3", "--log-every", "1"]
     entry, content = tune(made["graft"], tmp_path / "whole", *options)
-    record = run.Run.record
+    record = run.Job.record
 
-    def stop_at_six(job, step, *rest):
-        record(job, step, *rest)
-        if step == 6:
+    def stop_at_six(job, *rest, **more):
+        record(job, *rest, **more)
+        if job.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(run.Run, "record", stop_at_six)
+    monkeypatch.setattr(run.Job, "record", stop_at_six)
     with pytest.raises(run.Stopped):
         tune(made["graft"], tmp_path / "broken", *options)
     monkeypatch.undo()
-    state = checkpoint.read(str(tmp_path / "broken" / "last.pt"))
-    assert state["step"] == 6 and not os.path.exists(tmp_path / "broken" / "classifier.pt")
-    torch.rand(7)                                                           # torch's generator stands elsewhere now
+    assert checkpoint.read(str(tmp_path / "broken" / "last.pt"))["step"] == 6
+    torch.rand(7)                                                       # torch's generator moves on
     resumed, again = tune(made["graft"], tmp_path / "broken", *options)
     assert resumed | {"seconds": 0} == entry | {"seconds": 0}
-    assert all(torch.equal(again["model"][name], value) for name, value in content["model"].items())
-    whole, broken = ([json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl")]
-                     for name in ("whole", "broken"))
+    assert all(torch.equal(again["model"][name], v) for name, v in content["model"].items())
+    whole, broken = ([line["loss"] for line in log_of(tmp_path / name)] for name in ("whole", "broken"))
     assert len(whole) == 12 and whole == broken
-    with pytest.raises(UsageError, match="mixup"):                          # nor does it go on with other settings
+    tune(made["graft"], tmp_path / "broken", *options)                  # done: the result stays one
+    assert len(open(tmp_path / "broken" / "results.jsonl").readlines()) == 1
+    with pytest.raises(run.UsageError, match="mixup"):                  # nor with other settings
         tune(made["graft"], tmp_path / "broken", *options, "--mixup", "0.1")
 
 
@@ -276,66 +293,74 @@ def test_seed_matters(made, tmp_path):
     assert not torch.equal(states[0]["blocks.0.attn.qkv.weight"], states[1]["blocks.0.attn.qkv.weight"])
 
 
-def logits_of(path, folder):
-    net, content = finetune.load_classifier(str(path))
-    pictures = data.load_data(folder, False)
-    return extract(net, pictures, function=lambda net, x: net(x), mean=content["mean"], std=content["std"])
+def logits_of(path, folder=None):
+    net, content = checkpoint.load_classifier(str(path))
+    return run.extract(net, data.load(folder, False), CPU, function=lambda net, x: net(x),
+                       mean=content["mean"], std=content["std"])[0]
 
 
 def test_two_processes_and_micro_batches_change_nothing(made, folder, tmp_path):
-    """To rounding, where no batch is mixed and no path dropped; RandAugment and erasing go by picture."""
-    options = ["--data", folder, "--batch-size", "12", "--epochs", "2", "--lr", "5e-3", "--layer-decay", "0.6",
+    """To rounding, where no batch is mixed and no path dropped; the rest goes by image."""
+    options = ["--data", folder, "--batch-size", "12", "--epochs", "2", "--lr", "5e-3",
                "--warmup-epochs", "0", "--drop-path", "0", "--mixup", "0", "--cutmix", "0"]
     one, content = tune(made["graft"], tmp_path / "one", *options)
     assert one["tested"] == 13 and one["epochs"] == 2
     reference = logits_of(tmp_path / "one", folder)
-    assert (reference.std(0) > 1e-3).all()                                  # it has learnt to tell pictures apart
-    tune(made["graft"], tmp_path / "parts", *options, "--accum", "3")
+    assert (reference.std(0) > 1e-3).all()                              # it tells images apart
+    tune(made["graft"], tmp_path / "parts", *options, "--micro-batch", "5")
     assert torch.allclose(logits_of(tmp_path / "parts", folder), reference, atol=1e-4)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               "finetune.py", *QUIET, "--checkpoint", made["graft"], "--out", str(tmp_path / "two"), *options]
-    result = subprocess.run(command, cwd=os.path.dirname(finetune.__file__), capture_output=True, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+               "finetune.py", *QUIET, "--checkpoint", made["graft"], "--out", str(tmp_path / "two"),
+               *options]
+    result = subprocess.run(command, cwd=os.path.dirname(finetune.__file__), capture_output=True,
+                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     two = json.loads(open(tmp_path / "two" / "results.jsonl").read())
-    same = ("protocol", "top1", "top5", "digest", "tested", "labelled", "batch_size", "lr")
+    same = ("protocol", "top1", "balanced", "digest", "tested", "labelled", "batch_size", "lr")
     assert {k: two[k] for k in same} == {k: one[k] for k in same}
     assert torch.allclose(logits_of(tmp_path / "two", folder), reference, atol=1e-4)
 
 
 @pytest.mark.parametrize("n, processes", [(83, 1), (83, 2), (83, 3), (10, 4), (3, 4)])
-def test_every_test_picture_is_counted_once(n, processes, monkeypatch):
-    pictures = data.embedded(False, 3).select(range(n))
+def test_every_test_image_is_counted_once(n, processes, monkeypatch):
+    dataset = data.embedded(False, 3).select(range(n))
     seen, totals = [], []
-    monkeypatch.setattr(finetune.dist, "all_reduce", totals.append)
 
     class Right(torch.nn.Module):
-        """Knows the label of the pictures whose number is even; for the others the right class comes third."""
+        """Knows the label of images whose number is even; of others the right class comes third."""
 
         def forward(self, x):
             ids = batches.pop(0)
             seen.extend(ids.tolist())
             logits = torch.arange(CLASSES).float().expand(len(x), -1).clone()
             place = torch.where(ids % 2 == 0, 100.0, CLASSES - 2.5)
-            return logits.scatter(1, pictures.labels[ids, None], place[:, None])
+            return logits.scatter(1, dataset.labels[ids, None], place[:, None])
 
+    def collect(counts):
+        """In place of the sum over processes: what each has counted."""
+        totals.append(counts.clone())
+        counts[0] += 1                                                  # some have no image at all
+
+    monkeypatch.setattr(finetune.dist, "all_reduce", collect)
     for rank in range(processes):
-        loader = data.Loader(pictures, [augment.TEST_VIEW], (32, 32), 4, rank=rank, processes=processes, shuffle=False)
+        loader = data.Loader(dataset, [augment.TEST_VIEW], (32, 32), 4, rank=rank, processes=processes,
+                             shuffle=False)
         batches = list(loader.batches(0))
-        if not batches:
-            totals.append(torch.zeros(3, dtype=torch.long))
-            continue
-        first, five, count = finetune.evaluate(Right(), loader, None)
+        found, confusion = finetune.evaluate(Right(), loader, run.Env(CPU.device, None, rank, processes))
         if processes == 1:
-            totals.append((torch.tensor([first, five, 100]) * count / 100).round().long())
+            assert found["top5"] == 100
+            totals.append(torch.cat([confusion.flatten(), torch.tensor([n])]))
     assert sorted(seen) == list(range(n))
-    assert sum(totals).tolist() == [(n + 1) // 2, n, n]
+    total = sum(totals)
+    assert total[:-1].reshape(CLASSES, CLASSES).trace() == (n + 1) // 2
+    assert total[:-1].sum() == total[-1] == n
 
 
+# -------------------------------------------------------------------------------- augmentation
 @pytest.mark.parametrize("mixup, cutmix, kinds", [(0.8, 0, {"MixUp"}), (0, 1.0, {"CutMix"}),
                                                   (0.8, 1.0, {"MixUp", "CutMix"})])
-def test_mixed_targets_say_what_is_in_the_picture(mixup, cutmix, kinds):
-    """Pictures of one value each: the mean of a mixed one is the mean of the values, weighted by its target."""
+def test_mixed_targets_say_what_is_in_the_image(mixup, cutmix, kinds):
+    """Images of one value each: the mean of a mixed one is the mean of values by its target."""
     mix = finetune.mixing(SimpleNamespace(mixup=mixup, cutmix=cutmix), 6)
     values = torch.tensor([1.0, 5.0, -2.0, 0.0, 3.0, 9.0])
     images, labels = values[:, None, None, None].expand(6, 3, 16, 16).clone(), torch.arange(6)
@@ -343,94 +368,71 @@ def test_mixed_targets_say_what_is_in_the_picture(mixup, cutmix, kinds):
     seen = set()
     for _ in range(20):
         mixed, targets = mix(images, labels)
-        assert targets.shape == (6, 6) and torch.allclose(targets.sum(1), torch.ones(6)) and (targets >= 0).all()
+        assert torch.allclose(targets.sum(1), torch.ones(6)) and (targets >= 0).all()
         assert torch.allclose(mixed.mean((1, 2, 3)), targets @ values, atol=1e-4)
         seen.add("CutMix" if torch.isin(mixed, values).all() else "MixUp")
     assert seen == kinds
+    unmixed = finetune.mixing(SimpleNamespace(mixup=0, cutmix=0), 2)(images, labels)
+    assert unmixed[0] is images and unmixed[1] is labels
 
 
-def test_no_mixing_leaves_the_labels():
-    images, labels = torch.rand(2, 3, 4, 4), torch.tensor([1, 0])
-    mixed, targets = finetune.mixing(SimpleNamespace(mixup=0, cutmix=0), 2)(images, labels)
-    assert mixed is images and targets is labels
-
-
-def test_rand_augment_goes_by_picture(made, folder):
-    """Every picture its own operations, the same whatever batch or process it comes in, others in the next epoch."""
+def test_rand_augment_goes_by_image(made, folder):
+    """Every image its own operations, the same whatever batch it comes in, others by epoch."""
     args = arguments(made["graft"], "unused", "--rand-augment", "9")
-    for pictures in (data.embedded(True, 3).select(range(24)), data.load_data(folder, True)):
-        plain_view = finetune.train_view(arguments(made["graft"], "unused", "--rand-augment", "0"), pictures)
-        view = finetune.train_view(args, pictures)
-
-        def crops(view, batch_size, epoch=0, workers=0, pictures=pictures):
-            loader = data.Loader(pictures, [view], (32, 32), batch_size, 3, workers)
-            parts = [(batch.ids, batch.views[0][:]) for batch in loader.epoch(epoch)]
+    plain_args = arguments(made["graft"], "unused", "--rand-augment", "0")
+    for dataset in (data.embedded(True, 3).select(range(24)), data.load(folder, True)):
+        def crops(args, batch_size, epoch=0, workers=0):
+            view = finetune.train_view(args, dataset)
+            loader = data.Loader(dataset, [view], (32, 32), batch_size, 3, workers)
+            parts = [(batch.ids, batch.view(0)) for batch in loader.epoch(epoch)]
             ids, x = (torch.cat(values) for values in zip(*parts))
             return x[ids.argsort()]
 
-        x = crops(view, 24)
-        assert torch.equal(x, crops(view, 8, workers=2 if pictures.images is None else 0))
-        untouched = (x - crops(plain_view, 24)).abs().amax((1, 2, 3)) < 0.02
-        assert 2 <= untouched.sum() <= 15                                   # 1/4 and a little more is left alone
-        assert not torch.equal(x, crops(view, 24, epoch=1))
+        x = crops(args, 24)
+        assert torch.equal(x, crops(args, 8, workers=2 if dataset.images is None else 0))
+        untouched = (x - crops(plain_args, 24)).abs().amax((1, 2, 3)) < 0.02
+        assert 2 <= untouched.sum() <= 15                               # 1/4 and a little more
+        assert not torch.equal(x, crops(args, 24, epoch=1))
 
 
-def test_reading_processes_end_with_their_loader(folder):
-    loader = data.Loader(data.load_data(folder), [augment.TRAIN_VIEW], (32, 32), 8, workers=2)
-    batches = list(loader.epoch(0))
-    workers, started = loader.reader._iterator._workers, time.perf_counter()
-    del loader, batches
-    assert not any(worker.is_alive() for worker in workers) and time.perf_counter() - started < 4
-
-
-def test_erasing_goes_by_picture():
+def test_erasing_goes_by_image():
     x, ids = torch.zeros(40, 3, 16, 16), torch.arange(40)
-    eraser = finetune.v2.RandomErasing(0.25, value="random")
+    eraser, key = finetune.v2.RandomErasing(0.25, value="random"), (augment.ERASE, 0)
     state = torch.get_rng_state()
-    erased = augment.per_image(x, ids, eraser, augment.ERASE, 0, 0)
+    erased = augment.per_image(x, ids, eraser, *key, 0)
     assert torch.equal(torch.get_rng_state(), state)
-    changed = erased.abs().amax((1, 2, 3)) > 0
-    assert 3 <= changed.sum() <= 18
-    assert torch.equal(erased[7:20], augment.per_image(x[7:20], ids[7:20], eraser, augment.ERASE, 0, 0))
-    assert not torch.equal(erased, augment.per_image(x, ids, eraser, augment.ERASE, 0, 1))
+    assert 3 <= (erased.abs().amax((1, 2, 3)) > 0).sum() <= 18
+    assert torch.equal(erased[7:20], augment.per_image(x[7:20], ids[7:20], eraser, *key, 0))
+    assert not torch.equal(erased, augment.per_image(x, ids, eraser, *key, 1))
 
 
-def test_unreadable_pictures(made, tmp_path, folder):
-    """One in training is replaced by another, with that one's label; one in the test set is not counted."""
+# ---------------------------------------------------------------------------- what is read, written
+def test_unreadable_images_are_left_out(made, tmp_path, folder, monkeypatch):
     shutil.copytree(folder, tmp_path / "files")
     for name in ("train/class1/01.png", "val/class2/02.png"):
-        path = tmp_path / "files" / name
-        path.write_bytes(path.read_bytes()[:60])
-    pictures = data.load_data(str(tmp_path / "files"), True)
-    loader = data.Loader(pictures, [augment.TRAIN_VIEW], (32, 32), 24)
-    batch = next(loader.epoch(0))
-    bad = pictures.files.index("class1/01.png")
-    assert batch.shown[batch.ids == bad] != bad and (batch.shown == batch.ids).sum() == 23
-    shown = batch.views[0][:][batch.ids == bad]
-    stand_in = int(batch.shown[batch.ids == bad])
-    alone = data.Loader(pictures, [augment.TRAIN_VIEW | dict(flip=0)], (32, 32), 24)
-    own = next(alone.epoch(0)).views[0][:][batch.ids == stand_in]
-    assert torch.allclose(shown, own) or torch.allclose(shown, own.flip(3))
-    entry, _ = tune(made["graft"], tmp_path / "out", "--data", str(tmp_path / "files"), "--max-bad", "0.1")
-    assert entry["tested"] == 12 and entry["labelled"] == 24
+        (tmp_path / "files" / name).write_bytes(b"junk")
+    seen, mixing = [], finetune.mixing
+    monkeypatch.setattr(finetune, "mixing", lambda *a: lambda images, labels: (
+        seen.append(len(images)), mixing(*a)(images, labels))[1])
+    entry, _ = tune(made["graft"], tmp_path / "out", "--data", str(tmp_path / "files"), "--max-bad",
+                    "0.1", "--batch-size", "24", "--epochs", "2")
+    assert entry["tested"] == 12 and entry["labelled"] == 24 and entry["unreadable"] == 2
+    assert seen == [23, 23]                                             # no image under a wrong label
 
 
-def test_saved_classifier_gives_the_same_logits(made, tmp_path, monkeypatch):
-    kept = []
-    evaluate = finetune.evaluate
-    monkeypatch.setattr(finetune, "evaluate", lambda net, *rest: kept.append(net) or evaluate(net, *rest))
-    for i, more in enumerate(((), ("--from-projector",), ("--probe-block", "2", "--blocks", "1"))):
-        entry, content = tune(made["graft"], tmp_path / str(i), *more, "--lr", "1e-2", "--epochs", "3")
-        net, loaded = finetune.load_classifier(str(tmp_path / str(i)))
-        assert loaded["classes"] == data.embedded(True, 3).classes and not net.training
-        test = data.embedded(False, 3)
-        x = extract(net, test, function=lambda net, x: net(x), mean=loaded["mean"], std=loaded["std"])
-        with torch.no_grad():
-            assert torch.equal(net(torch.ones(2, 3, 32, 32)), kept[-1].eval()(torch.ones(2, 3, 32, 32)))
-        assert (x.argmax(1) == test.labels).float().mean().item() * 100 == pytest.approx(entry["top1"], abs=0.006)
-        assert x.argmax(1).unique().numel() > 1
-    with pytest.raises(UsageError, match="not a classifier"):
-        finetune.load_classifier(os.path.join(made["graft"], "encoder.pt"))
+def test_saved_classifier_gives_the_same_logits(made, tmp_path):
+    for i, more in enumerate(((), ("--from-projector",), ("--probe-block", "2"))):
+        out = tmp_path / str(i)
+        entry, content = tune(made["graft"], out, *more, "--lr", "1e-2", "--epochs", "3")
+        x, labels = logits_of(out), data.embedded(False, 3).labels
+        right = (x.argmax(1) == labels).float().mean().item() * 100
+        assert right == pytest.approx(entry["top1"], abs=0.006) and x.argmax(1).unique().numel() > 1
+    with pytest.raises(checkpoint.CheckpointError, match="not a classifier"):
+        checkpoint.load_classifier(os.path.join(made["graft"], "encoder.pt"))
+    content["model"]["head.weight"][0, 0] = float("nan")
+    checkpoint.save(content, str(tmp_path / "nan.pt"))
+    with pytest.raises(checkpoint.CheckpointError, match="not a finite number"):
+        checkpoint.load_classifier(str(tmp_path / "nan.pt"))
 
 
 def test_statistics_and_size_come_from_the_checkpoint(made, tmp_path):
@@ -439,60 +441,61 @@ def test_statistics_and_size_come_from_the_checkpoint(made, tmp_path):
     checkpoint.save(content, str(tmp_path / "encoder.pt"))
     _, saved = tune(str(tmp_path), tmp_path / "a")
     assert saved["mean"] == [0.1, 0.2, 0.3] and saved["std"] == [0.4, 0.5, 0.6]
-    del content["meta"]["mean"], content["meta"]["std"]
-    checkpoint.save(content, str(tmp_path / "encoder.pt"))
     _, saved = tune(str(tmp_path), tmp_path / "b", "--stats", "imagenet", "--img-size", "40x48")
     assert saved["mean"] == list(data.IMAGENET_STATS[0]) and saved["config"]["img_size"] == [40, 48]
 
 
 def test_log_and_results_folder(made, tmp_path):
-    entry, _ = tune(made["graft"], tmp_path / "run", "--epochs", "2", "--eval-every", "1", "--results", str(tmp_path))
-    lines = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
+    entry, _ = tune(made["graft"], tmp_path / "run", "--epochs", "2", "--eval-every", "1",
+                    "--results", str(tmp_path), "--per-class")
+    lines = log_of(tmp_path / "run")
     assert [line["step"] for line in lines if "top1" in line] == [4, 8]
     assert round(lines[-1]["top1"], 2) == entry["top1"] <= entry["top5"]
     assert json.loads(open(tmp_path / "results.jsonl").read()) == entry
     assert not os.path.exists(tmp_path / "run" / "results.jsonl")
+    assert os.path.exists(tmp_path / "run" / "per-class-finetune.csv")
 
 
-def test_protocol_names():
-    def name(share=1, **given):
-        return finetune.protocol_name(SimpleNamespace(**dict(from_projector=False, freeze_blocks=0, probe_block=None,
-                                                             blocks=0) | given), share)
+def test_protocol_names(tmp_path):
+    def name(labels=None, share=1, **given):
+        given = dict(from_projector=False, freeze_blocks=0, probe_block=None, blocks=1) | given
+        return finetune.protocol_name(SimpleNamespace(labels=labels, **given), share)
 
-    assert name() == "fine-tune" and name(0.1016) == "10% fine-tune" and name(0.004) == "0.4% fine-tune"
-    assert name(128116 / 1281167, from_projector=True) == "10% from projector"
-    assert name(freeze_blocks=9) == "partial fine-tune 9" and name(probe_block=6) == "probe block 6 + 0 blocks"
+    (tmp_path / "list").write_text("a\n")
+    assert name() == "fine-tune" and name("10%", 0.1016) == "10% fine-tune"
+    assert name("0.4%", 0.004) == "0.4% fine-tune" and name("10%", 0.096) == "10% fine-tune"
+    assert name("2 per class", 0.1) == "2 per class fine-tune"
+    assert name(str(tmp_path / "list"), 128116 / 1281167, from_projector=True) == "10% from projector"
+    assert name(freeze_blocks=9) == "partial fine-tune 9"
+    assert name(probe_block=6, blocks=2) == "probe block 6 + 2 blocks"
 
 
 @pytest.mark.parametrize("options, message", [
-    (("--labels", "90 per class"), "has only"),
-    (("--labels", "0%"), "out of range"),
-    (("--labels", "some"), "neither a share"),
-    (("--labels", "ONE_MISSING"), "no picture of 1 of the 4 classes"),
-    (("--labels", "ONE_CLASS"), "one class only"),
-    (("--labels", "UNKNOWN"), "do not exist"),
-    (("--data", "UNLABELLED"), "no labels"),
-    (("--freeze-blocks", "4"), "the encoder has 3 blocks"),
+    (("--labels", "90 per class"), "has only"), (("--labels", "0%"), "out of range"),
+    (("--labels", "some"), "neither a share"), (("--labels", "ONE_MISSING"), "1 of the 4 classes"),
+    (("--labels", "ONE_CLASS"), "one class only"), (("--labels", "UNKNOWN"), "do(es)? not exist"),
+    (("--data", "UNLABELLED"), "labels|class"), (("--freeze-blocks", "4"), "has 3 blocks"),
     (("--probe-block", "4"), "the encoder has 3 blocks"),
 ])
 def test_bad_input(made, folder, tmp_path, options, message):
     lists = dict(ONE_MISSING=["class0/00.png", "class1/01.png", "class3/03.png"],
-                 ONE_CLASS=["class0/00.png", "class0/04.png"], UNKNOWN=["class0/00.png", "nothing.png"])
+                 ONE_CLASS=["class0/00.png", "class0/04.png"], UNKNOWN=["class0/00.png", "no.png"])
     for name, lines in lists.items():
         (tmp_path / name).write_text("\n".join(lines))
     for part in ("train", "val"):
         (tmp_path / "UNLABELLED" / part).mkdir(parents=True)
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "UNLABELLED" / part / "a.png")
     options = [str(tmp_path / word) if (tmp_path / word).exists() else word for word in options]
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(ValueError, match=message) as stop:
         tune(made["graft"], tmp_path / "out", "--data", folder, *options)
+    assert stop.value.exit_code == 2
 
 
 @pytest.mark.parametrize("options, message", [
-    (("--blocks", "2"), "--blocks goes with --probe-block"),
+    (("--blocks", "2"), "--blocks goes with --probe-block"), (("--rand-augment", "11"), "at most 10"),
     (("--from-projector", "--freeze-blocks", "2"), "not allowed with"),
     (("--checkpoint", "nowhere"), "no checkpoint nowhere"),
-    (("--rand-augment", "11"), "at most 10"),
+    (("--probe-block", "2", "--blocks", "0"), "at least 1"),
 ])
 def test_bad_options(made, options, message, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -500,16 +503,14 @@ def test_bad_options(made, options, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_more_processes_than_pictures(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "setup", lambda *options: (torch.device("cpu"), 0, 20))
-    with pytest.raises(UsageError, match="fewer than the 20 processes"):
-        tune(made["graft"], tmp_path, "--labels", "1 per class")
-    monkeypatch.setattr(run, "setup", lambda *options: (torch.device("cpu"), 0, 3))
-    with pytest.raises(UsageError, match="--batch-size 40 is not divided by 3"):
-        tune(made["graft"], tmp_path)
+def test_more_processes_than_images(made, tmp_path, monkeypatch):
+    for processes, message in ((20, "fewer than the 20 processes"), (3, "not divided by 3")):
+        monkeypatch.setattr(run, "setup", lambda args: run.Env(CPU.device, None, 0, processes))
+        with pytest.raises(run.UsageError, match=message):
+            tune(made["graft"], tmp_path, "--labels", "1 per class")
 
 
 def test_rand_augment_needs_colours(made):
-    pictures = data.Pictures(files=["a.png"], in_chans=4)
-    with pytest.raises(UsageError, match="1 or 3 channels"):
-        finetune.train_view(arguments(made["graft"], "unused", "--rand-augment", "9"), pictures)
+    args = arguments(made["graft"], "unused", "--rand-augment", "9")
+    with pytest.raises(run.UsageError, match="1 or 3 channels"):
+        finetune.train_view(args, SimpleNamespace(in_chans=4))

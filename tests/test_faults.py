@@ -1,0 +1,596 @@
+"""What ends long runs, provoked: kills, signals, full disks, closed folders, files that are broken,
+numbers that are none.
+
+    KILLS=20 python -m pytest tests/test_faults.py -k kill_minus -s      # README's count
+"""
+import contextlib
+import io
+import os
+import pickle
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import augment
+import checkpoint
+import data
+import mae_pretrain
+import run
+from conftest import (QUIET, ROOT, STAGES, assert_identical, assert_same_run, corrupt, essence,
+                      folder_of, log_of, options, saved, train)
+
+KILLS = int(os.environ.get("KILLS", "2"))
+
+
+# ------------------------------------------------------------------------ what is done to a process
+def after_step(step, action):
+    """Do action(job) once a step is noted, from 1; 0: each."""
+    record = run.Job.record
+
+    def recorded(self, *more, **log):
+        record(self, *more, **log)
+        if step in (0, self.step + 1):
+            action(self)
+
+    run.Job.record = recorded
+
+
+def nap(job):
+    time.sleep(0.05)
+
+
+def stuck(job):
+    print("stuck", flush=True)
+    time.sleep(1000)
+
+
+slow_steps = partial(after_step, 0, nap)                    # so that a signal meets one
+
+
+# ------------------------------------------------------------------------------------ kill anywhere
+def files_of(folder):
+    """Names of what a write leaves behind when it is cut, with their times."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        return {(e.name, e.stat().st_mtime_ns) for e in entries
+                if e.name.endswith(".tmp") or e.name == "fresh.pt"}
+    return set()
+
+
+def kept(out):
+    """The step that a run goes on from: between two renames there is no last.pt."""
+    names = [name for name in ("last.pt", "previous.pt") if (out / name).exists()]
+    return saved(out, names[0])["step"] if names else 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_kill_minus_nine_anywhere_loses_nothing(start, encoder, tmp_path, stage):
+    epochs = str(max(2, KILLS))                             # 6 steps each
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    job = start(stage, *options(stage, encoder, whole, "--epochs", epochs)).until(" step 1/")
+    begun = time.monotonic()
+    assert job.codes() == [0], job.said()
+    steps = saved(whole)["step"]
+    pace = (time.monotonic() - begun) / steps               # seconds for a step and its checkpoint
+    chance, landed, writing = random.Random(stage), [], 0
+    while len(landed) < KILLS:
+        job = start(stage, *options(stage, encoder, parts, "--epochs", epochs))
+        before = landed[-1] if landed else 0
+        most = max(1, (steps - before) // (KILLS - len(landed) + 1))
+        job.until(f" step {before + chance.randint(1, most)}/")
+        time.sleep(chance.uniform(0, pace))
+        old, aimed, end = files_of(parts), len(landed) % 2 == 1, time.monotonic() + 5
+        while aimed and time.monotonic() < end and not files_of(parts) - old:
+            pass                                            # every other one during a write
+        os.kill(job.jobs[0].pid, signal.SIGKILL)
+        assert job.codes() == [-signal.SIGKILL], job.said()
+        writing += bool(files_of(parts) - old)
+        landed.append(kept(parts))
+    job = start(stage, *options(stage, encoder, parts, "--epochs", epochs))
+    assert job.codes() == [0], job.said()
+    print(f"\n{stage}: {KILLS} kills, at steps {landed} of {steps}, {writing} during a write")
+    assert landed == sorted(landed) and landed[-1] < steps and writing >= KILLS // 4
+    assert_same_run(parts, whole)
+    assert [line["step"] for line in log_of(parts)] == list(range(1, steps + 1))
+    if stage == "finetune":
+        assert len(run.read_results(parts / "results.jsonl")) == 1
+
+
+class Cut(Exception):
+    """A kill, as far as files can tell."""
+
+
+@pytest.mark.parametrize("stage, name", [
+    ("mae_pretrain", "encoder.pt"), ("graft_train", "epoch0001.pt"), ("graft_train", "fresh.pt")])
+def test_no_file_stays_behind_last_pt(world, encoder, tmp_path, monkeypatch, stage, name):
+    """A kill after any of the writes of the last save leaves no file that is older than last.pt."""
+    save = checkpoint.save
+
+    def cut(content, path):
+        save(content, path)
+        step = content.get("step", content.get("meta", {}).get("step"))
+        if os.path.basename(path) == name and step == 6:
+            raise Cut
+
+    more = ["--epochs", "1", "--every-epochs", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", cut)
+        with pytest.raises(Cut):
+            train(stage, encoder, tmp_path, *more)
+    assert saved(tmp_path)["step"] == 5
+    train(stage, encoder, tmp_path, *more)
+    steps = saved(tmp_path)["step"], saved(tmp_path, "encoder.pt")["meta"]["step"]
+    assert steps == (6, 6) and saved(tmp_path, "epoch0001.pt")["step"] == 6
+
+
+def test_damaged_files_of_a_run_start_it_over_or_are_mended(world, encoder, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for out in (whole, parts):
+        train("mae_pretrain", encoder, out, "--epochs", "1")
+    with open(parts / "log.jsonl", "a") as f:               # a kill has torn its end
+        f.write('\0\0\0\n{"step": 3, "lo')
+    train("mae_pretrain", encoder, parts, "--epochs", "1")
+    assert essence(parts) == essence(whole)
+    corrupt(parts / "last.pt", b"")
+    torch.save({"model": 1}, parts / "previous.pt")         # readable, and not of a run
+    train("mae_pretrain", encoder, parts, "--epochs", "1")
+    assert capsys.readouterr().out.count("trying the checkpoint before it") == 2
+    assert_same_run(parts, whole)
+    state = saved(parts)
+    del state["model"]["norm.bias"]
+    torch.save(state, parts / "last.pt")
+    with pytest.raises(run.UsageError, match="last.pt is not of this run"):
+        train("mae_pretrain", encoder, parts, "--epochs", "1")
+
+
+def test_minutes_between_saves_count_between_lines_of_the_log(world, tmp_path, monkeypatch):
+    steps, save, now = [], run.Job.save, time.perf_counter()
+    ticks = iter(range(10 ** 6))                            # each look at the clock: a second later
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now + next(ticks))
+    monkeypatch.setattr(run.Job, "save", lambda self, step, *more: (steps.append(step),
+                                                                    save(self, step, *more)))
+    train("mae_pretrain", None, tmp_path, "--epochs", "2", "--log-every", "1000", "--save-minutes",
+          str(4.5 / 60))
+    assert steps[-1] == 12 and len(steps) > 2 and {6, *steps} == {
+        line["step"] for line in log_of(tmp_path)}          # no step in two lines, none in no line
+
+
+# ------------------------------------------------------------------------------------------ signals
+@pytest.mark.parametrize("stage, number", [
+    ("mae_pretrain", signal.SIGTERM), ("graft_train", signal.SIGINT), ("finetune", signal.SIGUSR1)])
+def test_a_signal_saves_and_ends_with_its_code(start, encoder, tmp_path, stage, number):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ["--epochs", "2", "--log-every", "1000", "--save-minutes", "1000"]
+    assert start(stage, *options(stage, encoder, whole, *more)).codes() == [0]
+    job = start(stage, *options(stage, encoder, parts, *more), prepare=slow_steps).until(" step 6/")
+    os.kill(job.jobs[0].pid, number)
+    assert job.codes() == [128 + number], job.said()
+    assert f"stopped by {number.name}; the same command goes on from here" in job.said()
+    stopped = saved(parts)["step"]
+    assert 6 <= stopped < 12 and log_of(parts)[-1]["step"] == stopped
+    assert start(stage, *options(stage, encoder, parts, *more)).codes() == [0]
+    assert_identical(saved(parts)["model"], saved(whole)["model"])
+
+
+def test_a_second_ctrl_c_ends_at_once(start, encoder, tmp_path):
+    job = start("mae_pretrain", *options("mae_pretrain", encoder, tmp_path, "--epochs", "3"),
+                prepare=partial(after_step, 2, stuck))
+    job.until("stuck")
+    os.kill(job.jobs[0].pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert job.jobs[0].is_alive()                           # it waits for the end of the step
+    os.kill(job.jobs[0].pid, signal.SIGINT)
+    assert job.codes(5) == [128 + signal.SIGINT]
+    assert saved(tmp_path)["step"] == 1
+
+
+@pytest.mark.parametrize("script", ["mae_pretrain.py", "evaluate.py"])
+def test_ctrl_c_while_torch_is_imported_ends_in_a_line(tmp_path, script):
+    job = subprocess.Popen([sys.executable, "-X", "importtime", script], cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    said = []
+    for line in job.stderr:
+        said.append(line)
+        if len(said) == 300:                                # in the midst of torch
+            job.send_signal(signal.SIGINT)
+    said = [line for line in said if not line.startswith("import time:")]
+    assert job.wait(60) == 130 and said == ["interrupted\n"], said
+
+
+# -------------------------------------------------------------------------- disks, folders, network
+def unprivileged(action):
+    """Do something as another user than root, whom no file refuses anything; what it printed."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        code = 1
+        with contextlib.suppress(BaseException), open(writing, "w") as f:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setegid(65534)
+                os.seteuid(65534)
+            with contextlib.redirect_stdout(f):
+                action()
+            code = 0
+        os._exit(code)
+    os.close(writing)
+    with open(reading) as f:
+        said = f.read()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, said
+    return said
+
+
+def reachable(folder):
+    """pytest's folders are closed to other users."""
+    while folder != folder.parent:
+        with contextlib.suppress(PermissionError):
+            folder.chmod(folder.stat().st_mode | 0o755)
+        folder = folder.parent
+
+
+def room_for_part_of_a_checkpoint():
+    """No file may grow beyond this: what a full disk does to a write, with another number."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+
+def no_room_for_a_line():
+    """The log cannot grow: /dev/full says what a full disk says."""
+    run.open = lambda path, mode="r", **more: open(
+        "/dev/full" if mode == "a" else path, mode, **more)
+
+
+@pytest.mark.parametrize("stage, prepare, words", [
+    ("mae_pretrain", room_for_part_of_a_checkpoint, ".pt: "),
+    ("graft_train", no_room_for_a_line, "log.jsonl: No space left"),
+    ("finetune", room_for_part_of_a_checkpoint, ".pt: ")])
+def test_a_failed_write_ends_in_a_line_and_harms_nothing(start, encoder, tmp_path, stage, prepare,
+                                                         words):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert start(stage, *options(stage, encoder, whole, "--epochs", "1")).codes() == [0]
+    job = start(stage, *options(stage, encoder, parts, "--epochs", "1"), prepare=slow_steps)
+    job.until(" step 3/").jobs[0].kill()
+    job.codes()
+    before, torn = saved(parts), files_of(parts)
+    job = start(stage, *options(stage, encoder, parts, "--epochs", "1"), prepare=prepare)
+    assert job.codes() == [1], job.said()
+    error, = job.errors()
+    assert "cannot write" in error and words in error, error
+    assert saved(parts)["step"] == before["step"] and files_of(parts) <= torn
+    assert_identical(saved(parts)["model"], before["model"])
+    assert start(stage, *options(stage, encoder, parts, "--epochs", "1")).codes() == [0]
+    assert_same_run(parts, whole)
+
+
+def mounted(place, size):
+    """A small disk at a folder, if one may mount."""
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+
+
+def test_a_disk_that_is_full_keeps_what_is_on_it(start, encoder, tmp_path):
+    disk = tmp_path / "disk"
+    mounted(disk, "700k")
+    try:
+        more = options("mae_pretrain", encoder, disk / "run", "--epochs", "1")
+        job = start("mae_pretrain", *more)
+        assert job.codes() == [1], job.said()
+        error, = job.errors()
+        assert "the disk is full" in error
+        step = kept(disk / "run")
+        assert not any(name.endswith(".tmp") for name in os.listdir(disk / "run"))
+        subprocess.run(["mount", "-o", "remount,size=40m", disk], check=True)
+        job = start("mae_pretrain", *more)
+        assert job.codes() == [0] and (f"at step {step} of 6" in job.said() or step == 0)
+        assert saved(disk / "run")["step"] == 6
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_that_cannot_be_written_to(world, encoder, tmp_path, monkeypatch, capsys):
+    for place in ("/proc/nowhere/run", "/dev/full/run"):
+        argv = ["mae_pretrain.py", *options("mae_pretrain", encoder, place)]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as end:
+            run.program(mae_pretrain.main, mae_pretrain.get_args)
+        lines = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and len(lines) == 1 and "cannot write there" in lines[0]
+    (tmp_path / "closed").mkdir(mode=0o555)
+    reachable(tmp_path / "closed")
+
+    def work():
+        try:
+            train("mae_pretrain", encoder, tmp_path / "closed" / "run")
+        except run.UsageError as error:
+            print(error)
+
+    assert "cannot write there (Permission denied)" in unprivileged(work)
+
+
+def test_a_second_run_in_a_folder_names_the_first(start, encoder, tmp_path):
+    """And a reading process that outlives a killed run does not lock its folder."""
+    more = options("mae_pretrain", encoder, tmp_path / "out", "--epochs", "20")
+    first = start("mae_pretrain", *more, prepare=with_a_reader).until(" step 2/")
+    second = start("mae_pretrain", *more)
+    assert second.codes() == [2]
+    owner = f"is in use by process {first.jobs[0].pid} on {socket.gethostname()}"
+    assert second.errors()[0].endswith(owner)
+    reader = int(first.said().split("reader ")[1].split()[0])
+    first.jobs[0].kill()
+    try:
+        third = start("mae_pretrain", *more).until(" step 4/")
+        os.kill(reader, 0)                                  # it is still there
+        assert not third.errors()
+    finally:
+        os.kill(reader, signal.SIGKILL)
+
+
+def with_a_reader():
+    after_step(0, nap)
+    after_step(1, fork)
+
+
+def fork(job):
+    reader = os.fork()
+    if reader == 0:
+        time.sleep(60)
+        os._exit(0)
+    print(f"reader {reader} of {job.out}", flush=True)
+
+
+def offline(folder=None):
+    """No socket can be made."""
+    def refuse(*args, **more):
+        raise OSError(101, "Network is unreachable")
+
+    socket.socket = socket.create_connection = socket.getaddrinfo = refuse
+    if folder:
+        os.chdir(folder)
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "evaluate"])
+def test_no_network_is_needed(start, encoder, tmp_path, stage):
+    arguments = ["--mode", "knn", "--checkpoint", encoder, *QUIET, "--out", tmp_path / "out"]
+    if stage != "evaluate":
+        arguments = options(stage, encoder, tmp_path / "out", "--epochs", "1")
+    job = start(stage, *arguments, prepare=offline)
+    assert job.codes() == [0], job.said()
+
+
+def test_a_download_that_fails_ends_in_a_line(start, tmp_path):
+    job = start("mae_pretrain", "--data", "cifar10", "--arch", "vit_test", *QUIET, "--out",
+                tmp_path / "out", prepare=partial(offline, str(tmp_path)))
+    assert job.codes() == [1], job.said()
+    error, = job.errors()
+    assert "--data cifar10: not in downloads/ and cannot be downloaded" in error
+
+
+# ------------------------------------------------------------------------------------------ numbers
+def broken_gradients(monkeypatch, steps):
+    """At these steps (from 1) a gradient is infinite, the loss is not."""
+    count, take = iter(range(1, 10 ** 6)), torch.amp.GradScaler.step
+
+    def step(self, optimizer):
+        if next(count) in steps:
+            optimizer.param_groups[-1]["params"][0].grad.view(-1)[0] = float("inf")
+        return take(self, optimizer)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "step", step)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_infinite_gradients_are_skipped_and_many_end_the_run(world, encoder, tmp_path, monkeypatch,
+                                                             capsys, stage):
+    with monkeypatch.context() as patch:
+        broken_gradients(patch, {3})
+        train(stage, encoder, tmp_path / "one", "--epochs", "1")
+    said = capsys.readouterr().out
+    words = "warning: rank 0: gradient is not finite at step 3, step skipped; images embedded/"
+    assert said.count(words) == said.count("warning: rank") == 1
+    assert saved(tmp_path / "one")["skipped"] == 1
+    assert all(line["loss"] is not None for line in log_of(tmp_path / "one"))
+    broken_gradients(monkeypatch, range(5, 100))
+    with pytest.raises(run.RunError, match="not finite 6 times, last at step 10;.*last good"):
+        train(stage, encoder, tmp_path / "many", "--epochs", "3")
+    state = saved(tmp_path / "many")
+    assert state["step"] == 9 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def a_job(tmp_path, dtype=None, **more):
+    """A Job of one weight whose steps are noted by hand: (job, optimizer, scaler, log)."""
+    net, images = torch.nn.Linear(2, 1), torch.zeros(100, 3, 2, 2, dtype=torch.uint8)
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    loader = data.Loader(data.Dataset(images=images, name="three"), [augment.MAE_VIEW], (2, 2), 1)
+    args = mae_pretrain.get_args(["--out", str(tmp_path), "--epochs", "1"])
+    env = run.Env(torch.device("cpu"), dtype)
+    job = run.Job(args, env, net, optimizer, scaler, loader, {}, **more)
+    job.enter()
+
+    def log(step, loss, **found):
+        job.step = step - 1
+        job.record(torch.tensor(loss), next(loader.epoch(0)), [0.1], **found)
+        job.log(step)
+
+    return job, optimizer, scaler, log
+
+
+def test_a_loss_scale_that_collapses_is_reported_and_ends_the_run(tmp_path, capsys):
+    job, optimizer, scaler, log = a_job(tmp_path, torch.float16)
+    with pytest.raises(run.RunError, match="loss scale of fp16 has collapsed to .*--amp off"):
+        for step in range(1, 100):
+            (scaler.scale(job.net.weight.sum()) * float("inf")).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            log(step, 1.0)
+    job.leave()
+    said = capsys.readouterr().out
+    assert said.count("warning: the loss scale of fp16 has fallen below 1") == 1
+    assert "gradient is not finite" not in said and job.skipped == 0
+    assert [line["scale"] for line in log_of(tmp_path)] == [2.0 ** (16 - n) for n in range(1, 33)]
+
+
+@pytest.mark.parametrize("loss, more, sign", [
+    (2.773, dict(rank=9.0, std=0.06), "the loss is at its chance level, 2.773"),
+    (1.0, dict(rank=1.01, std=0.06), "the effective rank of the features is 1.01"),
+    (1.0, dict(rank=9.0, std=1e-5), "the spread of the embeddings is 1.0e-05"),
+    (3.0, dict(contrastive=2.7, rank=9.0, std=0.06), None), (2.6, dict(rank=9.0, std=0.06), None)])
+def test_a_collapse_is_told_once_with_what_to_try(tmp_path, capsys, loss, more, sign):
+    job, *_, log = a_job(tmp_path, warmup=4, chance=2.773)
+    for step in range(1, 20):
+        log(step, loss, **more)
+        said = capsys.readouterr().out
+        assert ("features may have collapsed" in said) == (step == 7 and sign is not None)
+        if sign and step == 7:
+            assert sign in said and "Try a lower --lr" in said.replace("\n", " ")
+    job.leave()
+
+
+def test_features_that_collapse_in_training_are_told(world, encoder, tmp_path, monkeypatch, capsys):
+    """Equal images leave nothing to tell apart: the loss stays at its chance level."""
+    images = torch.full((96, 3, 32, 32), 128, dtype=torch.uint8)
+    monkeypatch.setattr(data, "embedded", lambda *more: data.Dataset(images=images, name="blank"))
+    plain = (dict(scale=(0.2, 1.0), mode="bilinear"),) * 2
+    monkeypatch.setattr(augment, "MOCO_VIEWS", plain)
+    train("graft_train", encoder, tmp_path, "--epochs", "2", "--lr", "0.001")
+    said = capsys.readouterr().out
+    assert said.count("warning: the features may have collapsed") == 1 and "chance level" in said
+
+
+def test_deterministic_runs_are_equal_to_the_bit(world, encoder, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    asked, record = set(), run.Job.record
+    monkeypatch.setattr(run.Job, "record", lambda self, *more, **log: (asked.add((
+        torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic,
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"))), record(self, *more, **log)))
+    try:
+        for name in ("a", "b"):
+            train("graft_train", encoder, tmp_path / name, "--epochs", "1", "--deterministic")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == {(True, True, ":4096:8")}
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+# ------------------------------------------------------------------------------------ broken images
+def encoded(form, mode="RGB", size=(40, 36), **more):
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    into = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(into, form, **more)
+    return into.getvalue()
+
+
+def claims(width, height):
+    """A PNG whose header says that it has so many pixels."""
+    content = encoded("PNG")
+    head = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + content[24:29]
+    return content[:12] + head + zlib.crc32(head).to_bytes(4, "big") + content[33:]
+
+
+class Payload:
+    """A pickled object that would run code when it is read."""
+
+    def __reduce__(self):
+        return os.mkdir, ("payload-was-run",)
+
+
+BAD_FILES = {
+    "truncated.jpg": encoded("JPEG")[:600], "truncated.png": encoded("PNG")[:900],
+    "truncated.gif": encoded("GIF")[:300], "truncated.webp": encoded("WEBP")[:200],
+    "truncated.tif": encoded("TIFF")[:900], "truncated.bmp": encoded("BMP")[:900],
+    "header_only.png": encoded("PNG")[:8], "empty.jpg": b"", "text.jpg": b"this is text\n" * 9,
+    "html.png": b"<!DOCTYPE html>", "noise.jpg": random.Random(0).randbytes(5000),
+    "noise_after_head.jpg": encoded("JPEG")[:20] + bytes(range(256)) * 9,
+    "flipped.png": encoded("PNG")[:200] + bytes(64) + encoded("PNG")[264:],
+    "bomb.png": claims(60000, 60000), "small_bomb.png": claims(12000, 12000),
+    "vast.png": claims(2 ** 31 - 1, 2 ** 31 - 1), "no_pixels.png": claims(0, 0),
+    "script.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "pickle.png": pickle.dumps({"a": Payload()}, 2), "short.jpg": b"\xff\xd8\xff"}
+GOOD_FILES = {
+    "animated.gif": encoded("GIF", "P", save_all=True, append_images=[Image.new("P", (9, 9))] * 3),
+    "cmyk.jpg": encoded("JPEG", "CMYK"), "a_png_in_truth.jpg": encoded("PNG"),
+    "alpha.png": encoded("PNG", "RGBA"), "palette.png": encoded("PNG", "P"),
+    "one_bit.tif": encoded("TIFF", "1"), "progressive.jpg": encoded("JPEG", progressive=True),
+    "a dot.and spaces.PNG": encoded("PNG"), "one_pixel.png": encoded("PNG", size=(1, 1))}
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder of 100 good images and every bad and unusual one."""
+    root = tmp_path / "images"
+    folder_of(root, [f"good/{i:03}.png" for i in range(100)], (24, 36))
+    for name, content in (GOOD_FILES | BAD_FILES).items():
+        corrupt(root / name, content)
+    (root / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_files_kill_no_run_take_no_memory_and_are_named_once(mixed, capsys, workers):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    dataset = data.load(str(mixed), max_bad=0.5)
+    loader = data.Loader(dataset, [augment.MAE_VIEW], (16, 16), 10, workers=workers, max_bad=0.5)
+    for epoch in range(2):
+        batches = list(loader.epoch(epoch))
+        assert len(batches) == len(dataset) // 10
+        assert all(batch.view(0).isfinite().all() for batch in batches)
+    test = data.Loader(dataset, [augment.TEST_VIEW], (16, 16), 10, shuffle=False, max_bad=0.5)
+    readable = torch.cat([batch.readable for batch in test.epoch(0)])
+    bad = {dataset.file(i) for i in (~readable).nonzero()[:, 0].tolist()}
+    assert bad == {*BAD_FILES, "dangling.png"} and {dataset.file(i) for i in dataset.bad} == bad
+    said = capsys.readouterr().out
+    assert all(said.count(f"warning: skipped {mixed / name}: ") == 1 for name in bad)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10      # KiB
+    assert not os.path.exists("payload-was-run")
+    with pytest.raises(data.DataError, match="more than --max-bad 0.05 allows; first"):
+        again = data.load(str(mixed), max_bad=0.05)
+        list(data.Loader(again, [augment.MAE_VIEW], (16, 16), 10, max_bad=0.05).epoch(0))
+
+
+def test_files_that_vanish_or_are_closed_are_replaced(tmp_path):
+    names = [f"{i:03}.png" for i in range(40)]
+    root = folder_of(tmp_path / "images", [*names, "other.png"], (24, 36))
+    folder_of(tmp_path / "images", ["other.png"], (30, 30))                 # so they stay files
+    os.chmod(tmp_path / "images" / "007.png", 0)
+    reachable(tmp_path / "images")
+
+    def work():
+        dataset = data.load(root, max_bad=0.3)
+        loader = data.Loader(dataset, [augment.MAE_VIEW], (16, 16), 10, max_bad=0.3)
+        assert len(list(loader.epoch(0))) == 4 and list(dataset.bad) in ([7], [])
+        os.remove(tmp_path / "images" / "001.png")
+        for epoch in (1, 2, 3):
+            assert len(list(loader.epoch(epoch))) == 4
+        assert set(dataset.bad) == {1, 7}
+
+    os.chmod(tmp_path / "images", 0o777)
+    said = unprivileged(work)
+    assert "007.png: PermissionError" in said and "001.png: FileNotFoundError" in said
+
+
+LINES = ["../secret.png", "/etc/passwd", "cat/../../secret.png", "..", "cat\\..\\..\\secret.png",
+         "~/secret.png", "file:///etc/passwd", "http://example.org/a.png", "cat/nothing.png 3",
+         "\x00", "cat/", "%2e%2e/secret.png"]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_list_files_lead_to_no_file_outside_the_data(tmp_path, line):
+    root = folder_of(tmp_path / "data", ["cat/1.png", "dog/2.png"])
+    folder_of(tmp_path, ["secret.png"])
+    (tmp_path / "data" / "list.txt").write_text(f"cat/1.png\n{line}\n")
+    with pytest.raises(data.DataError) as error:
+        data.load(f"{root}/list.txt")
+    assert "\n" not in str(error.value) and "list.txt" in str(error.value)
