@@ -14,6 +14,7 @@ import copy
 import csv
 import fcntl
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -312,30 +313,33 @@ class FileSource:
         return FileSource(self.root, self.names.select(ids))
 
 
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+def duration(seconds):
+    """1:02:03 or 2:03."""
+    hours, rest = divmod(int(seconds + 0.5), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
 class Progress:
-    """After five seconds how many images are done, on the error stream: on a terminal in one line
-    that is rewritten, elsewhere in a line every 30 seconds."""
+    """How far a long job has come, its rate and, with a total, the time left, after its first five
+    seconds: on a terminal one line that is rewritten, elsewhere a line every 30 seconds."""
 
-    def __init__(self, what, total=None):
-        self.what, self.total, self.done = what, total, 0
+    def __init__(self, what, total=None, unit="images", quiet=False):
+        self.what, self.total, self.unit, self.done, self.quiet = what, total, unit, 0, quiet
         self.started = time.perf_counter()
-        self.due = self.started + 5
+        self.next = self.started + 5
 
-    def step(self):
-        self.done += 1
+    def step(self, n=1):
+        self.done += n
         now = time.perf_counter()
-        if now < self.due:
+        if self.quiet or now < self.next:
             return
         terminal, rate = sys.stderr.isatty(), self.done / (now - self.started)
-        self.due = now + (0.5 if terminal else 30)
-        line = f"{self.what}: {self.done} images, {rate:.3g}/s"
+        self.next = now + (0.5 if terminal else 30)
+        line = f"{self.what}: {self.done} {self.unit}, {rate:.3g}/s"
         if self.total:
-            left = clock((self.total - self.done) / rate)
-            line = f"{self.what}: {self.done} of {self.total} images, {rate:.3g}/s, left {left}"
+            left = duration((self.total - self.done) / rate)
+            line = (f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.3g}/s, "
+                    f"left {left}")
         end = "" if terminal and self.done != self.total else "\n"
         print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
 
@@ -425,7 +429,7 @@ def find_tars(path):
     parts = braces[1].split(",")
     if ends:
         numbers = range(int(ends[1]), int(ends[2]) + 1)
-        parts = [str(i).zfill(len(ends[1])) for i in numbers]
+        parts = (str(i).zfill(len(ends[1])) for i in numbers)
     found = []
     for one in (path[:braces.start()] + part + path[braces.end():] for part in parts):
         tars = find_tars(one)
@@ -471,6 +475,8 @@ def pax_records(content):
     found = {}
     while content:
         length = int(content.split(b" ", 1)[0])
+        if length < 5:                      # or it would never end
+            raise ValueError
         key, value = content[:length - 1].split(b" ", 1)[1].split(b"=", 1)
         found[key] = value
         content = content[length:]
@@ -1513,7 +1519,7 @@ class Loader:
             ahead = -(-2 * -(-batch_size // self.part) // max(workers, 1))
             self.reader = torch.utils.data.DataLoader(
                 Reader(self.plan), batch_sampler=self.keys, num_workers=workers,
-                collate_fn=whole, pin_memory=self.device.type == "cuda",
+                collate_fn=whole, worker_init_fn=settle, pin_memory=self.device.type == "cuda",
                 persistent_workers=workers > 0,
                 prefetch_factor=max(ahead, 2) if workers else None)
 
@@ -1619,6 +1625,11 @@ class Loader:
             x = (x * 255 + 0.5).to(torch.uint8)
             x = per_image(x, ids, spec["pixels"], PIXELS, k, self.seed, epoch).float() / 255
         return x
+
+
+def settle(worker):
+    """In a new worker: to collect garbage among what is its parent's would copy 80 MiB of it."""
+    gc.freeze()
 
 
 def whole(batch):
@@ -1787,7 +1798,7 @@ def check(args):
     if len(bad) > NAMED:
         say(f"... and {len(bad) - NAMED} more")
     among = f", among them {counted(special)}" if special else ""
-    took = clock(time.perf_counter() - progress.started)
+    took = duration(time.perf_counter() - progress.started)
     say(f"{n - len(bad)} of {n} images are good{among}; {took}")
     if ranges:
         say_range(dataset, min(low for low, _ in ranges), max(high for _, high in ranges))
@@ -1886,7 +1897,7 @@ def go_on(f, part, head, source, keep):
         f.seek(0)
         f.write(head)
     places = {}
-    with contextlib.suppress(DataError, BadFile):           # at what was being written
+    with contextlib.suppress(DataError, BadFile, OSError):  # at what was being written
         for _, name, offset, length in tar_members(f.fileno(), 0, size, part):
             name = os.fsdecode(name)
             if offset + length > size - 2 * SYNC:

@@ -251,8 +251,15 @@ def test_links_and_long_names(tmp_path, image, capsys):
             opened(tar_of(path, [(name, image)]))
 
 
+def pax_header(records):
+    member = tarfile.TarInfo("x")
+    member.type, member.size = tarfile.XHDTYPE, len(records)
+    return member.tobuf(tarfile.USTAR_FORMAT) + records.ljust(512, b"\0")
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda w: w[:len(w) // 2], "cut short"), (lambda w: w[:600], "cut short"),
+    (lambda w: pax_header(b"0 path=x\n") + w, "damaged, there is no header at byte 0"),
     (lambda w: w[:0], "cut short"), (lambda w: w[:-10240], "cut short"),
     (lambda w: w[:1024] + b"x" + w[1025:], "damaged, there is no header at byte 1024"),
     (lambda w: w[:124] + b"7" * 12 + w[136:], "damaged, there is no header at byte 0"),
