@@ -804,7 +804,7 @@ def about(args, system, dataset, source):
 
 class Progress:
     """How far a long job has come, its rate and the time left, after its first five seconds: on a
-    terminal one line that is rewritten, elsewhere a line every 30 seconds."""
+    terminal one line that is rewritten, elsewhere a line every 30 seconds. total may be None."""
 
     def __init__(self, what, total, unit="images", quiet=False):
         self.what, self.total, self.unit, self.done, self.quiet = what, total, unit, 0, quiet
@@ -818,9 +818,11 @@ class Progress:
             return
         self.next = now + (0.5 if terminal else 30)
         rate = self.done / (now - self.started)
-        left = duration((self.total - self.done) / rate)
-        line = f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.3g}/s, left {left}"
-        done = self.done >= self.total
+        line, done = f"{self.what}: {self.done} {self.unit}, {rate:.3g}/s", False
+        if self.total is not None:
+            left, done = duration((self.total - self.done) / rate), self.done >= self.total
+            line = (f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.3g}/s, "
+                    f"left {left}")
         print(f"\r{line}\033[K" if terminal else line, end="" if terminal and not done else "\n",
               file=sys.stderr, flush=True)
 
