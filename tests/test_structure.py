@@ -16,7 +16,8 @@ NEEDED = {"torch", "torchvision", "numpy", "PIL"}
 # beside Python's own
 MAY = {"model": {"torch"}, "augment": {"torch"}, "data": {"augment"} | NEEDED,
        "checkpoint": {"model", "torch"}, "run": LIBRARY | NEEDED,
-       **dict.fromkeys(STAGES, LIBRARY | NEEDED), "analyze": LIBRARY | NEEDED | {"figures"},
+       **dict.fromkeys(STAGES, LIBRARY | NEEDED),
+       **dict.fromkeys(("analyze", "segment"), LIBRARY | NEEDED | {"figures"}),
        "reproduce": LIBRARY | NEEDED | STAGES}
 
 
