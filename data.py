@@ -1508,8 +1508,9 @@ class Loader:
         self.mean = torch.tensor(mean or dataset.mean, device=device)[:, None, None]
         self.std = torch.tensor(std or dataset.std, device=device)[:, None, None]
         self.waited = 0.0
-        # a batch is read in parts, by several workers at once
-        self.part = min(Reader.TOGETHER, -(-batch_size // max(workers, 1)))
+        # a batch is read in parts, by several workers at once; of at least 16 images, since the
+        # boxes of a part take 2 ms and an image 3
+        self.part = min(Reader.TOGETHER, max(-(-batch_size // max(workers, 1)), 16))
         self.reader = self.items = self.place = None
         if dataset.images is None:
             if workers and len(os.fsencode(tempfile.gettempdir())) > 75:
