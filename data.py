@@ -17,6 +17,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import stat
@@ -312,30 +313,32 @@ class FileSource:
         return FileSource(self.root, self.names.select(ids))
 
 
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+def duration(seconds):
+    """1:02:03 or 2:03."""
+    hours, rest = divmod(int(seconds + 0.5), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
 class Progress:
-    """After five seconds how many images are done, on the error stream: on a terminal in one line
-    that is rewritten, elsewhere in a line every 30 seconds."""
+    """How far a long job has come, its rate and the time left, after its first five seconds: on a
+    terminal one line that is rewritten, elsewhere a line every 30 seconds."""
 
-    def __init__(self, what, total=None):
-        self.what, self.total, self.done = what, total, 0
+    def __init__(self, what, total=None, unit="images", quiet=False):
+        self.what, self.total, self.unit, self.done = what, total, unit, 0
         self.started = time.perf_counter()
-        self.due = self.started + 5
+        self.due = math.inf if quiet else self.started + 5
 
-    def step(self):
-        self.done += 1
-        now = time.perf_counter()
+    def step(self, n=1):
+        self.done += n
+        now, terminal = time.perf_counter(), sys.stderr.isatty()
         if now < self.due:
             return
-        terminal, rate = sys.stderr.isatty(), self.done / (now - self.started)
         self.due = now + (0.5 if terminal else 30)
-        line = f"{self.what}: {self.done} images, {rate:.3g}/s"
+        rate, of, left = self.done / (now - self.started), "", ""
         if self.total:
-            left = clock((self.total - self.done) / rate)
-            line = f"{self.what}: {self.done} of {self.total} images, {rate:.3g}/s, left {left}"
+            of = f" of {self.total}"
+            left = f", left {duration((self.total - self.done) / rate)}"
+        line = f"{self.what}: {self.done}{of} {self.unit}, {rate:.3g}/s{left}"
         end = "" if terminal and self.done != self.total else "\n"
         print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
 
@@ -1787,7 +1790,7 @@ def check(args):
     if len(bad) > NAMED:
         say(f"... and {len(bad) - NAMED} more")
     among = f", among them {counted(special)}" if special else ""
-    took = clock(time.perf_counter() - progress.started)
+    took = duration(time.perf_counter() - progress.started)
     say(f"{n - len(bad)} of {n} images are good{among}; {took}")
     if ranges:
         say_range(dataset, min(low for low, _ in ranges), max(high for _, high in ranges))
