@@ -18,6 +18,7 @@ import gc
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import stat
@@ -320,26 +321,25 @@ def duration(seconds):
 
 
 class Progress:
-    """How far a long job has come, its rate and, with a total, the time left, after its first five
-    seconds: on a terminal one line that is rewritten, elsewhere a line every 30 seconds."""
+    """How far a long job has come, its rate and the time left, after its first five seconds: on a
+    terminal one line that is rewritten, elsewhere a line every 30 seconds."""
 
     def __init__(self, what, total=None, unit="images", quiet=False):
-        self.what, self.total, self.unit, self.done, self.quiet = what, total, unit, 0, quiet
+        self.what, self.total, self.unit, self.done = what, total, unit, 0
         self.started = time.perf_counter()
-        self.next = self.started + 5
+        self.due = math.inf if quiet else self.started + 5
 
     def step(self, n=1):
         self.done += n
-        now = time.perf_counter()
-        if self.quiet or now < self.next:
+        now, terminal = time.perf_counter(), sys.stderr.isatty()
+        if now < self.due:
             return
-        terminal, rate = sys.stderr.isatty(), self.done / (now - self.started)
-        self.next = now + (0.5 if terminal else 30)
-        line = f"{self.what}: {self.done} {self.unit}, {rate:.3g}/s"
+        self.due = now + (0.5 if terminal else 30)
+        rate, of, left = self.done / (now - self.started), "", ""
         if self.total:
-            left = duration((self.total - self.done) / rate)
-            line = (f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.3g}/s, "
-                    f"left {left}")
+            of = f" of {self.total}"
+            left = f", left {duration((self.total - self.done) / rate)}"
+        line = f"{self.what}: {self.done}{of} {self.unit}, {rate:.3g}/s{left}"
         end = "" if terminal and self.done != self.total else "\n"
         print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
 
