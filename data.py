@@ -30,6 +30,7 @@ import warnings
 import zipfile
 from array import array
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -399,36 +400,28 @@ def find_tars(path):
     if ends:
         numbers = range(int(ends[1]), int(ends[2]) + 1)
         parts = [str(i).zfill(len(ends[1])) for i in numbers]
-    found = []
-    for part in parts:
-        one = path[:braces.start()] + part + path[braces.end():]
-        tars = find_tars(one)
-        if tars is None:
-            raise DataError(f"{one}: no such tar")
-        found += tars
-    return found
+    paths = [path[:braces.start()] + part + path[braces.end():] for part in parts]
+    found = [find_tars(one) for one in paths]
+    if None in found:
+        raise DataError(f"{paths[found.index(None)]}: no such tar")
+    return sum(found, [])
 
 
 def tars_below(folder, depth=2):
     """Tars in a folder and in those below it, sorted; None if there are images or other folders."""
-    tars, folders = [], []
+    tars = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name[0] == ".":
-                continue
             if entry.name.lower().endswith(EXTENSIONS):
                 return None
-            if entry.name.endswith(".tar"):
+            if entry.name.endswith(".tar") and entry.name[0] != ".":
                 tars.append(entry.path)
-            elif entry.is_dir():
-                folders.append(entry.path)
-    tars.sort()
-    for inner in sorted(folders):
-        more = tars_below(inner, depth - 1) if depth else None
-        if more is None:
-            return None
-        tars += more
-    return tars or None
+            elif entry.is_dir() and entry.name[0] != ".":
+                below = depth and tars_below(entry.path, depth - 1)
+                if not below:
+                    return None
+                tars += below
+    return sorted(tars) or None
 
 
 def tar_members(f, path, start=0):
@@ -467,10 +460,10 @@ def tar_members(f, path, start=0):
 
 
 def index_tars(path, tars):
-    """{names, places, labels, lists}: arrays with all that open_tars needs."""
+    """{names, places, labels, classes, tops}, arrays: the index of tars [(path, bytes)]."""
     names, places, labels = [], array("q"), []
     progress = Progress(f"indexing {path}")
-    for number, tar in enumerate(tars):
+    for number, (tar, _) in enumerate(tars):
         files, texts = {}, {}
         with open(tar, "rb") as f:
             for name, *place in tar_members(f, tar):
@@ -485,31 +478,24 @@ def index_tars(path, tars):
         for place in files.values():
             places.extend((number, *place))
     places = np.frombuffer(places, np.int64).reshape(-1, 3)
-    source = TarSource(path, Names(names), [(tar, os.path.getsize(tar)) for tar in tars], places)
-    other = {}
+    source, other = TarSource(path, Names(names), tars, places), {}
     for i, name in enumerate(names):
         if not name.lower().endswith(EXTENSIONS):
             other.setdefault(ending_of(name), []).append(i)
     passed = {ending: ids for ending, ids in other.items()
               if not are_images(source.select([ids[0], ids[len(ids) // 2], ids[-1]]))}
     say_passed(path, Counter({ending: len(ids) for ending, ids in passed.items()}))
-    names = in_folders(path, tars, names, places[:, 0].tolist())
-    order = sorted(set(range(len(names))).difference(*passed.values()),
-                   key=lambda i: walk_order(names[i]))
+    names = in_folders(path, [tar for tar, _ in tars], names, places[:, 0].tolist())
+    # as list_files: in each folder its files, then its folders
+    keys = ["//".join(os.path.split(name)).replace("/", "\0") for name in names]
+    order = sorted(set(range(len(names))).difference(*passed.values()), key=keys.__getitem__)
     names, labels = [names[i] for i in order], [labels[i] for i in order]
     classes = sorted_classes(set(labels) - {""})
     numbers = {text: i for i, text in enumerate(classes)} | {"": -1}
-    tops = sorted({name.split("/", 1)[0] for name in names if "/" in name})
     return dict(names=np.frombuffer(os.fsencode("\0".join(names)), np.uint8),
-                places=places[order],
+                places=places[order], classes=np.array(classes, str),
                 labels=np.array([numbers[label] for label in labels], np.int64),
-                lists=np.frombuffer(json.dumps([classes, tops]).encode(), np.uint8))
-
-
-def walk_order(name):
-    """The key that sorts names as list_files: in each folder its files, then its folders."""
-    folder, _, file = name.rpartition("/")
-    return folder.replace("/", "\0") + "\0\0" + file
+                tops=np.array(sorted({n.split("/", 1)[0] for n in names if "/" in n}), str))
 
 
 def in_folders(path, tars, names, tar):
@@ -552,23 +538,23 @@ def open_tars(path, tars):
         place = os.path.join(tempfile.gettempdir(), f"tar-index-{os.getuid()}-{name}.npz")
     made = [[os.path.relpath(tar, os.path.dirname(full)), s.st_size, s.st_mtime_ns]
             for tar, s in zip(tars, status)]
-    made, kept = json.dumps([2, EXTENSIONS, made]).encode(), {}
+    made, index = json.dumps([2, EXTENSIONS, made]), {}
+    tars = [(tar, s.st_size) for tar, s in zip(tars, status)]
     with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):
-        with np.load(place, allow_pickle=False) as index:
-            kept = dict(index)
-    if "made" not in kept or kept["made"].tobytes() != made:
-        kept = index_tars(path, tars) | dict(made=np.frombuffer(made, np.uint8))
+        with np.load(place, allow_pickle=False) as kept:
+            index = dict(kept)
+    if index.get("made") != made:
+        index = index_tars(path, tars)
         part = f"{place}.{os.getpid()}.part"
         try:
             with open(part, "wb") as f:
-                np.savez(f, **kept)
+                np.savez(f, made=made, **index)
             os.replace(part, place)
         except OSError as error:
             note(f"{place}: cannot be written ({error.strerror}), so it is made again each time")
-    classes, tops = json.loads(kept["lists"].tobytes())
-    return TarSource(path, Names(text=kept["names"].tobytes()),
-                     [(tar, s.st_size) for tar, s in zip(tars, status)], kept["places"],
-                     *(kept["labels"], classes) if classes else (None, None), tops)
+    names, classes = Names(text=index["names"].tobytes()), index["classes"].tolist()
+    return TarSource(path, names, tars, index["places"], index["labels"] if classes else None,
+                     classes, index["tops"].tolist())
 
 
 class Dataset:
@@ -1601,7 +1587,6 @@ def draw(ids, side=32):
 
 
 # ---------------------------------------------------------------------------- python data.py check
-NAMED = 20                  # bad files named on the screen; --out names them all
 # what a BadFile says: the kind it is counted under; the first that fits
 KINDS = {"empty file": "empty", "DecompressionBomb": "decompression bomb",
          "PermissionError": "no permission", "FileNotFoundError": "vanished",
@@ -1619,17 +1604,15 @@ def look(dataset, i):
     except BadFile as error:
         return str(error)
     image, ending = encoded.image, os.path.splitext(dataset.file(i))[1].lower()
-    form = image.format.replace("MPO", "JPEG")
-    special = []
-    # what the rarer parts of a good image are like is no reason to refuse it
-    with contextlib.suppress(Exception):
-        special = [word for word, true in (
-            ("animated", getattr(image, "n_frames", 1) > 1), ("CMYK", image.mode == "CMYK"),
-            ("16-bit", encoded.bits == 16), ("32-bit or float", encoded.bits == 32),
-            ("turned by EXIF", image.getexif().get(0x0112, 1) != 1),
-            ("another format than its name says",
-             Image.registered_extensions().get(ending) != form)) if true]
-    return special, extremes
+    named = Image.registered_extensions().get(ending)
+    frames = 1
+    with contextlib.suppress(Exception):    # of a good image the later ones may be damaged
+        frames = getattr(image, "n_frames", 1)
+    return [word for word, true in (
+        ("animated", frames > 1), ("CMYK", image.mode == "CMYK"), ("16-bit", encoded.bits == 16),
+        ("32-bit or float", encoded.bits == 32),
+        ("another format than its name says", named != image.format.replace("MPO", "JPEG"))
+    ) if true], extremes
 
 
 def counted(kinds):
@@ -1665,13 +1648,9 @@ def check(args):
                 continue
             kind = next((kind for words, kind in KINDS.items() if words in what), "damaged")
             bad.append((dataset.file(i), kind, what))
-            if len(bad) <= NAMED:
-                say(f"{os.path.join(args.folder, dataset.file(i))}: {kind} ({what})")
-    if len(bad) > NAMED:
-        say(f"... and {len(bad) - NAMED} more")
+            say(f"{os.path.join(args.folder, dataset.file(i))}: {kind} ({what})")
     among = f", among them {counted(special)}" if special else ""
-    took = duration(time.perf_counter() - progress.started)
-    say(f"{n - len(bad)} of {n} images are good{among}; {took}")
+    say(f"{n - len(bad)} of {n} images are good{among}")
     if ranges:
         say_range(dataset, min(low for low, _ in ranges), max(high for _, high in ranges))
     if args.out:
@@ -1721,20 +1700,16 @@ def shrunk(content, short_side=None):
 
 def pack(args):
     """Write every image of a source into a tar, in order; one that was begun is gone on with."""
-    dataset, path, part = some_images(args.folder), args.tar, f"{args.tar}.part"
+    dataset, path = some_images(args.folder), args.tar
+    part = f"{path}.{args.short_side or 'full'}.part"       # so that none is of two sizes
     if os.path.exists(path):
         raise DataError(f"{path} is there already; remove it to pack again")
     if dataset.source.labels is not None:
         raise DataError(f"{args.folder}: has its labels in .cls files, which pack does not write")
-    comment = f"packed images: short side {args.short_side}"
-    head = tarfile.TarInfo.create_pax_global_header({"comment": comment})
     try:
         with open(part, "a+b") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"{part} is being written by another process") from None
-            done = go_on(f, part, head)
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)   # fails if another process writes it
+            done = go_on(f, part)
             todo = [i for i, name in enumerate(dataset.files) if name not in done]
             if done:
                 say(f"going on: {len(done)} of {len(dataset)} images are packed already")
@@ -1749,25 +1724,15 @@ def pack(args):
         f"{os.path.getsize(path) / 2 ** 30:.2f} GiB, {len(dataset.bad)} skipped")
 
 
-def go_on(f, part, head):
+def go_on(f, part):
     """Names of the images in a tar that was begun, which is cut after the last whole one."""
-    size, done, end = f.seek(0, os.SEEK_END), set(), len(head)
-    f.seek(0)
-    begun = f.read(len(head))
-    if not head.startswith(begun):
-        raise DataError(f"{part} was begun with another --short-side, or is something else: "
-                        "remove it")
-    if begun != head:
-        f.truncate(0)
-        f.write(head)
-        return done
+    size, done, end = f.seek(0, os.SEEK_END), set(), 0
     with contextlib.suppress(DataError):    # at what was being written
         for name, at, length in tar_members(f, part):
             after = at + -(-length // 512) * 512
-            if after > size:
-                break
-            done.add(name)
-            end = after
+            if after <= size:
+                done.add(name)
+                end = after
     f.truncate(end)
     f.seek(end)
     return done
@@ -1796,8 +1761,6 @@ def fill(tar, dataset, todo, args):
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
                 tar.members = []                    # or a million of them stay in memory
-    if len(dataset.bad) == len(dataset):
-        raise DataError("none of the images can be read", 1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1847,8 +1810,6 @@ def get_args(argv=None):
             parser.error("a tar alone with --verify, else images and the tar to write")
         if args.short_side is not None and not 16 <= args.short_side <= 16384:
             parser.error(f"--short-side {args.short_side}: 16 to 16384")
-        if not 0 <= args.max_bad <= 1:
-            parser.error(f"--max-bad {args.max_bad}: 0 to 1")
         args.command, args.out, args.range = "check" if args.verify else "pack", None, None
     if not os.path.isdir(args.folder) and not find_tars(args.folder):
         parser.error(f"{args.folder}: no such folder or tar")
