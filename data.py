@@ -449,20 +449,17 @@ def tar_members(f, path, start=0):
                     yield "/".join(parts), member.offset_data, member.size
     except tarfile.TarError as error:
         raise DataError(f"{path}: this tar is damaged or cut short ({error})") from None
-    # tarfile stops without a word at the first header that it cannot read
-    rest = os.pread(f.fileno(), 1024, tar.offset)
+    # tarfile stops without a word at the first header that it cannot read, and where tars are joined
+    rest = os.pread(f.fileno(), 1024 if start else 10240, tar.offset)
     if len(rest) < 512 or rest.strip(b"\0"):
-        raise DataError(f"{path}: this tar is damaged or cut short (no header at byte "
-                        f"{tar.offset})")
+        raise DataError(f"{path}: this tar is damaged, cut short or two in one at {tar.offset}")
     if links:
-        note(f"{path}: passed over {links} links and the like; tar -h --hard-dereference packs "
-             "the files")
+        note(f"{path}: passed over {links} links and the like (tar -h packs what they stand for)")
 
 
 def index_tars(path, tars):
     """{names, places, labels, classes, tops}, arrays: the index of tars [(path, bytes)]."""
-    names, places, labels = [], array("q"), []
-    progress = Progress(f"indexing {path}")
+    names, places, labels, progress = [], array("q"), [], Progress(f"indexing {path}")
     for number, (tar, _) in enumerate(tars):
         files, texts = {}, {}
         with open(tar, "rb") as f:
@@ -516,12 +513,11 @@ def in_folders(path, tars, names, tar):
     elif len(tars) > 1 and all(name.startswith(f"{stems[t]}_") for t, name in zip(tar, names)):
         folders = [f"{folder}{stem}/" for folder, stem in zip(folders, stems)]
     names = [folders[t] + name for t, name in zip(tar, names)]
-    top = names[0].split("/")[0] if names else ""
-    if part_kind(top) or not all(name.startswith(f"{top}/") for name in names):
-        return names
-    inner = {name.split("/")[1] for name in names}
-    if [top] == stems or any(map(part_kind, inner)):
-        return [name[len(top) + 1:] for name in names]
+    top = names[0].split("/")[0] + "/" if names else ""
+    if all(name.startswith(top) for name in names) and not part_kind(top[:-1]):
+        inner = {name[len(top):].split("/")[0] for name in names}
+        if [top[:-1]] == stems or any(map(part_kind, inner)):
+            return [name[len(top):] for name in names]
     return names
 
 
@@ -536,10 +532,9 @@ def open_tars(path, tars):
     if not os.path.exists(place) and not os.access(os.path.dirname(place), os.W_OK):
         name = hashlib.sha256(os.fsencode(full)).hexdigest()[:32]
         place = os.path.join(tempfile.gettempdir(), f"tar-index-{os.getuid()}-{name}.npz")
-    made = [[os.path.relpath(tar, os.path.dirname(full)), s.st_size, s.st_mtime_ns]
-            for tar, s in zip(tars, status)]
-    made, index = json.dumps([2, EXTENSIONS, made]), {}
     tars = [(tar, s.st_size) for tar, s in zip(tars, status)]
+    made = [(os.path.basename(tar), size, s.st_mtime_ns) for (tar, size), s in zip(tars, status)]
+    made, index = json.dumps([2, EXTENSIONS, made]), {}
     with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):
         with np.load(place, allow_pickle=False) as kept:
             index = dict(kept)
