@@ -92,8 +92,8 @@ class Parser(argparse.ArgumentParser):
         """The help with every default, but those of which an option's own help tells."""
         for action in self._actions:
             default = self.paper.get(action.dest, action.default)
-            if default not in (None, "", argparse.SUPPRESS) and default is not False and (
-                    action.option_strings and "default" not in action.help):
+            told = default in (None, "", argparse.SUPPRESS) or default is False
+            if action.option_strings and not told and "default" not in (action.help or "default"):
                 small = shown(self.small.get(action.dest, default))
                 also = f", embedded {small}" if small != shown(default) else ""
                 action.help += f" (default: {shown(default)}{also})"
@@ -117,10 +117,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def shown(value):
-    """A default as it is typed: 1.5e-5,1.5e-5,1.5e-4."""
-    if isinstance(value, list) and all(isinstance(v, int) for v in value):
+    """A default as it is typed: 1.5e-5,1.5e-5,1.5e-4 or, a size, 224."""
+    if not isinstance(value, list):
+        return str(value)
+    if len(value) == 2 and all(isinstance(v, int) for v in value):
         return "x".join(map(str, dict.fromkeys(value)))
-    return ",".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
+    return ",".join(v if isinstance(v, str) else f"{v:g}" for v in value)
 
 
 def number(kind=float, low=0.0, high=MOST, above=False):
