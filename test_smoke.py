@@ -79,8 +79,8 @@ def test_step_two_moves_each_stage_at_its_rate(folder, mae, tmp_path):
     """One step of AdamW moves a weight by its rate in force, whatever its gradient."""
     rates = [1e-4, 1e-3, 1e-2]
     once = ["--batch-size", "128", "--epochs", "1", "--warmup-epochs", "0", "--weight-decay", "0"]
-    result = train(graft_train, "--data", folder, *SHORT, *once, "--init", mae, "--hidden-dim", "32",
-                   "--lr", ",".join(map(str, rates)), "--out", tmp_path)
+    result = train(graft_train, "--data", folder, *SHORT, *once, "--init", mae,
+                   "--hidden-dim", "32", "--lr", ",".join(map(str, rates)), "--out", tmp_path)
     start, end = weights(mae), weights(tmp_path)
     for name in (name for name in start if name.endswith("fc1.weight")):
         rate = rates[model.stage_of(model.layer_of(name, 6), 6, 3)] * 128 / 256

@@ -252,7 +252,7 @@ def test_channels_statistics_and_range_are_those_of_the_file(small, tmp_path, ca
     assert saved(third, "encoder.pt")["meta"]["mean"] != content["meta"]["mean"]
 
 
-# ----------------------------------------------------------------------------------- stop and resume
+# ---------------------------------------------------------------------------------- stop and resume
 def interrupt(monkeypatch, step, action):
     """Do something as a run notes the given step."""
     record = run.Job.record
@@ -332,17 +332,7 @@ def test_a_checkpoint_that_no_run_wrote_ends_in_a_line_or_starts_over(small, tmp
     assert all(v.isfinite().all() for v in saved(out, "encoder.pt")["model"].values())
 
 
-def test_two_runs_cannot_share_a_folder(small, tmp_path):
-    job = run.Job.__new__(run.Job)
-    job.out, job.env, job.writer = str(tmp_path), run.Env(torch.device("cpu")), None
-    job.enter()
-    with pytest.raises(run.UsageError, match="in use by process"):
-        train("mae", tmp_path)
-    job.leave()
-    train("mae", tmp_path, "--epochs", "1")
-
-
-# ----------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 def end_of(stage, options, capsys, monkeypatch):
     """(exit code, last line of stderr) of a script as from the command line."""
     monkeypatch.setattr(sys, "argv", [f"{stage}.py", *map(str, options)])
@@ -358,27 +348,19 @@ BOTH, GRAFT = ("mae", "graft"), ("graft",)
 BAD_INPUT = [
     (BOTH, ["--data", "{tmp}/nowhere"], "no such folder or list file"),
     (BOTH, ["--data", "{tmp}/empty"], "no images found"),
-    (BOTH, ["--arch", "vit_enormous"], "invalid choice: 'vit_enormous'"),
-    (BOTH, ["--lr", "nan"], "nan is out of range"),
     (BOTH, ["--lr", "1e-3,x"], "'x' is not a number"),
     (BOTH, ["--lr", "1e-3,1e-3"], "the number of stages must divide the depth"),
     (BOTH, ["--lr", "0"], "nothing is left to train"),
     (BOTH, ["--freeze-blocks", "4"], "nothing is left to train"),
     (BOTH, ["--batch-size", "129"], "--batch-size 129 is more than the 128 images"),
-    (BOTH, ["--batch-size", "12.5"], "'12.5' is not a whole number"),
     (BOTH, ["--img-size", "20"], "not a multiple of --patch-size 8"),
     (BOTH, ["--img-size", "16x16x3"], "neither a side"),
     (BOTH, ["--range", "3,1"], "neither auto nor LOW,HIGH"),
-    (BOTH, ["--in-chans", "2"], "argument --in-chans: invalid choice: 2"),
-    (BOTH, ["--mask-ratio", "1"], "1 is out of range"),
     (BOTH, ["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs a GPU"),
     (BOTH, ["--knn-every", "1", "--data", "{tmp}/flat", "--batch-size", "2"], "needs labels"),
     (BOTH, ["--out", "{tmp}/a_file"], "cannot write there"),
-    (BOTH, ["--ep", "3"], "unrecognized arguments"),
     (BOTH, ["--init", "{tmp}/shape.pt"], "go with --init none"),
     (GRAFT, ["--anchor-weight", "1"], "it cannot go with --init none"),
-    (GRAFT, ["--temperature", "0"], "0 is out of range, it must be above 0"),
-    (GRAFT, ["--micro-batch", "0"], "0 is out of range"),
     (GRAFT, ["--batch-size", "1"], "1 is out of range, it must be at least 2"),
 ]
 
@@ -441,7 +423,6 @@ def test_help_shows_groups_and_every_default(stage, capsys):
     with pytest.raises(SystemExit) as end:
         STAGES[stage].get_args(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert end.value.code == 0
     for words in ("data:", "model:", "loss:", "optimisation:", "run:", "(default: 0.75)",
                   "(default: 4096, embedded 128)", "(default: auto)"):
-        assert words in said, words
+        assert words in said and end.value.code == 0, words
