@@ -157,8 +157,9 @@ def resample(images, boxes, size, mode):
         x = torch.empty(*images.shape[:2], *size)
         for image, (top, left, h, w), out in zip(images, boxes.long().tolist(), x):
             box = image[None, :, top:top + h, left:left + w].float()
-            out.copy_(F.interpolate(box, size, mode=mode, antialias=True)[0])
-        return x.div_(255).clamp_(0, 1)
+            box = F.interpolate(box, size, mode=mode, antialias=True)[0]
+            torch.div(box, 255, out=out).clamp_(0, 1)
+        return x
     boxes = upload(boxes, images.device)
     rows = resample_matrix(boxes[:, 0], boxes[:, 2], images.shape[2], size[0], mode)
     columns = resample_matrix(boxes[:, 1], boxes[:, 3], images.shape[3], size[1], mode)

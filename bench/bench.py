@@ -8,24 +8,27 @@
 Codes take turns (A B A B ...), each in a process of its own that ends before the next one starts:
 all meet the same machine, and memory is needed for one at a time. Given are medians.
 """
+import os
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = os.path.dirname(sys.path[0])              # the root, where the library lies
+
+import run  # first: a Ctrl-C while torch is imported ends in one line
+
 import contextlib
 import importlib.util
 import io
 import itertools
 import json
 import multiprocessing
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-
-if __name__ == "__main__":
-    sys.path[0] = os.path.dirname(sys.path[0])              # the root, where the library lies
 
 import torch
 from PIL import Image
@@ -37,10 +40,11 @@ import data
 import evaluate
 import graft_train
 import mae_pretrain
-import run
+import segment
 from bench import references
 from model import ARCHS, MaskedAutoencoder, MoCoV3, VisionTransformer, freeze
 
+SEGMENT = 512                                   # side of the images of the segment case
 LEAST = 0.2                                     # seconds measured at least
 MATRIX = {"cuda": 8192, "cpu": 2048}            # side of the square matrices of the peak
 HEADS = (4096, 256)                             # MoCo v3's
@@ -187,6 +191,21 @@ def graft_case(b):
     yield Case(f"graft, micro-batches of {micro}", b.batch, again, codes)
 
 
+def segment_case(b):
+    """A step of UperNet on two images, 150 classes."""
+    def build(change=lambda net: net):
+        config = b.config | dict(img_size=[SEGMENT] * 2)
+        head = segment.describe("upernet", config["depth"], 150, config["dim"])
+        net = change(segment.Segmenter(config, head))
+        x = torch.randn(2, 3, SEGMENT, SEGMENT, device=b.device)
+        labels = torch.randint(150, (2, SEGMENT, SEGMENT), device=b.device)
+        return b.step(net, lambda: sum(segment.pixel_loss(y, labels) for y in net(x)))
+
+    theirs = partial(build, references.with_transformers_upernet)
+    codes = {"ours": Code(build, b.dtype), **b.against("transformers", theirs, b.dtype)}
+    yield Case("segment", 2, None, codes, "transformers: its UperNet head on our encoder")
+
+
 CROP = dict(scale=(0.08, 1.0), mode="bilinear")
 VIEWS = {"crop": [CROP], "MAE view": [augment.MAE_VIEW], "pair of views": list(augment.MOCO_VIEWS)}
 
@@ -321,8 +340,8 @@ def loop_times(path, batch_size):
     return Measured(seconds / images * batch_size, None, waited)
 
 
-CASES = dict(mae=mae_case, graft=graft_case, augment=augment_case, reading=reading_case,
-             linear=linear_case, fewshot=fewshot_case, loop=loop_case)
+CASES = dict(mae=mae_case, graft=graft_case, segment=segment_case, augment=augment_case,
+             reading=reading_case, linear=linear_case, fewshot=fewshot_case, loop=loop_case)
 
 
 # --------------------------------------------------------------------------------- a turn of a code

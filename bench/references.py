@@ -44,6 +44,17 @@ def transformers_mae(config, decoder):
         norm_pix_loss=True))
 
 
+def with_transformers_upernet(net):
+    """A segmenter with transformers' UperNet head in place of ours, of the same widths."""
+    from transformers import UperNetConfig
+    from transformers.models.upernet.modeling_upernet import UperNetHead
+    ours = net.head.upernet
+    classes, width = ours.classifier[-1].weight.shape[:2]
+    config = UperNetConfig(hidden_size=width, num_labels=classes)
+    net.head.upernet = UperNetHead(config, [net.dim] * 4)
+    return net
+
+
 def pillow_views(size):
     """torchvision's transforms of both papers, pillow image -> normalised tensors: {name: call}."""
     from PIL import ImageFilter, ImageOps

@@ -136,11 +136,9 @@ def draw_gradients(path, rows, summary):
         boxes.boxplot(values, positions=blocks, widths=0.6, patch_artist=True,
                       flierprops=dict(markersize=2.5), boxprops=dict(facecolor="#cfe6f5"),
                       medianprops=dict(color=COLOURS[0], linewidth=1.8))
-        boxes.plot(blocks, [s["line"] for s in own], "--", color=COLOURS[1],
-                   label=f"line through the medians: {own[0]['slope']:+.3f} per block")
+        boxes.plot(blocks, [s["line"] for s in own], "--", color=COLOURS[1])
         boxes.axhline(0, color="black", linewidth=0.8)
-        boxes.set_title(system)
-        boxes.legend(fontsize=7)
+        boxes.set_title(f"{system}\nmedians {own[0]['slope']:+.3f} per block")
         bars.bar(blocks, [100 * s["negative_share"] for s in own], width=0.6, color=COLOURS[1])
         bars.set(ylim=(0, 100), xlabel="block", xticks=blocks, xticklabels=blocks)
     axes[0, 0].set_ylabel("cosine of the two gradients")
@@ -157,6 +155,7 @@ def draw_vic(path, rows):
             own = [r for r in rows if r["system"] == system]
             axis.plot([r["block"] for r in own], [r[term] for r in own], label=system, **look(i))
         axis.set(title=term, xlabel="block")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.ticklabel_format(axis="y", scilimits=(-3, 3), useMathText=True, useOffset=False)
     legend(drawn, axes)
     save(drawn, path)
@@ -179,7 +178,7 @@ def draw_distances(path, rows):
                       markersize=4, alpha=0.6, markeredgewidth=0, label="one head")
             axis.plot(blocks, means, "-", color=COLOURS[1], label="mean of the heads")
             axis.axhline(own[0]["uniform"], color=GREY, linestyle=":", label="uniform")
-            axis.set(xticks=blocks, xlabel="block", title=system)
+            axis.set(xticks=blocks, xlabel="block", title=system if kind == "raw" else "")
             axis.label_outer()
         line[0].set_ylabel(f"mean distance (pixels),\n{kind}")
     legend(drawn, axes)
@@ -237,6 +236,11 @@ def averaged(entries, *keys):
     return rows
 
 
+def short(rate):
+    """0.00015 -> 1.5e-4."""
+    return np.format_float_scientific(rate, precision=2, trim="-", exp_digits=1)
+
+
 def lr_grid(args):
     """Figure 4: accuracy by the base rates of three stages, one heat map of stages 1 and 2 for each
     rate of stage 3, in one row for each protocol.
@@ -273,10 +277,10 @@ def lr_grid(args):
                     ink = "black" if (value - low) / (high - low) > 0.47 else "white"
                     axis.text(x, y + 0.12, f"{value:.1f}", ha="center", va="center", color=ink)
                     axis.plot(x, y - 0.22, "o", color=ink, markersize=3)
-            axis.set(title=f"stage 3: {rate:.2g}", xlabel="base rate of stage 1")
-            axis.set_xticks(range(len(first)), [f"{lr:.2g}" for lr in first])
-            axis.set_yticks(range(len(second)), [f"{lr:.2g}" for lr in second] * (axis is line[0])
-                            or [""] * len(second))
+            axis.set(title=f"stage 3: {short(rate)}", xlabel="base rate of stage 1")
+            axis.set_xticks(range(len(first)), map(short, first))
+            axis.set_yticks(range(len(second)), map(short, second))
+            axis.label_outer()
             axis.grid(False)
         line[0].set_ylabel("base rate of stage 2")
         drawn.colorbar(image, ax=list(line), label=f"{protocol}, top-1 (%)", pad=0.01)
@@ -403,11 +407,12 @@ def curves(args):
         if values and 0 < 20 * min(values) < max(values):   # losses of different methods
             axis.set_yscale("log")
         axis.set(xlabel="epoch", title=PANELS[key])
+        axis.xaxis.get_major_locator().set_params(integer=True)
     legend(drawn, axes)
     if len(stages) > 1:
         axis = axes[shown.index("lr")]
         for stage, dash in zip(range(len(stages)), DASHES * len(stages)):
             axis.plot([], [], color=GREY, linestyle=dash, label=f"stage {stage + 1}")
-        axis.legend(fontsize=7, loc="lower left", handlelength=2.4)
+        axis.legend(fontsize=7, handlelength=2.4)
     save(drawn, os.path.join(args.out, "curves.png"))
     return rows

@@ -1,9 +1,7 @@
 """Tars as data: in whatever form people have them they are the folder they were made from, to the
 bit; `data.py pack` writes one and survives kills; damage ends in one line."""
 import io
-import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -167,16 +165,16 @@ def test_shards_of_webdataset(tmp_path, text):
         pack(path, tmp_path / "again.tar")
 
 
-def test_keys_that_begin_anew_in_each_shard_parts_and_missing_labels(tmp_path, image):
+def test_equal_keys_in_shards_parts_and_missing_labels(tmp_path, image):
     for part, labels in (("train", "523"), ("validation", "35")):
         for shard in range(2):
             pairs = [(f"{i}.{end}", content) for i, label in enumerate(labels)
                      for end, content in (("png", image), ("cls", label.encode()))]
             tar_of(tmp_path / f"set-{part}-{shard}.tar", pairs)
     train, test = (opened(tmp_path, train) for train in (True, False))
-    assert train.classes == ["2", "3", "5"] and train.labels.tolist() == [2, 0, 1] * 2
-    assert train.file(3) == "set-train-1_0.png"
-    assert data.same_classes(train, test).labels.tolist() == [1, 2, 1, 2]
+    assert train.classes == ["2", "3", "5"] and train.labels.tolist() == [2, 2, 0, 0, 1, 1]
+    assert test.classes == ["3", "5"]
+    assert data.same_classes(train, test).labels.tolist() == [1, 1, 2, 2]
     path = tar_of(tmp_path / "a.tar", [("1.png", image), ("1.cls", b"4"), ("2.png", image)])
     assert opened(path).labels is None
     with pytest.raises(data.DataError, match="no labels, 1 have no .cls, first 2.png"):
@@ -189,12 +187,12 @@ def test_imagenets_tar_of_tars(folder, tmp_path, image):
     ours, theirs = opened(tar_of(tmp_path / "all.tar", tars[::-1])), opened(folder)
     assert list(ours.files) == list(theirs.files) and contents(ours) == contents(theirs)
     assert ours.classes == theirs.classes and torch.equal(ours.labels, theirs.labels)
-    for classes in (("cat", "dog"), ("n01440764", "n01443537")):    # unpacked once
-        for c in classes:
-            tar_of(tmp_path / classes[0] / f"{c}.tar", [(f"{c}_{i}.JPEG", image) for i in (2, 1)])
-        found = opened(tmp_path / classes[0])
-        assert found.classes == list(classes) and found.labels.tolist() == [0, 0, 1, 1]
-        assert found.file(2) == f"{classes[1]}/{classes[1]}_1.JPEG"
+    classes = ["n01440764", "n01443537"]                    # unpacked once
+    for c in classes:
+        tar_of(tmp_path / "once" / f"{c}.tar", [(f"{c}_{i}.JPEG", image) for i in (2, 1)])
+    found = opened(tmp_path / "once")
+    assert found.classes == classes and found.labels.tolist() == [0, 0, 1, 1]
+    assert found.file(2) == f"{classes[1]}/{classes[1]}_1.JPEG"
 
 
 def test_the_index_is_made_once_and_again_when_stale_or_damaged(folder, tmp_path, monkeypatch):
@@ -211,33 +209,11 @@ def test_the_index_is_made_once_and_again_when_stale_or_damaged(folder, tmp_path
     os.utime(path, ns=(0, 0))
     assert list(data.every_image(path).files) == expected and len(made) == 6
     index.unlink()
-    index.mkdir()                                           # it goes to the temporary folder
+    monkeypatch.setattr(data.os, "access", lambda *a: False)
     monkeypatch.setattr(data.tempfile, "tempdir", str(tmp_path))
     for _ in range(2):
         assert list(data.every_image(path).files) == expected
-    assert len(made) == 7 and not list(tmp_path.glob("*.part"))
-
-
-def put_contents(queue, dataset):
-    queue.put(contents(dataset))
-
-
-def test_processes_open_tars_themselves_and_only_some_at_once(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "OPEN_TARS", 3)
-    for i, name in enumerate(NAMES):
-        tar_of(tmp_path / f"s{i:02}.tar", [(name, bytes_of(folder, name))])
-    dataset, expected = opened(tmp_path), contents(opened(folder))
-    assert contents(dataset) == expected == contents(pickle.loads(pickle.dumps(dataset)))
-    assert len(dataset.source.tars.fds) == 3
-    for kind in ("spawn", "fork"):
-        context = multiprocessing.get_context(kind)
-        queue = context.Queue()
-        worker = context.Process(target=put_contents, args=(queue, dataset))
-        worker.start()
-        assert queue.get(timeout=60) == expected
-        worker.join()
-    before = os.listdir("/dev/fd")
-    assert contents(dataset) == expected and len(os.listdir("/dev/fd")) == len(before)
+    assert len(made) == 7 and not index.exists() and list(tmp_path.glob("tar-index-*.npz"))
 
 
 def test_links_and_long_names(tmp_path, image, capsys):
@@ -246,17 +222,14 @@ def test_links_and_long_names(tmp_path, image, capsys):
         found = opened(tar_of(path, [("b.png", None), (long, image)], format=form))
         assert list(found.files) == [long] and contents(found) == [image]
     assert "passed over 1 links" in capsys.readouterr().out
-    for name in ("../a.png", "/a.png", "x/../../a.png"):
-        with pytest.raises(data.DataError, match="leads out of it"):
-            opened(tar_of(path, [(name, image)]))
 
 
 @pytest.mark.parametrize("change, message", [
     (lambda w: w[:len(w) // 2], "cut short"), (lambda w: w[:600], "cut short"),
     (lambda w: w[:0], "cut short"), (lambda w: w[:-10240], "cut short"),
-    (lambda w: w[:1024] + b"x" + w[1025:], "damaged, there is no header at byte 1024"),
-    (lambda w: w[:124] + b"7" * 12 + w[136:], "damaged, there is no header at byte 0"),
-    (lambda w: w * 2, "tar -A joins tars"), (lambda w: b"\x1f\x8b" + w, "compressed by gzip"),
+    (lambda w: w[:512] + b"x" + w[513:], "damaged, cut short or two in one at "),
+    (lambda w: w[:124] + b"7" * 12 + w[136:], "damaged"), (lambda w: w * 2, "two in one"),
+    (lambda w: b"\x1f\x8b" + w, "compressed by gzip"),
     (lambda w: data.OLD_PACK + w, "older version.*data.py pack FOLDER FILE.tar")])
 def test_damage_ends_in_one_line(folder, tmp_path, change, message):
     path = tmp_path / "x.tar"
@@ -290,7 +263,7 @@ def test_the_short_side_is_shrunk_and_what_a_jpeg_cannot_hold_is_kept(tmp_path):
     turned[0x0112] = 6
     Image.open(f"{root}/a.jpg").save(f"{root}/e.jpg", exif=turned, quality=95)
     Image.fromarray(np.arange(40000, dtype=np.uint16).reshape(200, 200)).save(f"{root}/f.png")
-    path = pack(root, tmp_path / "x.tar", "--short-side", "100", "--quality", "95")
+    path = pack(root, tmp_path / "x.tar", "--short-side", "100")
     ours, theirs = data.every_image(path), data.every_image(root)
     assert [ours.open(i).size for i in range(6)] == [
         (100, 201), (125, 100), (90, 300), (200, 160), (201, 100), (200, 200)]
@@ -313,14 +286,13 @@ def test_bad_images_are_skipped_named_and_counted(tmp_path, capsys):
     assert error.value.exit_code == 1 and not (tmp_path / "y.tar").exists()
     with tarfile.open(path) as tar:                         # any tool reads it
         assert tar.getnames() == [f"{i:03}.png" for i in range(200) if i != 50]
-        assert all(m.mtime == m.uid == 0 and m.mode == 0o644 for m in tar)
     assert data.program(["pack", "--verify", path]) == 0
     assert "199 of 199 images are good" in capsys.readouterr().out
 
 
-def test_packing_goes_on_after_kill_9_and_a_loss_of_power(tmp_path, capsys):
+def test_packing_goes_on_after_kill_9(tmp_path, capsys):
     root = images(tmp_path / "f", [f"{i:02}.jpg" for i in range(80)], [(500, 600)])
-    path, part, small = tmp_path / "x.tar", tmp_path / "x.tar.part", ("--short-side", "200")
+    path, part, small = tmp_path / "x.tar", tmp_path / "x.tar.200.part", ("--short-side", "200")
     whole = bytes_of(pack(root, tmp_path / "once.tar", *small))
     job = subprocess.Popen([sys.executable, f"{ROOT}/data.py", "pack", root, path, *small,
                             "--workers", "1"], stdout=subprocess.DEVNULL)
@@ -328,19 +300,15 @@ def test_packing_goes_on_after_kill_9_and_a_loss_of_power(tmp_path, capsys):
     while not part.exists() or part.stat().st_size <= len(whole) // 5:
         assert time.monotonic() < deadline and job.poll() is None
         time.sleep(0.005)
-    with pytest.raises(data.DataError, match="being written by another process"):
+    with pytest.raises(data.DataError, match="cannot write .*: Resource temporarily"):
         pack(root, path, *small)
     job.send_signal(signal.SIGKILL)
     assert job.wait() == -9 and not path.exists()
     lost = part.read_bytes()
     capsys.readouterr()
-    at = len(lost) // 1024 * 512                            # a page that was never written
-    for content in (b"", lost[:100], lost[:-100], lost[:at] + bytes(4096) + lost[at + 4096:]):
+    for content in (b"", lost[:100], lost[:-100]):
         part.write_bytes(content)
         pack(root, path, *small)
         assert path.read_bytes() == whole
         path.unlink()
-    assert capsys.readouterr().out.count("going on: ") == 2
-    part.write_bytes(lost)
-    with pytest.raises(data.DataError, match="begun with other options"):
-        pack(root, path)
+    assert capsys.readouterr().out.count("going on: ") == 1

@@ -204,32 +204,25 @@ def test_two_machines_go_on_after_one_was_lost(start, images, tmp_path):
 
 
 # --------------------------------------------------------------------- reading processes, pipes
-def reading(tmp_path, *command, environment=None, kill=False):
+def reading(tmp_path, *command, kill=False):
     """(exit code, errors) of a run that reads files in two processes; kill: one of them."""
     root = folder_of(tmp_path / "images", [f"{i}.jpg" for i in range(40)], (80, 90))
     folder_of(tmp_path / "images", ["other.jpg"], (50, 90))                 # they stay files
     script = [sys.executable, "mae_pretrain.py", "--data", root, "--out", str(tmp_path / "out"),
-              *ALONE, "--img-size", "64", "--workers", "2", "--epochs", "200", "--save-minutes", "60"]
+              *ALONE, "--img-size", "64", "--workers", "2", "--epochs", "99", "--save-minutes", "9"]
     job = subprocess.Popen([*command, *script], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, env=os.environ | (environment or {}))
+                           stderr=subprocess.PIPE)
     for line in job.stdout if kill else ():
         if " step 3/" in line:
             os.kill(workers_of(job.pid)[-1], signal.SIGKILL)
             break
     errors = job.communicate(timeout=120)[1]
-    return job.returncode, [line for line in errors.splitlines() if "import" not in line]
+    return job.returncode, errors.splitlines()
 
 
 def test_a_reading_process_that_is_killed_ends_the_run_in_a_line(tmp_path):
     code, errors = reading(tmp_path, kill=True)
     assert code == 1 and len(errors) == 1 and "DataLoader worker (pid" in errors[0], errors
-
-
-def test_a_temporary_folder_of_too_long_a_name_ends_in_a_line(tmp_path):
-    place = tmp_path / ("long" * 30)
-    place.mkdir()
-    code, errors = reading(tmp_path, environment=dict(TMPDIR=str(place)))
-    assert code == 1 and len(errors) == 1 and "set TMPDIR to a shorter one" in errors[0], errors
 
 
 def test_a_tiny_shared_memory_ends_in_a_line(tmp_path):
