@@ -340,7 +340,8 @@ class Progress:
             of = f" of {self.total}"
             left = f", left {duration((self.total - self.done) / rate)}"
         line = f"{self.what}: {self.done}{of} {self.unit}, {rate:.3g}/s{left}"
-        end = "" if terminal and self.done != self.total else "\n"
+        done = self.total is not None and self.done >= self.total
+        end = "" if terminal and not done else "\n"
         print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
 
 
