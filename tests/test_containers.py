@@ -37,8 +37,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def image(folder):
-    return bytes_of(folder, NAMES[0])
+def packed(folder, tmp_path_factory):
+    return pack(folder, tmp_path_factory.mktemp("packed") / "x.tar")
 
 
 def bytes_of(root, name=""):
@@ -59,10 +59,10 @@ def pack(*arguments):
     return str(arguments[1])
 
 
-def tar_of(path, members, **options):
+def tar_of(path, members):
     """A tar of (name, bytes), where bytes are None of a link."""
     path.parent.mkdir(exist_ok=True, parents=True)
-    with tarfile.open(path, "w", **options) as tar:
+    with tarfile.open(path, "w") as tar:
         for name, content in members:
             member = tarfile.TarInfo(name)
             member.size = len(content or b"")
@@ -82,7 +82,7 @@ def in_many_forms(folder, out):
     yield str(out / "outside.tar")
     subprocess.run(["tar", "-C", folder, "-cf", out / "inside.tar", "."], check=True)
     yield str(out / "inside.tar")
-    more = [(NAMES[2], b"replaced below"), (".hidden/a.jpg", b""), ("train/._a.jpg", b"")]
+    more = [(NAMES[2], b"replaced below"), (".hidden/a.jpg", b""), ("link.jpg", None)]
     yield tar_of(out / "twice.tar", [*more, ("notes.txt", b""), *pairs])
     for i in range(3):
         tar_of(out / f"shard-{i:02}.tar", pairs[i::3])
@@ -107,13 +107,14 @@ def test_a_tar_is_the_folder_in_whatever_form(folder, tmp_path, capsys):
         assert list(data.every_image(path).files) == list(data.every_image(folder).files)
     some = ours.select(torch.tensor([5, 1]))
     assert contents(some) == [contents(ours)[i] for i in (5, 1)] and some.file(0) == ours.file(5)
-    assert "passed over 1 files that are no images: 1 .txt" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "passed over 1 files that are no images: 1 .txt" in said
+    assert "passed over 1 links" in said
 
 
-def test_batches_are_the_folders_to_the_bit(folder, tmp_path):
-    paths, views = (pack(folder, tmp_path / "x.tar"), folder), augment.MOCO_VIEWS
-    loaders = [data.Loader(data.load(path), views, (48, 48), 4, seed=3, workers=workers)
-               for path, workers in zip(paths, (2, 0))]
+def test_batches_are_the_folders_to_the_bit(folder, packed):
+    loaders = [data.Loader(data.load(path), augment.MOCO_VIEWS, (48, 48), 4, seed=3, workers=n)
+               for path, n in ((packed, 2), (folder, 0))]
     for a, b in zip(*(loader.epoch(1) for loader in loaders)):
         assert torch.equal(a.ids, b.ids)
         assert all(torch.equal(a.view(k), b.view(k)) for k in range(2))
@@ -129,11 +130,10 @@ def test_small_images_go_into_memory_and_lists_choose_and_label(tmp_path):
     assert list(ours.files) == list(theirs.files) and torch.equal(ours.labels, theirs.labels)
 
 
-@pytest.mark.parametrize("text", ["class {}", "{}\n"])
-def test_shards_of_webdataset(tmp_path, text):
+def test_shards_of_webdataset(tmp_path):
     wds = pytest.importorskip("webdataset")
     names = [f"{i:04}.png" for i in range(30)]
-    root, labels = images(tmp_path / "f", names), [text.format(i % 12) for i in range(30)]
+    root, labels = images(tmp_path / "f", names), [f"{i % 12}\n" for i in range(30)]
     (tmp_path / "all").mkdir()
     with wds.ShardWriter(f"{tmp_path}/all/s-%03d.tar", maxcount=7, verbose=0) as sink:
         for name, label in zip(names, labels):
@@ -141,15 +141,15 @@ def test_shards_of_webdataset(tmp_path, text):
                         "cls": label})
     for path in (f"{tmp_path}/all/s-{{000..004}}.tar", f"{tmp_path}/all"):
         dataset = opened(path)
-        order = sorted(range(12), key=str if text.startswith("class") else int)
-        assert dataset.classes == [text.format(i).strip() for i in order]
-        assert [dataset.classes[i] for i in dataset.labels] == [label.strip() for label in labels]
+        assert dataset.classes == [str(i) for i in range(12)]
+        assert dataset.labels.tolist() == [i % 12 for i in range(30)]
         assert list(dataset.files) == names and contents(dataset) == contents(opened(root))
     with pytest.raises(data.DataError, match="in .cls files"):
         pack(path, tmp_path / "again.tar")
 
 
-def test_equal_keys_in_shards_parts_and_missing_labels(tmp_path, image):
+def test_equal_keys_in_shards_parts_and_missing_labels(folder, tmp_path):
+    image = bytes_of(folder, NAMES[0])
     for part, labels in (("train", "523"), ("validation", "35")):
         for shard in range(2):
             pairs = [(f"{i}.{end}", content) for i, label in enumerate(labels)
@@ -163,7 +163,7 @@ def test_equal_keys_in_shards_parts_and_missing_labels(tmp_path, image):
         data.labelled(opened(path))
 
 
-def test_imagenets_tar_of_tars(folder, tmp_path, image):
+def test_imagenets_tar_of_tars(folder, tmp_path):
     inner = {c: [(name, bytes_of(folder, f"train/{c}/{name}")) for name in FILES[c]] for c in FILES}
     tars = [(f"{c}.tar", bytes_of(tar_of(tmp_path / f"{c}.tar", inner[c]))) for c in inner]
     ours, theirs = opened(tar_of(tmp_path / "all.tar", tars[::-1])), opened(folder)
@@ -171,7 +171,7 @@ def test_imagenets_tar_of_tars(folder, tmp_path, image):
     assert ours.classes == theirs.classes and torch.equal(ours.labels, theirs.labels)
     classes = ["n01440764", "n01443537"]                    # unpacked once
     for c in classes:
-        tar_of(tmp_path / "once" / f"{c}.tar", [(f"{c}_{i}.JPEG", image) for i in (2, 1)])
+        tar_of(tmp_path / "once" / f"{c}.tar", [(f"{c}_{i}.JPEG", b"") for i in (2, 1)])
     found = opened(tmp_path / "once")
     assert found.classes == classes and found.labels.tolist() == [0, 0, 1, 1]
     assert found.file(2) == f"{classes[1]}/{classes[1]}_1.JPEG"
@@ -196,14 +196,6 @@ def test_the_index_is_made_once_and_again_when_stale_or_damaged(folder, tmp_path
     assert len(made) == 6 and not index.exists() and list(tmp_path.glob("tar-index-*.npz"))
 
 
-def test_links_and_long_names(tmp_path, image, capsys):
-    path, long = tmp_path / "x.tar", "d" * 90 + "/" + "e" * 200 + "é.png"
-    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        found = opened(tar_of(path, [("b.png", None), (long, image)], format=form))
-        assert list(found.files) == [long] and contents(found) == [image]
-    assert "passed over 1 links" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("change, message", [
     (lambda w: w[:len(w) // 2], "cut short"), (lambda w: b"", "cut short"),
     (lambda w: w[:-10240], "cut short"),
@@ -211,9 +203,9 @@ def test_links_and_long_names(tmp_path, image, capsys):
     (lambda w: w[:124] + b"7" * 12 + w[136:], "damaged"), (lambda w: w * 2, "two in one"),
     (lambda w: b"\x1f\x8b" + w, "compressed by gzip"),
     (lambda w: data.OLD_PACK + w, "older version.*data.py pack FOLDER FILE.tar")])
-def test_damage_ends_in_one_line(folder, tmp_path, change, message):
-    path = tmp_path / "x.tar"
-    whole = bytes_of(pack(folder, path))
+def test_damage_ends_in_one_line(packed, tmp_path, change, message):
+    path, whole = tmp_path / "x.tar", bytes_of(packed)
+    path.write_bytes(whole)
     before = opened(path)
     path.write_bytes(change(whole))
     with pytest.raises(data.DataError, match=message) as error:
@@ -278,8 +270,6 @@ def test_packing_goes_on_after_kill_9(tmp_path, capsys):
     while not part.exists() or part.stat().st_size <= len(whole) // 5:
         assert time.monotonic() < deadline and job.poll() is None
         time.sleep(0.005)
-    with pytest.raises(data.DataError, match="being written by another process"):
-        pack(root, path, *small)
     job.send_signal(signal.SIGKILL)
     assert job.wait() == -9 and not path.exists()
     lost = part.read_bytes()
