@@ -370,13 +370,8 @@ class TarSource(FileSource):
     def select(self, ids, cut=0):
         """The images at ids, indices, without the first `cut` bytes of their names."""
         ids = np.asarray(ids, np.int64)
-        labels = None if self.labels is None else self.labels[ids]
         return TarSource(self.root, self.names.select(ids, cut), self.tars, self.places[ids],
-                         labels, self.classes)
-
-    def part(self, name):
-        """The images in a first folder, by their names in it."""
-        return self.select(self.names.below(name), len(os.fsencode(name)) + 1)
+                         self.labels[ids] if self.classes else None, self.classes)
 
 
 def find_tars(path):
@@ -399,8 +394,7 @@ def find_tars(path):
         return None
     parts, ends = braces[1].split(","), re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
     if ends:
-        numbers = range(int(ends[1]), int(ends[2]) + 1)
-        parts = [str(i).zfill(len(ends[1])) for i in numbers]
+        parts = [str(i).zfill(len(ends[1])) for i in range(int(ends[1]), int(ends[2]) + 1)]
     paths = [path[:braces.start()] + part + path[braces.end():] for part in parts]
     found = [find_tars(one) for one in paths]
     if None in found:
@@ -428,9 +422,7 @@ def tars_below(folder, depth=2):
 def tar_members(f, path, start=0):
     """(name, offset, size) of each file in the tar that begins at a place of an open one, and of
     those of tars in it, in a folder of the inner tar's name; neither hidden ones nor links.
-
-    DataError: it is damaged or cut short.
-    """
+    DataError: it is damaged or cut short."""
     f.seek(start)
     links = 0
     try:
@@ -450,7 +442,7 @@ def tar_members(f, path, start=0):
                     yield "/".join(parts), member.offset_data, member.size
     except tarfile.TarError as error:
         raise DataError(f"{path}: this tar is damaged or cut short ({error})") from None
-    # tarfile stops without a word at the first header that it cannot read, and where tars are joined
+    # tarfile stops without a word at a header that it cannot read, and where tars are joined
     rest = os.pread(f.fileno(), 1024 if start else 10240, tar.offset)
     if len(rest) < 512 or rest.strip(b"\0"):
         raise DataError(f"{path}: this tar is damaged, cut short or two in one at {tar.offset}")
@@ -501,8 +493,7 @@ def in_folders(path, tars, names, tar):
 
     Tars keep the folders they lie in. Where each is named as train, val or test and not all the
     same, these are the parts. Images named after their tar, as ImageNet's, have it as their class.
-    A folder around all is left out if the tar is named after it, or if train/ and the like lie in
-    it.
+    A folder around all is left out if the tar has its name, or train/ and the like lie in it.
     """
     root = path if os.path.isdir(path) else os.path.dirname(path.split("{")[0])
     folders = [(os.path.dirname(one)[len(root):] + "/").lstrip("/") for one in tars]
@@ -768,7 +759,8 @@ def open_source(path, train=None):
     if tars:
         source = open_tars(path, tars)
         part = "" if train is None else choose_part(path, parts_of(path, source.tops), train)
-        return source.part(part) if part else source
+        cut = len(os.fsencode(part)) + 1
+        return source.select(source.names.below(part), cut) if part else source
     if not os.path.isdir(path):
         raise DataError(f"{path}: no such folder, list file or tar (--data)")
     part = "" if train is None else choose_part(path, parts_of(path, folder_names(path)), train)
@@ -980,10 +972,10 @@ def split_off(dataset, share, train, seed=0):
 
 
 def every_image(path, in_chans=3, value_range=None):
-    """All images below a folder or in tars, of all parts, without labels; none if it is none."""
-    there = os.path.isdir(path) or find_tars(path)
-    source = open_source(path) if there else FileSource(path, [])
-    dataset = Dataset(source, in_chans=in_chans, name=path)
+    """All images below a folder or in tars, of all parts, without labels. DataError: none."""
+    dataset = Dataset(open_source(path), in_chans=in_chans, name=path)
+    if not len(dataset):
+        raise DataError(f"{path}: no images found (looked for {', '.join(EXTENSIONS)})")
     dataset.range = find_range(dataset, value_range)
     return dataset
 
@@ -1605,11 +1597,10 @@ def look(dataset, i):
     frames = 1
     with contextlib.suppress(Exception):    # of a good image the later ones may be damaged
         frames = getattr(image, "n_frames", 1)
-    return [word for word, true in (
-        ("animated", frames > 1), ("CMYK", image.mode == "CMYK"), ("16-bit", encoded.bits == 16),
-        ("32-bit or float", encoded.bits == 32),
-        ("another format than its name says", named != image.format.replace("MPO", "JPEG"))
-    ) if true], extremes
+    special = {"animated": frames > 1, "CMYK": image.mode == "CMYK", "16-bit": encoded.bits == 16,
+               "32-bit or float": encoded.bits == 32,
+               "another format than its name says": named != image.format.replace("MPO", "JPEG")}
+    return [word for word, true in special.items() if true], extremes
 
 
 def counted(kinds):
@@ -1632,7 +1623,7 @@ def say_range(dataset, least, largest):
 
 def check(args):
     """Read every image below args.folder; [(file, kind, what is wrong)] of the bad ones."""
-    dataset = some_images(args.folder, args.range)
+    dataset = every_image(args.folder, value_range=args.range)
     bad, special, ranges, n = [], Counter(), [], len(dataset)
     progress = Progress(f"checking {args.folder}", n)
     with ThreadPool(args.workers) as pool:  # pillow decodes outside Python's lock
@@ -1651,24 +1642,13 @@ def check(args):
     if ranges:
         say_range(dataset, min(low for low, _ in ranges), max(high for _, high in ranges))
     if args.out:
-        try:
-            with open(args.out, "w", errors="surrogateescape") as f:
-                for line in bad:
-                    print("\t".join(" ".join(part.split()) for part in line), file=f)
-        except OSError as error:
-            raise DataError(f"cannot write {args.out}: {error.strerror}", 1) from None
+        with open(args.out, "w", errors="surrogateescape") as f:
+            for line in bad:
+                print("\t".join(" ".join(part.split()) for part in line), file=f)
     if bad:
         kinds = Counter(kind for _, kind, _ in bad)
         raise DataError(f"{len(bad)} of {n} images are bad: {counted(kinds)}", 1)
     return bad
-
-
-def some_images(folder, value_range=None):
-    """As every_image; DataError where there is none."""
-    dataset = every_image(folder, value_range=value_range)
-    if not len(dataset):
-        raise DataError(f"{folder}: no images found (looked for {', '.join(EXTENSIONS)})")
-    return dataset
 
 
 # ---------------------------------------------------------------------------- python data.py pack
@@ -1697,26 +1677,26 @@ def shrunk(content, short_side=None):
 
 def pack(args):
     """Write every image of a source into a tar, in order; one that was begun is gone on with."""
-    dataset, path = some_images(args.folder), args.tar
+    dataset, path = every_image(args.folder), args.tar
     part = f"{path}.{args.short_side or 'full'}.part"       # so that none is of two sizes
     if os.path.exists(path):
         raise DataError(f"{path} is there already; remove it to pack again")
     if dataset.source.labels is not None:
         raise DataError(f"{args.folder}: has its labels in .cls files, which pack does not write")
-    try:
-        with open(part, "a+b") as f:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)   # fails if another process writes it
-            done = go_on(f, part)
-            todo = [i for i, name in enumerate(dataset.files) if name not in done]
-            if done:
-                say(f"going on: {len(done)} of {len(dataset)} images are packed already")
-            with tarfile.open(fileobj=f, mode="w", encoding="utf-8") as tar:
-                fill(tar, dataset, todo, args)
-            f.flush()
-            os.fsync(f.fileno())
-            os.replace(part, path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}", 1) from None
+    with open(part, "a+b") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{part} is being written by another process") from None
+        done = go_on(f, part)
+        todo = [i for i, name in enumerate(dataset.files) if name not in done]
+        if done:
+            say(f"going on: {len(done)} of {len(dataset)} images are packed already")
+        with tarfile.open(fileobj=f, mode="w", encoding="utf-8") as tar:
+            fill(tar, dataset, todo, args)
+        f.flush()
+        os.fsync(f.fileno())
+        os.replace(part, path)
     say(f"wrote {path}: {len(dataset) - len(dataset.bad)} images, "
         f"{os.path.getsize(path) / 2 ** 30:.2f} GiB, {len(dataset.bad)} skipped")
 
@@ -1819,15 +1799,15 @@ def program(argv=None):
         args = get_args(argv)
         (pack if args.command == "pack" else check)(args)
         return 0
-    except DataError as error:
-        print(f"data.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return error.exit_code
     except KeyboardInterrupt:
         print("data.py: error: interrupted", file=sys.stderr, flush=True)
         return 130
     except BrokenPipeError:                 # `... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (DataError, OSError) as error:
+        print(f"data.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return getattr(error, "exit_code", 1)
 
 
 if __name__ == "__main__":
