@@ -59,7 +59,7 @@ LONG = dict(
 PRESETS = {
     "demo": SMALL | dict(
         data=None, images=4096, tests=2048, common=dict(log_every=32), short=4, few="3 per class",
-        mae=dict(epochs=25, lr="3e-3"), contrastive=dict(epochs=8, lr="1.5e-3", hidden_dim=512),
+        mae=dict(epochs=25, lr="3e-3"), contrastive=dict(epochs=10, lr="1.5e-3", hidden_dim=512),
         rates="5e-4,5e-4,1.5e-3", fine=dict(epochs=3), few_fine=dict(epochs=60),
         grid=(("1.5e-4", "5e-4", "1.5e-3"), ("5e-4",), ("1.5e-4", "5e-4", "1.5e-3")),
         tuned={"MAE": (8, ("1e-3", "3e-3", "6e-3"), ("0.2", "0.4")),

@@ -61,7 +61,6 @@ def test_every_case_gives_its_rows_beside_every_reference(quick, tmp_path, capsy
     first = {row["case"]: row for row in reversed(rows)}
     for row in rows:
         assert row["ms"] > 0 and row["peak_mib"] > 0 and f"\n{row['case']}  " in said
-        assert row["images_per_second"] == pytest.approx(row["batch"] / row["ms"] * 1e3)
         assert (row["floor_ms"] is None) == (name not in ("mae", "graft", "linear"))
         assert (row["data_wait"] is None) == (row["code"] != "ours, training loop")
         assert row["ours_faster"] == pytest.approx(row["ms"] / first[row["case"]]["ms"])
@@ -132,12 +131,6 @@ def test_a_step_counts_its_backward_pass():
 
 
 # ------------------------------------------------------------------------------- the references
-def test_transformers_mae_has_our_weights():
-    pytest.importorskip("transformers")
-    nets = model.MaskedAutoencoder(16, 2, 2, **TINY), references.transformers_mae(TINY, (16, 2, 2))
-    assert len({sum(p.numel() for p in net.parameters()) for net in nets}) == 1
-
-
 def test_timm_blocks_compute_what_ours_do():
     pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -153,13 +146,11 @@ def test_timm_blocks_compute_what_ours_do():
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--only", "mae", "nothing"], "invalid choice: 'nothing'"),
-    (["--batch-size", "0"], "at least 1"), (["--arch", "resnet"], "invalid choice"),
-    (["--data", "nowhere"], "no such folder")])
-def test_bad_options_end_in_one_line_and_code_2(argv, message, capsys):
+@pytest.mark.parametrize("option, message", [
+    ("--only=none", "invalid choice: 'none'"), ("--data=none", "no such folder")])
+def test_bad_options_end_in_one_line_and_code_2(option, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        bench.get_args(argv)
+        bench.get_args([option])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1 and message in said
 

@@ -701,14 +701,14 @@ def test_batches_do_not_depend_on_processes_workers_or_restarts(tmp_path, in_mem
 
 def test_reading_goes_on_across_epochs_and_starts_over_elsewhere(tmp_path, monkeypatch):
     dataset = data.load(folder_of(tmp_path, [f"{i:02}.png" for i in range(20)], (24, 136)))
-    alone, loader = (data.Loader(dataset, [augment.MAE_VIEW], (16, 16), 8, workers=workers)
-                     for workers in (0, 2))
+    alone, loader = (data.Loader(dataset, [augment.MAE_VIEW], (16, 16), 8, workers=workers,
+                                 max_bad=workers) for workers in (0, 2))
     begun, stream = [], data.Loader.stream
     monkeypatch.setattr(data.Loader, "stream",
-                        lambda self, *a: begun.append(self.part) or stream(self, *a))
+                        lambda self, *a: begun.append(self.max_bad) or stream(self, *a))
     for epoch, start, times in ((0, 0, 1), (1, 0, 1), (2, 0, 1), (1, 1, 2), (2, 0, 2), (2, 0, 3)):
         views = [b.view(0) for b in loader.epoch(epoch, start)]
-        assert len(views) == 2 - start and begun.count(4) == times   # parts of 4 by two workers
+        assert len(views) == 2 - start and begun.count(2) == times
         assert all(map(torch.equal, views, (b.view(0) for b in alone.epoch(epoch, start))))
     first = next(loader.epoch(0)).view(0)               # left in the middle, begun again
     assert torch.equal(next(loader.epoch(0)).view(0), first)

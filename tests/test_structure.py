@@ -17,6 +17,7 @@ NEEDED = {"torch", "torchvision", "numpy", "PIL"}
 MAY = {"model": {"torch"}, "augment": {"torch"}, "data": {"augment"} | NEEDED,
        "checkpoint": {"model", "torch"}, "run": LIBRARY | NEEDED,
        **dict.fromkeys(STAGES, LIBRARY | NEEDED), "analyze": LIBRARY | NEEDED | {"figures"},
+       "segment": LIBRARY | NEEDED | {"figures"},
        "reproduce": LIBRARY | NEEDED | STAGES}
 
 
@@ -47,26 +48,15 @@ def imports(source):
     return found
 
 
-@pytest.fixture(scope="module")
-def tree():
-    return {module: imports(source) for module, source in sources().items()}
-
-
-def test_the_top_level_holds_stages_and_library_alone(tree):
-    assert set(tree) <= STAGES | LIBRARY and LIBRARY <= set(tree)
-
-
-def test_modules_import_what_they_may(tree):
-    for module, outer in tree.items():
-        more = outer - MAY[module] - set(sys.stdlib_module_names)
+def test_stages_and_library_import_what_they_may():
+    tree = sources()
+    assert set(tree) == STAGES | LIBRARY
+    for module, source in tree.items():
+        more = imports(source) - MAY[module] - set(sys.stdlib_module_names)
         assert not more, (module, more)
-
-
-def test_every_stage_imports_run_first():
-    """So that a Ctrl-C while torch is imported ends in a line."""
-    for module in STAGES & set(sources()):
-        first = next(node for node in sources()[module].body if isinstance(node, ast.Import))
-        assert first.names[0].name == "run", module
+        first = next(node for node in source.body if isinstance(node, ast.Import))
+        # so that a Ctrl-C while torch is imported ends in a line
+        assert module in LIBRARY or first.names[0].name == "run", module
 
 
 def test_imports_inside_functions_are_of_optional_packages():
@@ -77,8 +67,8 @@ def test_imports_inside_functions_are_of_optional_packages():
                     assert OPTIONAL & set(name.split(".")), (module, name)
 
 
-def test_there_is_no_circle(tree):
-    left = {module: outer & set(tree) for module, outer in tree.items()}
+def test_there_is_no_circle():
+    left = {module: imports(source) & set(sources()) for module, source in sources().items()}
     while left:
         ready = {module for module, needed in left.items() if not needed & set(left)}
         assert ready, f"a circle among {sorted(left)}"
