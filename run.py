@@ -928,6 +928,8 @@ class Job:
             signal.signal(s, handler)
         if self.writer is not None:
             self.writer.join()
+        if self.board is not None:
+            self.board.close()
         if self.lock is not None:
             LOCKS.discard(self.lock)
             self.lock.close()

@@ -418,3 +418,13 @@ def test_help_shows_groups_and_every_default(stage, capsys):
     for words in ("data:", "model:", "loss:", "optimisation:", "run:", "(default: 0.75)",
                   "(default: 4096, embedded 128)", "(default: auto)"):
         assert words in said and end.value.code == 0, words
+
+
+def test_tensorboard_gets_the_log_and_the_views(small, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = train("graft", tmp_path, "--tensorboard", "--epochs", "1")
+    board = events.EventAccumulator(str(out)).Reload()
+    assert [round(e.value, 4) for e in board.Scalars("loss")] == [
+        round(line["loss"], 4) for line in log_of(out)]
+    assert len(board.Images("views")) == 1
+    assert {"acc", "std", "rank", "lr/1"} <= set(board.Tags()["scalars"])
