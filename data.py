@@ -1148,6 +1148,8 @@ def drawn(dataset, spec, seed, draw):
     order = shuffled(len(labels), SUBSET, 3, seed)
     if draw == "natural":
         n = max(round(len(labels) * value / 100), 1) if share else value * len(classes)
+        if n > len(labels):
+            raise DataError(f"--labels {spec!r}: there are only {len(labels)} images")
         return order[:n].sort().values
     counts = labels.bincount(minlength=len(classes))
     wanted = torch.full_like(counts, value) if not share else (

@@ -207,7 +207,7 @@ OPTIONS = {
     "tensorboard": dict(action="store_true", help="write the log for tensorboard too"),
 }
 # options that change how a run goes, not what it computes: they may differ when it is resumed
-RUNTIME = ("out", "resume", "device", "workers", "compile", "accum", "micro_batch", "log_every",
+RUNTIME = ("out", "resume", "device", "workers", "compile", "micro_batch", "log_every",
            "save_minutes", "mode", "every_epochs", "knn_every", "eval_every", "results", "max_bad",
            "timeout_minutes", "deterministic", "tensorboard")
 

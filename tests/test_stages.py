@@ -1,5 +1,4 @@
 """The two training stages in small runs: what they write, what they resume, what they refuse."""
-import copy
 import json
 import math
 import os
@@ -8,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
 
 import augment
 import checkpoint
@@ -17,7 +15,7 @@ import graft_train
 import mae_pretrain
 import model
 import run
-from conftest import assert_identical, log_of, saved
+from conftest import assert_identical, folder_of, log_of, saved
 
 STAGES = {"mae": mae_pretrain, "graft": graft_train}
 
@@ -348,20 +346,16 @@ BOTH, GRAFT = ("mae", "graft"), ("graft",)
 BAD_INPUT = [
     (BOTH, ["--data", "{tmp}/nowhere"], "no such folder or list file"),
     (BOTH, ["--data", "{tmp}/empty"], "no images found"),
-    (BOTH, ["--lr", "1e-3,x"], "'x' is not a number"),
     (BOTH, ["--lr", "1e-3,1e-3"], "the number of stages must divide the depth"),
     (BOTH, ["--lr", "0"], "nothing is left to train"),
     (BOTH, ["--freeze-blocks", "4"], "nothing is left to train"),
     (BOTH, ["--batch-size", "129"], "--batch-size 129 is more than the 128 images"),
     (BOTH, ["--img-size", "20"], "not a multiple of --patch-size 8"),
-    (BOTH, ["--img-size", "16x16x3"], "neither a side"),
-    (BOTH, ["--range", "3,1"], "neither auto nor LOW,HIGH"),
     (BOTH, ["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs a GPU"),
     (BOTH, ["--knn-every", "1", "--data", "{tmp}/flat", "--batch-size", "2"], "needs labels"),
     (BOTH, ["--out", "{tmp}/a_file"], "cannot write there"),
     (BOTH, ["--init", "{tmp}/shape.pt"], "go with --init none"),
     (GRAFT, ["--anchor-weight", "1"], "it cannot go with --init none"),
-    (GRAFT, ["--batch-size", "1"], "1 is out of range, it must be at least 2"),
 ]
 
 
@@ -370,9 +364,7 @@ BAD_INPUT = [
 def test_bad_input_ends_in_one_line(small, tmp_path, capsys, monkeypatch, stage, options, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a_file").write_text("")
-    (tmp_path / "flat").mkdir()
-    for i in range(2):
-        Image.new("RGB", (24, 136)).save(tmp_path / "flat" / f"{i}.png")
+    folder_of(tmp_path / "flat", ["0.png", "1.png"], (136, 24))
     base = ["--out", tmp_path / "out", "--arch", "vit_test", "--img-size", "32",
             "--batch-size", "32", "--init", "none"]
     options = [option.replace("{tmp}", str(tmp_path)) for option in options]
@@ -404,7 +396,7 @@ def test_a_loss_that_is_not_finite_skips_its_step_and_leaves_no_trace(small, tmp
 
     def kept(self, step, *more):
         save(self, step, *more)
-        after[step] = copy.deepcopy(self.net.state_dict())
+        after[step] = {k: v.clone() for k, v in self.net.state_dict().items()}
 
     monkeypatch.setattr(run.Job, "record", noted)
     monkeypatch.setattr(run.Job, "save", kept)
