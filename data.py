@@ -340,7 +340,8 @@ class Progress:
             of = f" of {self.total}"
             left = f", left {duration((self.total - self.done) / rate)}"
         line = f"{self.what}: {self.done}{of} {self.unit}, {rate:.3g}/s{left}"
-        end = "" if terminal and self.done != self.total else "\n"
+        done = self.total is not None and self.done >= self.total
+        end = "" if terminal and not done else "\n"
         print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
 
 
@@ -1147,6 +1148,8 @@ def drawn(dataset, spec, seed, draw):
     order = shuffled(len(labels), SUBSET, 3, seed)
     if draw == "natural":
         n = max(round(len(labels) * value / 100), 1) if share else value * len(classes)
+        if n > len(labels):
+            raise DataError(f"--labels {spec!r}: there are only {len(labels)} images")
         return order[:n].sort().values
     counts = labels.bincount(minlength=len(classes))
     wanted = torch.full_like(counts, value) if not share else (

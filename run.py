@@ -92,8 +92,8 @@ class Parser(argparse.ArgumentParser):
         """The help with every default, but those of which an option's own help tells."""
         for action in self._actions:
             default = self.paper.get(action.dest, action.default)
-            if default not in (None, "", argparse.SUPPRESS) and default is not False and (
-                    action.option_strings and "default" not in action.help):
+            told = default in (None, "", argparse.SUPPRESS) or default is False
+            if action.option_strings and not told and "default" not in (action.help or "default"):
                 small = shown(self.small.get(action.dest, default))
                 also = f", embedded {small}" if small != shown(default) else ""
                 action.help += f" (default: {shown(default)}{also})"
@@ -117,10 +117,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def shown(value):
-    """A default as it is typed: 1.5e-5,1.5e-5,1.5e-4."""
-    if isinstance(value, list) and all(isinstance(v, int) for v in value):
+    """A default as it is typed: 1.5e-5,1.5e-5,1.5e-4 or, a size, 224."""
+    if not isinstance(value, list):
+        return str(value)
+    if len(value) == 2 and all(isinstance(v, int) for v in value):
         return "x".join(map(str, dict.fromkeys(value)))
-    return ",".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
+    return ",".join(v if isinstance(v, str) else f"{v:g}" for v in value)
 
 
 def number(kind=float, low=0.0, high=MOST, above=False):
@@ -190,8 +192,9 @@ OPTIONS = {
     "resume": dict(AUTO, choices=("auto", "never"), help="go on from --out, or start over"),
     "seed": dict(type=number(int, 0, 2 ** 31), default=0, help="of weights, order, crops, masks"),
     "device": dict(AUTO, choices=("auto", "cpu", "cuda"), help="auto: a GPU, if any"),
-    "amp": dict(AUTO, choices=("auto", "bf16", "fp16", "off"), help="auto: bf16 if it has it"),
-    "compile": dict(AUTO, choices=("auto", "on", "off"), help="torch.compile; auto: on a GPU"),
+    "amp": dict(AUTO, choices=("auto", "bf16", "fp16", "off"),
+                help="auto: bf16 if the hardware has it"),
+    "compile": dict(AUTO, choices=("auto", "on", "off"), help="torch.compile, auto: on a GPU"),
     "log-every": dict(type=SIZE, default=20, help="steps between lines of the log"),
     "save-minutes": dict(type=number(float, 0, above=True), default=10.0,
                          help="between checkpoints; the last step and a signal save too"),
@@ -204,7 +207,7 @@ OPTIONS = {
     "tensorboard": dict(action="store_true", help="write the log for tensorboard too"),
 }
 # options that change how a run goes, not what it computes: they may differ when it is resumed
-RUNTIME = ("out", "resume", "device", "workers", "compile", "accum", "micro_batch", "log_every",
+RUNTIME = ("out", "resume", "device", "workers", "compile", "micro_batch", "log_every",
            "save_minutes", "mode", "every_epochs", "knn_every", "eval_every", "results", "max_bad",
            "timeout_minutes", "deterministic", "tensorboard")
 
@@ -851,7 +854,7 @@ class Job:
         log, the checkpoint when it is time, and the end when a signal has asked for it."""
         self.enter()
         try:
-            step = self.resume()
+            step = self.vote_at = self.last_vote = self.resume()
             self.describe()
             while step < self.total:
                 start = step % self.epoch_steps
@@ -919,7 +922,6 @@ class Job:
         main = threading.current_thread() is threading.main_thread()    # no other gets signals
         self.handlers = {s: signal.signal(s, self.on_signal) for s in self.SIGNALS if main}
         self.marked = self.saved = self.voted = time.perf_counter()
-        self.vote_at, self.last_vote = 0, None
 
     def leave(self):
         for s, handler in self.handlers.items():
@@ -946,8 +948,7 @@ class Job:
             return self.signal or 0, due
         if step < self.vote_at and step % self.args.log_every:
             return 0, False
-        first = self.last_vote is None
-        pace = self.VOTE_SECONDS if first else (now - self.voted) / (step - self.last_vote)
+        pace = (now - self.voted) / (step - self.last_vote)         # seconds a step
         signals, dues, paces = zip(*peers.ask("signals", [self.signal or 0, due, pace]))
         self.voted, self.last_vote = now, step
         self.vote_at = step + max(1, int(self.VOTE_SECONDS / max(*paces, 1e-6)))
@@ -988,10 +989,10 @@ class Job:
         self.saved = time.perf_counter()
 
     def write(self, files):
+        fresh, last, previous = map(self.path, ("fresh.pt", "last.pt", "previous.pt"))
         try:
             for name, content in files.items():
                 checkpoint.save(content, self.path(name))
-            fresh, last, previous = map(self.path, ("fresh.pt", "last.pt", "previous.pt"))
             checkpoint.read(fresh)
             if os.path.exists(last):
                 os.replace(last, previous)
@@ -1103,7 +1104,7 @@ class Job:
 
     def log(self, step):
         """Write a line of log.jsonl and the progress line: means since the last, over processes."""
-        env, now = self.env, time.perf_counter()
+        env = self.env
         losses = torch.stack([loss.float() for _, loss, *_ in self.window]).to(env.device)
         if env.processes > 1:
             dist.all_reduce(losses)
@@ -1117,6 +1118,7 @@ class Job:
             more = feature_stats(*tensors, env.rank) | more
         more = {k: float(v) for k, v in more.items()}
         self.check_collapse(step, loss, more)
+        now = time.perf_counter()                           # the device has been waited for
         took = now - self.marked
         pace = took / len(self.window)
         rate, wait = self.images / pace, min(self.loader.waited / took, 1.0)
@@ -1193,6 +1195,7 @@ class Job:
 
     def way_out(self):
         """What to do when a run has gone wrong."""
-        last = self.path("last.pt")
-        kept = f"the last good checkpoint is {last}" if os.path.exists(last) else "nothing is saved"
+        last, kept = self.path("last.pt"), "nothing saved yet"
+        if os.path.exists(last):
+            kept = f"the last good checkpoint is {last}"
         return f"{kept}. Try a lower --lr, a longer warm-up or --amp off"
