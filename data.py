@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import signal
 import stat
 import sys
 import tarfile
@@ -1434,10 +1435,14 @@ class Loader:
             self.place, before = None, time.perf_counter()
             try:
                 parts = [next(self.items) for _ in range(-(-len(ids) // self.part))]
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker (pid"):
+            except (RuntimeError, OSError, EOFError) as error:
+                dead = "DataLoader worker (pid" in str(error)
+                if not dead and (isinstance(error, RuntimeError) or not self.reader.num_workers):
                     raise
-                raise DataError(f"{error} (fewer --workers need less memory)", 1) from None
+                with contextlib.suppress(ValueError):           # torch would raise once more
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                said = error if dead else f"a DataLoader worker has died ({error})"
+                raise DataError(f"{said} (fewer --workers need less memory)", 1) from None
             self.waited += time.perf_counter() - before
             batch = self.collect(ids, epoch, parts)
             if self.shuffle:

@@ -10,6 +10,8 @@ blocks on top.
 Writes last.pt (to resume), classifier.pt (for `evaluate.py --mode predict`) and log.jsonl into
 --out, and the accuracy on the test images after the last epoch as a line of results.jsonl.
 """
+import run  # first: a Ctrl-C while torch is imported ends in one line
+
 import os
 
 import torch
@@ -20,7 +22,6 @@ from torchvision.transforms import v2
 import augment
 import checkpoint
 import data
-import run
 from model import (Classifier, VisionTransformer, accuracies, confusion_matrix, freeze, lr_factor,
                    param_groups, set_rates)
 from run import RunError, UsageError, number

@@ -284,6 +284,8 @@ def program(main, get_args):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except Exception as error:
+        if str(error).startswith("DataLoader worker (pid"):     # raised wherever the program is
+            error = RunError(f"{error} (fewer --workers need less memory)")
         if not hasattr(error, "exit_code"):
             error = peers.blame(error) if peers is not None else None
             if error is None:
