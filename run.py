@@ -862,11 +862,21 @@ class Job:
                 start = step % self.epoch_steps
                 for batch in self.loader.epoch(step // self.epoch_steps, start=start):
                     self.step = step
+                    if self.board is not None and step == 0:
+                        self.show(batch)
                     yield step, batch
                     step += 1
                     self.after(step)
         finally:
             self.leave()
+
+    def show(self, batch):
+        """The views of the first images of a batch as tensorboard's picture, a row a view."""
+        rows = []
+        for k in range(len(self.loader.views)):
+            images = (batch.view(k)[:8] * self.loader.std + self.loader.mean).clamp(0, 1)
+            rows.append(torch.cat(list(images.expand(-1, max(images.shape[1], 3), -1, -1)[:, :3]), 2))
+        self.board.add_image("views", torch.cat(rows, 1), 0)
 
     def ends_epoch(self, every):
         """Whether the step under way ends an epoch that is a multiple of `every` (0: never)."""
