@@ -18,6 +18,7 @@ import gc
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import stat
@@ -52,8 +53,6 @@ MEMORY_LIMIT = 4 << 30      # bytes of pixels up to which images of one size are
 MEMORY_SIDE = 128           # and up to which side: larger ones are cropped by workers
 CHUNK = 512                 # images of a view that are augmented at once, which bounds the memory
 OLD_PACK = b"\x89picture pack 1\n"    # how the packs of older versions begin
-OPEN_TARS = 256             # tars a process keeps open; what is beyond is opened for each image
-SYNC = 64 << 20             # bytes between flushes to the disk while a tar is written
 FILTERS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
 
@@ -97,35 +96,6 @@ def note(text):
     say(f"note: {text}")
 
 
-def duration(seconds):
-    """1:02:03 or 2:03."""
-    hours, rest = divmod(int(seconds + 0.5), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
-
-
-class Progress:
-    """How far a long job has come, its rate and, with a total, the time left, after its first five
-    seconds: on a terminal one line that is rewritten, elsewhere a line every 30 seconds."""
-
-    def __init__(self, what, total=None, unit="images", quiet=False):
-        self.what, self.total, self.unit, self.done, self.quiet = what, total, unit, 0, quiet
-        self.started = time.perf_counter()
-        self.next = self.started + 5
-
-    def step(self, n=1):
-        self.done += n
-        now = time.perf_counter()
-        if self.quiet or now < self.next:
-            return
-        terminal, rate = sys.stderr.isatty(), self.done / (now - self.started)
-        self.next = now + (0.5 if terminal else 30)
-        of = f" of {self.total}" if self.total else ""
-        left = f", left {duration((self.total - self.done) / rate)}" if self.total else ""
-        line = f"{self.what}: {self.done}{of} {self.unit}, {rate:.3g}/s{left}"
-        end = "" if terminal and self.done != self.total else "\n"
-        print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
-
-
 # ------------------------------------------------------------------------------------- image files
 def open_image(file):
     """An image file, a path or file object, opened by pillow and not yet decoded, or a BadFile."""
@@ -163,6 +133,8 @@ class Encoded:
     """
 
     def __init__(self, content):
+        if not content:
+            raise BadFile("empty file")
         self.content, self.image = content, open_image(io.BytesIO(content))
         form, mode = self.image.format, self.image.mode
         self.is_jpeg = form in ("JPEG", "MPO")
@@ -246,35 +218,32 @@ def exact_crop(pixels, box, size, mode):
 
 # --------------------------------------------------------------------------------- sources of bytes
 class Names:
-    """Strings as one run of bytes, a sequence: in a worker a million neither cost nor grow.
+    """Strings as one numpy array of bytes, a sequence: in a worker a million neither cost nor grow.
 
-    Name i lies in `text` from first[i] to last[i].
+    text: the names joined by zero bytes, in place of names.
     """
 
-    def __init__(self, names=(), text=None, first=None, last=None):
-        self.text = os.fsencode("\0".join(names)) if text is None else text
-        if first is None:
-            last = np.flatnonzero(np.frombuffer(self.text + b"\0" * bool(self.text), np.uint8) == 0)
-            first = np.append(0, last + 1)[:-1]
-        self.first, self.last = first, last
+    def __init__(self, names=(), text=None):
+        text = os.fsencode("\0".join(names)) if text is None else text
+        self.array = np.array(text.split(b"\0") if text else [], bytes)
 
     def __len__(self):
-        return len(self.first)
+        return len(self.array)
 
     def __getitem__(self, i):
-        return os.fsdecode(self.text[self.first[i]:self.last[i]])
+        return os.fsdecode(self.array[i])
 
     def select(self, ids, cut=0):
         """The names at ids, without their first `cut` bytes."""
-        ids = np.asarray(ids, np.int64)
-        return Names(text=self.text, first=self.first[ids] + cut, last=self.last[ids])
+        part = Names()
+        part.array = self.array[np.asarray(ids, np.int64)]
+        if cut:
+            part.array = np.array([name[cut:] for name in part.array.tolist()], bytes)
+        return part
 
     def folders(self):
         """The bytes before the first / of each name, b"" where there is none."""
-        slashes = np.flatnonzero(np.frombuffer(self.text, np.uint8) == ord("/"))
-        slashes = np.append(slashes, len(self.text))[np.searchsorted(slashes, self.first)]
-        ends = np.where(slashes < self.last, slashes, self.first)
-        return [self.text[a:b] for a, b in zip(self.first.tolist(), ends.tolist())]
+        return [name[:max(name.find(b"/"), 0)] for name in self.array.tolist()]
 
     def below(self, folder):
         """Indices of the names that begin with folder/."""
@@ -320,12 +289,43 @@ class FileSource:
         return FileSource(self.root, self.names.select(ids))
 
 
+def duration(seconds):
+    """1:02:03 or 2:03."""
+    hours, rest = divmod(int(seconds + 0.5), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+class Progress:
+    """How far a long job has come, its rate and the time left, after its first five seconds: on a
+    terminal one line that is rewritten, elsewhere a line every 30 seconds."""
+
+    def __init__(self, what, total=None, unit="images", quiet=False):
+        self.what, self.total, self.unit, self.done = what, total, unit, 0
+        self.started = time.perf_counter()
+        self.due = math.inf if quiet else self.started + 5
+
+    def step(self, n=1):
+        self.done += n
+        now, terminal = time.perf_counter(), sys.stderr.isatty()
+        if now < self.due:
+            return
+        self.due = now + (0.5 if terminal else 30)
+        rate, of, left = self.done / (now - self.started), "", ""
+        if self.total:
+            of = f" of {self.total}"
+            left = f", left {duration((self.total - self.done) / rate)}"
+        line = f"{self.what}: {self.done}{of} {self.unit}, {rate:.3g}/s{left}"
+        done = self.total is not None and self.done >= self.total
+        end = "" if terminal and not done else "\n"
+        print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
+
+
 # ---------------------------------------------------------------------------------------- tar files
 class TarSource(FileSource):
     """Images in tars, named and ordered as in the folder that the tars unpack to.
 
-    tars: their paths, with their sizes when indexed. places (N, 3): number of the tar, offset and
-    length of each image. labels, classes: from WebDataset's .cls files. tops: the first folders.
+    tars: their [(path, bytes)]. places (N, 3): number of the tar, offset and length of each image.
+    labels (N,), -1 for none, and classes: of WebDataset's .cls files. tops: the first folders.
     """
 
     def __init__(self, root, names, tars, places, labels=None, classes=None, tops=()):
@@ -334,52 +334,19 @@ class TarSource(FileSource):
 
     def content(self, i):
         """The bytes of image i, a bytearray. OSError when its tar is not what it was."""
-        which, at, length = self.places[i].tolist()
-        return self.tars.read(which, at, length)
+        tar, at, length = self.places[i].tolist()
+        (path, size), content = self.tars[tar], bytearray(length)
+        with open(path, "rb", buffering=0) as f:
+            read = os.preadv(f.fileno(), [content], at)
+            if read < length or os.fstat(f.fileno()).st_size != size:
+                raise OSError(f"{path} has changed since it was opened")
+        return content
 
     def select(self, ids, cut=0):
         """The images at ids, indices, without the first `cut` bytes of their names."""
         ids = np.asarray(ids, np.int64)
-        labels = None if self.labels is None else self.labels[ids]
         return TarSource(self.root, self.names.select(ids, cut), self.tars, self.places[ids],
-                         labels, self.classes)
-
-    def part(self, name):
-        """The images in a first folder, by their names in it, and the classes that they have."""
-        part = self.select(self.names.below(name), len(os.fsencode(name)) + 1)
-        if part.labels is not None:
-            used, part.labels = np.unique(part.labels, return_inverse=True)
-            part.classes = [self.classes[i] for i in used if i >= 0]
-            part.labels = part.labels - len(used) + len(part.classes)
-        return part
-
-
-class Tars:
-    """Tar files, opened by whoever reads first: each process by itself, and pickled unopened."""
-
-    def __init__(self, paths, sizes):
-        self.paths, self.sizes, self.fds = paths, sizes, {}
-
-    def __getstate__(self):
-        return self.__dict__ | dict(fds={})
-
-    def __del__(self):
-        for fd in self.fds.values():
-            os.close(fd)
-
-    def read(self, which, at, length):
-        content, kept = bytearray(length), self.fds.get(which)
-        fd = os.open(self.paths[which], os.O_RDONLY) if kept is None else kept
-        if len(self.fds) < OPEN_TARS:
-            kept = self.fds.setdefault(which, fd)           # another thread may have been faster
-        try:
-            size = os.fstat(fd).st_size
-            if os.preadv(fd, [content], at) < length or size != self.sizes[which]:
-                raise OSError(f"{self.paths[which]} has changed since it was opened")
-            return content
-        finally:
-            if fd != kept:
-                os.close(fd)
+                         self.labels[ids] if self.classes else None, self.classes)
 
 
 def find_tars(path):
@@ -392,228 +359,132 @@ def find_tars(path):
         return tars_below(path)
     if os.path.isfile(path):
         with open(path, "rb") as f:
-            head = f.read(512)
+            head = f.read(32)
         if head.startswith(OLD_PACK):
             raise DataError(f"{path} is a pack of an older version; make a tar, which any tool can "
                             "read, from the folder again: python data.py pack FOLDER FILE.tar")
-        named = path.lower().endswith(".tar") and not head.startswith(tuple(NOT_LISTS))
-        return [path] if named or head[257:262] == b"ustar" else None
+        return [path] if path.endswith(".tar") and not head.startswith(tuple(NOT_LISTS)) else None
     braces = re.search(r"\{([^{}]*)\}", path)
     if braces is None:
         return None
-    ends = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
-    parts = braces[1].split(",")
+    parts, ends = braces[1].split(","), re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
     if ends:
-        numbers = range(int(ends[1]), int(ends[2]) + 1)
-        parts = (str(i).zfill(len(ends[1])) for i in numbers)
-    found = []
-    for one in (path[:braces.start()] + part + path[braces.end():] for part in parts):
-        tars = find_tars(one)
-        if tars is None:
-            raise DataError(f"{one}: no such tar")
-        found += tars
-    return found
+        parts = [str(i).zfill(len(ends[1])) for i in range(int(ends[1]), int(ends[2]) + 1)]
+    paths = [path[:braces.start()] + part + path[braces.end():] for part in parts]
+    found = [find_tars(one) for one in paths]
+    if None in found:
+        raise DataError(f"{paths[found.index(None)]}: no such tar")
+    return sum(found, [])
 
 
-def tars_below(folder, depth=3):
+def tars_below(folder, depth=2):
     """Tars in a folder and in those below it, sorted; None if there are images or other folders."""
-    tars, folders = [], []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                name = entry.name.lower()
-                if name.endswith(EXTENSIONS):
+    tars = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.lower().endswith(EXTENSIONS):
+                return None
+            if entry.name.endswith(".tar") and entry.name[0] != ".":
+                tars.append(entry.path)
+            elif entry.is_dir() and entry.name[0] != ".":
+                below = depth and tars_below(entry.path, depth - 1)
+                if not below:
                     return None
-                if name.endswith(".tar") and not name.startswith("."):
-                    tars.append(entry.path)
-                elif entry.is_dir() and not name.startswith("."):
-                    folders.append(entry.path)
-    except OSError:                         # said when it is listed
-        return None
-    tars.sort()
-    for inner in sorted(folders):
-        more = tars_below(inner, depth - 1) if depth else None
-        if more is None:
-            return None
-        tars += more
-    return tars or None
+                tars += below
+    return sorted(tars) or None
 
 
-def tar_number(field):
-    """A number of a tar header: octal or, with its first bit set, the bytes themselves."""
-    if field[0] & 0x80:
-        return int.from_bytes(field[1:], "big")
-    return int(field.rstrip(b"\0 ") or b"0", 8)
-
-
-def pax_records(content):
-    """{key: value} of a pax header, whose records are "length key=value\\n"."""
-    found = {}
-    while content:
-        length = int(content.split(b" ", 1)[0])
-        if length < 5:                      # or it would never end
-            raise ValueError
-        key, value = content[:length - 1].split(b" ", 1)[1].split(b"=", 1)
-        found[key] = value
-        content = content[length:]
-    return found
-
-
-def tar_members(fd, at, end, where):
-    """(type, name, offset, size) of each member of the tar between two places of a file.
-
-    Types and names are bytes; reads headers alone, in a quarter of tarfile's time. DataError: the
-    tar is damaged or cut short, or has sparse files, which do not lie in one place.
-    """
-    special = {}
-    while True:
-        head = os.pread(fd, 512, at) if at + 512 <= end else b""
-        if head == bytes(512):
-            if os.pread(fd, min(10240, end - at), at).strip(b"\0"):
-                raise DataError(f"{where}: another tar begins after byte {at}; tar -A joins tars")
-            return
-        kind, data, size = head[156:157], at + 512, 0
-        try:
-            if head and tar_number(head[148:156]) != sum(head[:148]) + sum(head[156:]) + 8 * 32:
-                raise ValueError
-            if head and kind not in (b"1", b"2", b"3", b"4", b"5", b"6"):   # all without content
-                size = int(special.get(b"size") or tar_number(head[124:136]))
-            if size < 0:
-                raise ValueError
-            if kind == b"x":
-                special |= pax_records(os.pread(fd, min(size, 1 << 20), data))
-        except ValueError:
-            raise DataError(f"{where}: damaged, there is no header at byte {at}") from None
-        at = data + -(-size // 512) * 512
-        if at > end:
-            raise DataError(f"{where}: cut short, this tar has no end; copy or pack it again")
-        if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in special):
-            raise DataError(f"{where}: has sparse files; make it again without --sparse")
-        if kind == b"L":
-            special[b"path"] = os.pread(fd, min(size, 1 << 20), data)
-        elif kind not in (b"x", b"g", b"K"):
-            name = head[:100].split(b"\0", 1)[0]
-            if head[257:263] == b"ustar\0" and head[345]:
-                name = head[345:500].split(b"\0", 1)[0] + b"/" + name
-            yield kind, special.get(b"path", name).split(b"\0", 1)[0], data, size
-            special = {}
-
-
-def tar_images(path, labels):
-    """(name, offset, size) of each file in a tar that is not hidden, and of those of tars in it, in
-    a folder of the inner tar's name; {KEY: label} of .cls files goes into labels."""
-    with open(path, "rb") as f:
-        todo, links = [(0, os.fstat(f.fileno()).st_size, "")], 0
-        while todo:
-            start, end, folder = todo.pop()
-            for kind, name, offset, size in tar_members(f.fileno(), start, end, path):
-                name = os.fsdecode(name)
-                parts = [part for part in name.split("/") if part not in ("", ".")]
-                if name.startswith("/") or ".." in parts:
-                    raise DataError(f"{path}: refused, {name!r} in this tar leads out of it")
-                links += kind in (b"1", b"2")
-                if kind not in (b"0", b"\0", b"7") or any(part[0] == "." for part in parts):
+def tar_members(f, path, start=0):
+    """(name, offset, size) of each file in the tar that begins at a place of an open one, and of
+    those of tars in it, in a folder of the inner tar's name; neither hidden ones nor links.
+    DataError: it is damaged or cut short."""
+    f.seek(start)
+    links = 0
+    try:
+        with tarfile.open(fileobj=f, mode="r:", encoding="utf-8") as tar:
+            while member := tar.next():
+                tar.members = []            # or a million of them stay in memory
+                parts = [part for part in member.name.split("/") if part not in ("", ".")]
+                if not member.isreg() or member.issparse():
+                    links += not member.isdir()
+                elif not parts or any(part[0] == "." for part in parts):
                     continue
-                name = folder + "/".join(parts)
-                if name.endswith(".tar"):
-                    todo.append((offset, offset + size, name[:-4] + "/"))
-                elif name.endswith(".cls"):
-                    text = os.pread(f.fileno(), min(size, 4096), offset)
-                    labels[name[:-4]] = text.decode("utf-8", "replace").strip()
+                elif parts[-1].endswith(".tar"):
+                    inner = "/".join(parts)[:-4]
+                    for name, *place in tar_members(f, path, member.offset_data):
+                        yield f"{inner}/{name}", *place
                 else:
-                    yield name, offset, size
+                    yield "/".join(parts), member.offset_data, member.size
+    except tarfile.TarError as error:
+        raise DataError(f"{path}: this tar is damaged or cut short ({error})") from None
+    # tarfile stops without a word at a header that it cannot read, and where tars are joined
+    rest = os.pread(f.fileno(), 1024 if start else 10240, tar.offset)
+    if len(rest) < 512 or rest.strip(b"\0"):
+        raise DataError(f"{path}: this tar is damaged, cut short or two in one at {tar.offset}")
     if links:
-        say(f"warning: {path}: passed over {links} links; tar -h "
-            "--hard-dereference packs the files")
-
-
-def label_of(name, labels):
-    """The text of KEY.cls, where KEY is the name to its ending or to its file's first dot."""
-    folder, slash, file = name.rpartition("/")
-    return labels.get(os.path.splitext(name)[0]) or labels.get(
-        folder + slash + file.split(".", 1)[0], "")
+        note(f"{path}: passed over {links} links and the like (tar -h packs what they stand for)")
 
 
 def index_tars(path, tars):
-    """{names, places, labels, lists}: arrays with all that open_tars needs."""
-    names, places, labels, other = [], array("q"), [], {}
-    progress = Progress(f"indexing {path}")
-    for number, tar in enumerate(tars):
-        texts, first = {}, len(names)
-        for name, *place in tar_images(tar, texts):
-            if not name.lower().endswith(EXTENSIONS):
-                other.setdefault(ending_of(name), []).append(len(names))
-            names.append(name)
+    """{names, places, labels, classes, tops}, arrays: the index of tars [(path, bytes)]."""
+    names, places, labels, progress = [], array("q"), [], Progress(f"indexing {path}")
+    for number, (tar, _) in enumerate(tars):
+        files, texts = {}, {}
+        with open(tar, "rb") as f:
+            for name, *place in tar_members(f, tar):
+                progress.step()
+                if name.endswith(".cls"):
+                    text = os.pread(f.fileno(), min(place[1], 4096), place[0])
+                    texts[name[:-4]] = text.decode("utf-8", "replace").strip()
+                else:
+                    files[name] = place     # the last of one name, as when unpacked
+        names += files
+        labels += [texts.get(re.sub(r"\.[^/]*$", "", name), "") for name in files]
+        for place in files.values():
             places.extend((number, *place))
-            progress.step()
-        labels += [label_of(name, texts) if texts else "" for name in names[first:]]
     places = np.frombuffer(places, np.int64).reshape(-1, 3)
-    files = TarSource(path, Names(names), Tars(tars, list(map(os.path.getsize, tars))), places)
-    passed = {ending: ids for ending, ids in other.items() if not are_images(files.select(
-        sorted({ids[0], ids[len(ids) // 2], ids[-1]})))}
+    source, other = TarSource(path, Names(names), tars, places), {}
+    for i, name in enumerate(names):
+        if not name.lower().endswith(EXTENSIONS):
+            other.setdefault(ending_of(name), []).append(i)
+    passed = {ending: ids for ending, ids in other.items()
+              if not are_images(source.select([ids[0], ids[len(ids) // 2], ids[-1]]))}
     say_passed(path, Counter({ending: len(ids) for ending, ids in passed.items()}))
-    rows = sorted(set(range(len(names))).difference(*passed.values()))
-    names, labels, places = [names[i] for i in rows], [labels[i] for i in rows], places[rows]
-    if len(tars) > 1:
-        names = in_folders(path, tars, names, places[:, 0].tolist(), any(labels))
-    else:
-        names = without_top(path, names)
-    keys = [walk_order(name) for name in names]
-    order = sorted(range(len(names)), key=keys.__getitem__)
-    order = [i for i, j in zip(order, order[1:] + [-1])     # the last of one name, as when unpacked
-             if j < 0 or names[i] != names[j]]
+    names = in_folders(path, [tar for tar, _ in tars], names, places[:, 0].tolist())
+    # as list_files: in each folder its files, then its folders
+    keys = ["//".join(os.path.split(name)).replace("/", "\0") for name in names]
+    order = sorted(set(range(len(names))).difference(*passed.values()), key=keys.__getitem__)
+    names, labels = [names[i] for i in order], [labels[i] for i in order]
     classes = sorted_classes(set(labels) - {""})
     numbers = {text: i for i, text in enumerate(classes)} | {"": -1}
-    text = os.fsencode("\0".join(names[i] for i in order))
-    tops = sorted({names[i].split("/", 1)[0] for i in order if "/" in names[i]})
-    return dict(names=np.frombuffer(text, np.uint8), places=places[order],
-                labels=np.array([numbers[labels[i]] for i in order], np.int64),
-                lists=np.frombuffer(json.dumps([classes, tops]).encode(), np.uint8))
+    return dict(names=np.frombuffer(os.fsencode("\0".join(names)), np.uint8),
+                places=places[order], classes=np.array(classes, str),
+                labels=np.array([numbers[label] for label in labels], np.int64),
+                tops=np.array(sorted({n.split("/", 1)[0] for n in names if "/" in n}), str))
 
 
-def walk_order(name):
-    """The key that sorts names as list_files: in each folder its files, then its folders."""
-    folder, _, file = name.rpartition("/")
-    return folder.replace("/", "\0") + "\0\0" + file
+def in_folders(path, tars, names, tar):
+    """The names of images as in the folder that their tars, of these numbers, stand for.
 
-
-def without_top(path, names):
-    """The names in one tar without the folder that was packed, if all begin with its name: one that
-    the tar is named after, or one with train/ and the like in it."""
-    top = names[0].split("/")[0] + "/" if names else ""
-    if not all(name.startswith(top) for name in names) or part_kind(top[:-1]):
-        return names
-    inner = {name.split("/")[1] for name in names}
-    if top[:-1] == os.path.basename(path)[:-4] or any(map(part_kind, inner)):
-        return [name[len(top):] for name in names]
-    return names
-
-
-def in_folders(path, tars, names, tar, labelled):
-    """The names of images in several tars, with the folders that their tars stand for.
-
-    Tars below a folder keep the folders they lie in. Where each is named as train, val or test and
-    not all the same, these are the parts. Images without folders and .cls files have the tar's name
-    as their class, but for numbered shards, unless images are named after the tar as ImageNet's.
+    Tars keep the folders they lie in. Where each is named as train, val or test and not all the
+    same, these are the parts. Images named after their tar, as ImageNet's, have it as their class.
+    A folder around all is left out if the tar has its name, or train/ and the like lie in it.
     """
-    stems = [os.path.splitext(os.path.basename(one))[0] for one in tars]
-    folders = [""] * len(tars)
-    if os.path.isdir(path):
-        folders = [os.path.relpath(os.path.dirname(one), path) + "/" for one in tars]
-        folders = ["" if folder == "./" else folder for folder in folders]
+    root = path if os.path.isdir(path) else os.path.dirname(path.split("{")[0])
+    folders = [(os.path.dirname(one)[len(root):] + "/").lstrip("/") for one in tars]
+    stems = [os.path.basename(one)[:-4] for one in tars]
     parts = [next(filter(None, map(part_kind, re.split(r"[^a-z]+", stem.lower()))), None)
              for stem in stems]
     if None not in parts and len(set(parts)) > 1:
         folders = [f"{folder}{part}/" for folder, part in zip(folders, parts)]
-    elif not labelled and not any("/" in name for name in names):
-        shards = len({re.sub(r"\d+", "", stem) for stem in stems}) == 1
-        if not shards or all(name.startswith(stems[t]) for t, name in zip(tar, names)):
-            folders = [f"{folder}{stem}/" for folder, stem in zip(folders, stems)]
+    elif len(tars) > 1 and all(name.startswith(f"{stems[t]}_") for t, name in zip(tar, names)):
+        folders = [f"{folder}{stem}/" for folder, stem in zip(folders, stems)]
     names = [folders[t] + name for t, name in zip(tar, names)]
-    if len(set(names)) < len(set(zip(tar, names))):         # keys that begin anew in each shard
-        split = map(os.path.split, names)
-        names = [os.path.join(folder, f"{stems[t]}_{file}")
-                 for t, (folder, file) in zip(tar, split)]
+    top = names[0].split("/")[0] + "/" if names else ""
+    if all(name.startswith(top) for name in names) and not part_kind(top[:-1]):
+        inner = {name[len(top):].split("/")[0] for name in names}
+        if [top[:-1]] == stems or any(map(part_kind, inner)):
+            return [name[len(top):] for name in names]
     return names
 
 
@@ -623,48 +494,29 @@ def open_tars(path, tars):
     Their index is read, or made and kept: beside them, or where that cannot be written in the
     temporary folder. It holds as long as names, sizes and times of the tars do.
     """
-    status, full = [os.stat(tar) for tar in tars], os.path.abspath(path)
-    made = [[os.path.relpath(tar, os.path.dirname(full)), s.st_size, s.st_mtime_ns]
-            for tar, s in zip(tars, status)]
-    made = json.dumps([1, EXTENSIONS, made]).encode()
-    cache = os.path.join(tempfile.gettempdir(), f"tar-index-{os.getuid()}")
-    places = (os.path.join(full, "tars.index.npz") if os.path.isdir(path) else f"{full}.index.npz",
-              os.path.join(cache, f"{hashlib.sha256(os.fsencode(full)).hexdigest()[:32]}.npz"))
-    kept = next(filter(None, (read_index(place, made) for place in places)), None)
-    if kept is None:
-        kept = index_tars(path, tars)
-        with contextlib.suppress(OSError):
-            os.makedirs(cache, mode=0o700, exist_ok=True)
-        index = kept | dict(made=np.frombuffer(made, np.uint8))
-        any(write_index(place, index) for place in places)
-    names = Names(text=kept["names"].tobytes())
-    classes, tops = json.loads(kept["lists"].tobytes())
-    return TarSource(path, names, Tars(tars, [s.st_size for s in status]), kept["places"],
-                     *(kept["labels"], classes) if classes else (None, None), tops)
-
-
-def read_index(place, made):
-    """The arrays of an index, or None where there is none, or a damaged one or that of others."""
-    try:
+    full, status = os.path.abspath(path), [os.stat(tar) for tar in tars]
+    place = os.path.join(full, "tars.index.npz") if os.path.isdir(path) else f"{full}.index.npz"
+    if not os.path.exists(place) and not os.access(os.path.dirname(place), os.W_OK):
+        name = hashlib.sha256(os.fsencode(full)).hexdigest()[:32]
+        place = os.path.join(tempfile.gettempdir(), f"tar-index-{os.getuid()}-{name}.npz")
+    tars = [(tar, s.st_size) for tar, s in zip(tars, status)]
+    made = [(os.path.basename(tar), size, s.st_mtime_ns) for (tar, size), s in zip(tars, status)]
+    made, index = json.dumps([2, EXTENSIONS, made]), {}
+    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):
         with np.load(place, allow_pickle=False) as kept:
-            if kept["made"].tobytes() == made:
-                return {key: kept[key] for key in ("names", "places", "labels", "lists")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def write_index(place, arrays):
-    """Whether the index could be written; a reader finds it whole or not at all."""
-    part = f"{place}.{os.getpid()}.part"
-    try:
-        with open(part, "wb") as f:
-            np.savez(f, **arrays)
-        os.replace(part, place)
-        return True
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-        return False
+            index = dict(kept)
+    if index.get("made") != made:
+        index = index_tars(path, tars)
+        part = f"{place}.{os.getpid()}.part"
+        try:
+            with open(part, "wb") as f:
+                np.savez(f, made=made, **index)
+            os.replace(part, place)
+        except OSError as error:
+            note(f"{place}: cannot be written ({error.strerror}), so it is made again each time")
+    names, classes = Names(text=index["names"].tobytes()), index["classes"].tolist()
+    return TarSource(path, names, tars, index["places"], index["labels"] if classes else None,
+                     classes, index["tops"].tolist())
 
 
 class Dataset:
@@ -892,7 +744,8 @@ def open_source(path, train=None, whole=False):
     parts = {} if train is None else parts_of(path, tops)
     part = "" if train is None or whole else choose_part(path, parts, train)
     if tars:
-        return source.part(part) if part else source, parts
+        cut = len(os.fsencode(part)) + 1
+        return source.select(source.names.below(part), cut) if part else source, parts
     root = os.path.join(path, part) if part else path
     return FileSource(root, list_files(root, warn=True)), parts
 
@@ -1006,7 +859,9 @@ def open_folder(path, train, in_chans, labels_file=None, val_share=0):
     elif source.labels is None:
         dataset.label_by_folders(train)
     elif (source.labels >= 0).all():
-        dataset.labels, dataset.classes = torch.as_tensor(source.labels), source.classes
+        used, labels = np.unique(source.labels, return_inverse=True)
+        dataset.classes = [source.classes[i] for i in used]
+        dataset.labels = torch.from_numpy(labels)
     else:
         missing = np.flatnonzero(source.labels < 0)
         dataset.unlabelled = f"{len(missing)} have no .cls, first {source.name(missing[0])}"
@@ -1076,10 +931,10 @@ def first_of_each(labels, wanted, order):
 
 
 def every_image(path, in_chans=3, value_range=None):
-    """All images below a folder or in tars, of all parts, without labels; none if it is none."""
-    there = os.path.isdir(path) or find_tars(path)
-    source = open_source(path)[0] if there else FileSource(path, [])
-    dataset = Dataset(source, in_chans=in_chans, name=path)
+    """All images below a folder or in tars, of all parts, without labels. DataError: none."""
+    dataset = Dataset(open_source(path)[0], in_chans=in_chans, name=path)
+    if not len(dataset):
+        raise DataError(f"{path}: no images found (looked for {', '.join(EXTENSIONS)})")
     dataset.range = find_range(dataset, value_range)
     return dataset
 
@@ -1259,6 +1114,8 @@ def drawn(dataset, spec, seed, draw):
     order = shuffled(len(labels), SUBSET, 3, seed)
     if draw == "natural":
         n = max(round(len(labels) * value / 100), 1) if share else value * len(classes)
+        if n > len(labels):
+            raise DataError(f"--labels {spec!r}: there are only {len(labels)} images")
         return order[:n].sort().values
     counts = labels.bincount(minlength=len(classes))
     wanted = torch.full_like(counts, value)
@@ -1665,16 +1522,11 @@ def draw(ids, side=32):
 
 
 # ---------------------------------------------------------------------------- python data.py check
-NAMED = 20                  # bad files named on the screen; --out names them all
 # what a BadFile says: the kind it is counted under; the first that fits
-KINDS = (("empty: ", "empty"), ("DecompressionBomb", "decompression bomb"),
-         ("PermissionError", "no permission"),
-         ("FileNotFoundError", "vanished"), ("UnidentifiedImageError", "no image"),
-         ("not a regular file", "not a regular file"), ("NaN", "NaN"),
-         ("truncated", "truncated"), ("Truncated", "truncated"), ("EOF", "truncated"))
-ENDINGS = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".jpg", ".jpeg"),
-           "TIFF": (".tif", ".tiff"), "BMP": (".bmp", ".dib"), "JPEG2000": (".jp2", ".j2k"),
-           "PPM": (".ppm", ".pgm", ".pbm", ".pnm")}
+KINDS = {"empty file": "empty", "DecompressionBomb": "decompression bomb",
+         "PermissionError": "no permission", "FileNotFoundError": "vanished",
+         "UnidentifiedImageError": "no image", "not a regular file": "not a regular file",
+         "NaN": "NaN", "truncated": "truncated", "Truncated": "truncated", "EOF": "truncated"}
 
 
 def look(dataset, i):
@@ -1685,21 +1537,16 @@ def look(dataset, i):
         encoded = dataset.open(i)
         extremes = encoded.extremes() if encoded.bits > 8 else None
     except BadFile as error:
-        with contextlib.suppress(OSError, BadFile):
-            if not dataset.source.content(i):
-                return f"empty: {error}"
         return str(error)
     image, ending = encoded.image, os.path.splitext(dataset.file(i))[1].lower()
-    special = []
-    # what the rarer parts of a good image are like is no reason to refuse it
-    with contextlib.suppress(Exception):
-        special = [word for word, true in (
-            ("animated", getattr(image, "n_frames", 1) > 1), ("CMYK", image.mode == "CMYK"),
-            ("16-bit", encoded.bits == 16), ("32-bit or float", encoded.bits == 32),
-            ("turned by EXIF", image.getexif().get(0x0112, 1) != 1),
-            ("another format than its name says",
-             ending not in ENDINGS.get(image.format, (f".{image.format.lower()}",)))) if true]
-    return special, extremes
+    named = Image.registered_extensions().get(ending)
+    frames = 1
+    with contextlib.suppress(Exception):    # of a good image the later ones may be damaged
+        frames = getattr(image, "n_frames", 1)
+    special = {"animated": frames > 1, "CMYK": image.mode == "CMYK", "16-bit": encoded.bits == 16,
+               "32-bit or float": encoded.bits == 32,
+               "another format than its name says": named != image.format.replace("MPO", "JPEG")}
+    return [word for word, true in special.items() if true], extremes
 
 
 def counted(kinds):
@@ -1710,51 +1557,40 @@ def counted(kinds):
 def say_range(dataset, least, largest):
     """Print the range of the values, and what of it the chosen one loses."""
     low, high = dataset.range or (0, 65535)
+    asked = f"--range {least:g},{largest:g} keeps"
     say(f"values of more than 8 bits: {least:g} to {largest:g}; {low:g} to {high:g} become black "
         "to white")
     if least < low or largest > high:
-        say(f"warning: values outside become black or white; --range {least:g},{largest:g} keeps "
-            "them")
+        say(f"warning: values outside become black or white; {asked} them")
     levels = int((min(largest, high) - max(least, low)) / (high - low) * 255) + 1
     if levels < 128:
-        say(f"warning: of 256 levels {max(levels, 1)} are left; --range {least:g},{largest:g} "
-            "keeps all")
+        say(f"warning: of 256 levels {max(levels, 1)} are left; {asked} all")
 
 
 def check(args):
     """Read every image below args.folder; [(file, kind, what is wrong)] of the bad ones."""
     dataset = every_image(args.folder, value_range=args.range)
-    n = len(dataset)
-    if not n:
-        raise DataError(f"{args.folder}: no images found (looked for {', '.join(EXTENSIONS)})")
-    bad, special, ranges = [], Counter(), []
-    started, progress = time.perf_counter(), Progress(f"checking {args.folder}", n)
+    bad, special, ranges, n = [], Counter(), [], len(dataset)
+    progress = Progress(f"checking {args.folder}", n)
     with ThreadPool(args.workers) as pool:  # pillow decodes outside Python's lock
         found = pool.imap(functools.partial(look, dataset), range(n), chunksize=16)
         for i, what in enumerate(found):
-            if isinstance(what, str):
-                kind = next((name for words, name in KINDS if words in what), "damaged")
-                bad.append((dataset.file(i), kind, what))
-                if len(bad) <= NAMED:
-                    say(f"{os.path.join(args.folder, dataset.file(i))}: {kind} ({what})")
-            else:
+            progress.step()
+            if not isinstance(what, str):
                 special.update(what[0])
                 ranges += [what[1]] if what[1] else []
-            progress.step()
-    if len(bad) > NAMED:
-        say(f"... and {len(bad) - NAMED} more")
+                continue
+            kind = next((kind for words, kind in KINDS.items() if words in what), "damaged")
+            bad.append((dataset.file(i), kind, what))
+            say(f"{os.path.join(args.folder, dataset.file(i))}: {kind} ({what})")
     among = f", among them {counted(special)}" if special else ""
-    took = duration(time.perf_counter() - progress.started)
-    say(f"{n - len(bad)} of {n} images are good{among}; {took}")
+    say(f"{n - len(bad)} of {n} images are good{among}")
     if ranges:
         say_range(dataset, min(low for low, _ in ranges), max(high for _, high in ranges))
     if args.out:
-        try:
-            with open(args.out, "w", errors="surrogateescape") as f:
-                for line in bad:
-                    print("\t".join(" ".join(part.split()) for part in line), file=f)
-        except OSError as error:
-            raise DataError(f"cannot write {args.out}: {error.strerror}", 1) from None
+        with open(args.out, "w", errors="surrogateescape") as f:
+            for line in bad:
+                print("\t".join(" ".join(part.split()) for part in line), file=f)
     if bad:
         kinds = Counter(kind for _, kind, _ in bad)
         raise DataError(f"{len(bad)} of {n} images are bad: {counted(kinds)}", 1)
@@ -1762,7 +1598,7 @@ def check(args):
 
 
 # ---------------------------------------------------------------------------- python data.py pack
-def shrunk(content, short_side=None, quality=90):
+def shrunk(content, short_side=None):
     """The bytes to keep of an image file, or a BadFile: as they are, or with a short side given and
     shorter than the image's as a JPEG; images with transparency or 16 bits stay as they are."""
     image = Encoded(content)
@@ -1781,115 +1617,73 @@ def shrunk(content, short_side=None, quality=90):
         small = small.resize(sides, Image.LANCZOS)
         small.info.clear()
         packed = io.BytesIO()
-        small.save(packed, "JPEG", quality=quality)
+        small.save(packed, "JPEG", quality=90)
         return packed.getvalue()
-
-
-def tar_header(name, size):
-    member = tarfile.TarInfo(name)
-    member.size = size
-    return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
 def pack(args):
     """Write every image of a source into a tar, in order; one that was begun is gone on with."""
-    if args.verify:
-        return check(argparse.Namespace(folder=args.folder, workers=args.workers, out=None,
-                                        range=None))
-    dataset, path, part = every_image(args.folder), args.tar, f"{args.tar}.part"
-    if not len(dataset):
-        raise DataError(f"{args.folder}: no images found (looked for {', '.join(EXTENSIONS)})")
+    dataset, path = every_image(args.folder), args.tar
+    part = f"{path}.{args.short_side or 'full'}.part"       # so that none is of two sizes
     if os.path.exists(path):
         raise DataError(f"{path} is there already; remove it to pack again")
-    if getattr(dataset.source, "labels", None) is not None:
+    if dataset.source.labels is not None:
         raise DataError(f"{args.folder}: has its labels in .cls files, which pack does not write")
-    keep = functools.partial(shrunk, short_side=args.short_side, quality=args.quality)
-    asked = f"short side {args.short_side}, quality {args.quality}" if args.short_side else "bytes"
-    head = tarfile.TarInfo.create_pax_global_header({"comment": f"packed images: {asked}"})
-    try:
-        with open(part, "r+b" if os.path.exists(part) else "w+b") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"{part} is being written by another process") from None
-            done = go_on(f, part, head, dataset.source, keep)
-            todo = [i for i, name in enumerate(dataset.files) if name not in done]
-            if done:
-                print(f"going on: {len(dataset) - len(todo)} of {len(dataset)} images are packed "
-                      "already", flush=True)
-            fill(f, dataset, todo, keep, args.workers, args.max_bad)
-            if len(dataset.bad) == len(dataset):
-                raise DataError("none of the images can be read", 1)
-            f.write(bytes(1024 + -(f.tell() + 1024) % 10240))
-            f.flush()
-            os.fsync(f.fileno())
-            os.replace(part, path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}", 1) from None
-    print(f"wrote {path}: {len(dataset) - len(dataset.bad)} images, "
-          f"{os.path.getsize(path) / 2 ** 30:.2f} GiB, {len(dataset.bad)} skipped", flush=True)
+    with open(part, "a+b") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{part} is being written by another process") from None
+        done = go_on(f, part)
+        todo = [i for i, name in enumerate(dataset.files) if name not in done]
+        if done:
+            say(f"going on: {len(done)} of {len(dataset)} images are packed already")
+        with tarfile.open(fileobj=f, mode="w", encoding="utf-8") as tar:
+            fill(tar, dataset, todo, args)
+        f.flush()
+        os.fsync(f.fileno())
+        os.replace(part, path)
+    say(f"wrote {path}: {len(dataset) - len(dataset.bad)} images, "
+        f"{os.path.getsize(path) / 2 ** 30:.2f} GiB, {len(dataset.bad)} skipped")
 
 
-def go_on(f, part, head, source, keep):
-    """Names of the images in a tar that was begun; f is left at the end of the last whole one.
-
-    Of the last 2 SYNC bytes the disk may not have all when the power failed: compared with the
-    source again, in order, up to the first difference.
-    """
-    size, begun, done, end = os.fstat(f.fileno()).st_size, f.read(len(head)), set(), len(head)
-    if begun != head[:len(begun)]:
-        raise DataError(f"{part} was begun with other options, or is something else: remove it")
-    if len(begun) < len(head):
-        f.seek(0)
-        f.write(head)
-    places = {}
-    with contextlib.suppress(DataError, BadFile, OSError):  # at what was being written
-        for _, name, offset, length in tar_members(f.fileno(), 0, size, part):
-            name = os.fsdecode(name)
-            if offset + length > size - 2 * SYNC:
-                places = places or {name: i for i, name in enumerate(source.names)}
-                if name not in places:
-                    break
-                if keep(source.content(places[name])) != os.pread(f.fileno(), length, offset):
-                    break
-            done.add(name)
-            end = offset + -(-length // 512) * 512
+def go_on(f, part):
+    """Names of the images in a tar that was begun, which is cut after the last whole one."""
+    size, done, end = f.seek(0, os.SEEK_END), set(), 0
+    with contextlib.suppress(DataError):    # at what was being written
+        for name, at, length in tar_members(f, part):
+            after = at + -(-length // 512) * 512
+            if after <= size:
+                done.add(name)
+                end = after
+    f.truncate(end)
     f.seek(end)
-    f.truncate()
     return done
 
 
-def fill(f, dataset, todo, keep, workers, max_bad):
+def fill(tar, dataset, todo, args):
     """Append the images `todo` to a tar; those that cannot be read go into dataset.bad."""
-    synced = f.tell()
-
     def prepare(i):
         try:
             with or_bad_file():
-                return keep(dataset.source.content(i))
+                return shrunk(dataset.source.content(i), args.short_side)
         except BadFile as error:
             return str(error)
 
-    def prepared():
-        with ThreadPoolExecutor(workers) as pool:           # pillow decodes without Python's lock
-            for start in range(0, len(todo), 32 * workers):                 # bounds the memory
-                some = todo[start:start + 32 * workers]
-                yield from zip(some, pool.map(prepare, some))
-
-    progress = Progress(f"packing {dataset.name}", len(todo))
-    for i, content in prepared():
-        progress.step()
-        if isinstance(content, str):
-            dataset.bad[i] = content
-            report_bad(dataset, max_bad, len(dataset.bad) - 1)
-            continue
-        f.write(tar_header(dataset.file(i), len(content)))
-        f.write(content)
-        f.write(bytes(-len(content) % 512))
-        if f.tell() - synced > SYNC:
-            f.flush()
-            os.fsync(f.fileno())
-            synced = f.tell()
+    progress, some = Progress(f"packing {dataset.name}", len(todo)), 32 * args.workers
+    with ThreadPool(args.workers) as pool:
+        for start in range(0, len(todo), some):     # bounds the memory
+            ids = todo[start:start + some]
+            for i, content in zip(ids, pool.imap(prepare, ids)):
+                progress.step()
+                if isinstance(content, str):
+                    dataset.bad[i] = content
+                    report_bad(dataset, args.max_bad, len(dataset.bad) - 1)
+                    continue
+                member = tarfile.TarInfo(dataset.file(i))
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+                tar.members = []                    # or a million of them stay in memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -1900,24 +1694,24 @@ class Parser(argparse.ArgumentParser):
 def get_args(argv=None):
     parser = Parser(prog="data.py", allow_abbrev=False, description="Commands for sets of images.")
     commands = parser.add_subparsers(dest="command", metavar="check|pack", required=True)
-    add = commands.add_parser("check", allow_abbrev=False, help="find bad images",
-                              description="Read every image, and name the bad ones.").add_argument
-    add("folder", help="folder of images, with all that is below it, or tars")
-    add("--workers", type=int, default=os.cpu_count(), help="images read at once")
+    check_parser = commands.add_parser("check", allow_abbrev=False, help="read every image, and "
+                                       "name the bad ones")
+    pack_parser = commands.add_parser("pack", allow_abbrev=False, help="many images into one tar, "
+                                      "which --data reads as it does their folder; stopped, it "
+                                      "is gone on with")
+    for add in (check_parser.add_argument, pack_parser.add_argument):
+        add("folder", help="folder of images, with all that is below it, or tars")
+        add("--workers", type=int, default=os.cpu_count(), help="images read at once")
+    add = check_parser.add_argument
     add("--range", type=value_range, metavar="LOW,HIGH|auto",
         help="values of 16-bit and float images that become black and white")
     add("--out", help="file for the list of bad ones: name, tab, kind, tab, what is wrong")
-    add = commands.add_parser("pack", allow_abbrev=False, help="many images into one tar",
-                              description="Many images into one tar, which --data reads as it does "
-                              "their folder; stopped, it is gone on with.").add_argument
-    add("folder", help="folder of images, with all that is below it, or tars")
+    add = pack_parser.add_argument
     add("tar", nargs="?", help="tar to write")
     add("--short-side", type=int, help="pixels: shrink larger images to it, as JPEGs; those with "
         "transparency or 16 bits stay as they are (default: keep every byte)")
-    add("--quality", type=int, default=90, help="of the JPEGs that are shrunk")
-    add("--workers", type=int, default=os.cpu_count(), help="images read at once")
     add("--max-bad", type=float, default=0.01, help="fail when more than this share is bad")
-    add("--verify", action="store_true", help="write nothing, decode every image of a tar")
+    add("--verify", action="store_true", help="write nothing, check every image of a tar")
     args = parser.parse_args(argv)
     if not 1 <= args.workers <= 256:
         parser.error(f"--workers {args.workers}: 1 to 256")
@@ -1929,10 +1723,7 @@ def get_args(argv=None):
             parser.error("a tar alone with --verify, else images and the tar to write")
         if args.short_side is not None and not 16 <= args.short_side <= 16384:
             parser.error(f"--short-side {args.short_side}: 16 to 16384")
-        if not 1 <= args.quality <= 100:
-            parser.error(f"--quality {args.quality}: 1 to 100")
-        if not 0 <= args.max_bad <= 1:
-            parser.error(f"--max-bad {args.max_bad}: 0 to 1")
+        args.command, args.out, args.range = "check" if args.verify else "pack", None, None
     if not os.path.isdir(args.folder) and not find_tars(args.folder):
         parser.error(f"{args.folder}: no such folder or tar")
     return args
@@ -1944,15 +1735,15 @@ def program(argv=None):
         args = get_args(argv)
         (pack if args.command == "pack" else check)(args)
         return 0
-    except DataError as error:
-        print(f"data.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return error.exit_code
     except KeyboardInterrupt:
         print("data.py: error: interrupted", file=sys.stderr, flush=True)
         return 130
     except BrokenPipeError:                 # `... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (DataError, OSError) as error:
+        print(f"data.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return getattr(error, "exit_code", 1)
 
 
 if __name__ == "__main__":

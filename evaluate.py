@@ -157,6 +157,12 @@ class Frozen:
         args, in_chans = self.args, self.encoder.config["in_chans"]
         dataset = data.load(source, train, in_chans, args.stats or "imagenet", args.max_bad,
                             args.range or self.meta.get("range"), args.labels_file, args.val_share)
+        if train and self.env.rank == 0:
+            mean, std = (run.rounded(own or of_set) for own, of_set in (
+                (self.mean, dataset.mean), (self.std, dataset.std)))
+            print(f"{len(dataset)} images of {dataset.name}, {in_chans} channels of mean {mean} "
+                  f"and deviation {std}, values {dataset.range or '0 to the most of their type'}",
+                  flush=True)
         return dataset.hold(self.env.device)
 
     def extract(self, dataset, function=None):
@@ -415,50 +421,80 @@ def centre_and_normalise(x):
     return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
 
-def logistic_regression(x, labels, classes, penalty, tolerance=1e-6, max_iterations=5000):
+def logistic_objective(z, labels, penalty, metric=None):
+    """function(v) -> (mean cross-entropy of z v + penalty / 2 v^T metric v, its gradient in v)."""
+    rows = torch.arange(len(z), device=z.device)
+
+    def function(v):
+        logits, pull = z @ v, v if metric is None else metric @ v
+        log_sum = logits.logsumexp(1, keepdim=True)
+        value = (log_sum[:, 0] - logits[rows, labels]).mean() + penalty / 2 * (v * pull).sum()
+        error = (logits - log_sum).exp_()
+        error[rows, labels] -= 1
+        return value, z.T @ error / len(z) + penalty * pull
+
+    return function
+
+
+def minimise(function, v, converged, most, memory=10):
+    """L-BFGS (Nocedal and Wright, algorithm 7.5) on a convex function(v) -> (value, gradient), from
+    v until converged(gradient), `most` steps are done or rounding lets the value fall no more."""
+    value, gradient = function(v)
+    pairs, values = [], []
+    progress = run.Progress("logistic regression", None, "steps")
+    for _ in range(most):
+        values.append(value.item())
+        least = 10 * torch.finfo(v.dtype).eps * values[-1]
+        if converged(gradient) or (len(values) > 10 and values[-11] - values[-1] < least):
+            break
+        step, alphas = gradient.clone(), []
+        for s, y, rho in reversed(pairs):
+            alphas.append(rho * (s * step).sum())
+            step -= alphas[-1] * y
+        if pairs:
+            s, y, rho = pairs[-1]
+            step /= rho * y.square().sum()
+        for (s, y, rho), alpha in zip(pairs, reversed(alphas)):
+            step += s * (alpha - rho * (y * step).sum())
+        fall, length = (gradient * step).sum(), 1.0
+        while True:                                     # Armijo's rule
+            new = v - length * step
+            new_value, new_gradient = function(new)
+            if new_value <= value - 1e-4 * length * fall or length < 1e-6:
+                break
+            length /= 2
+        s, y = new - v, new_gradient - gradient
+        v, value, gradient = new, new_value, new_gradient
+        if (s * y).sum() > 0:
+            pairs = [*pairs, (s, y, 1 / (s * y).sum())][-memory:]
+        progress.step()
+    return v
+
+
+def logistic_regression(x, labels, classes, penalty, tolerance=1e-6, most=5000):
     """Weights (C, D) that minimise mean cross-entropy + penalty / 2 |W|^2, no intercept; x (n, D).
 
-    L-BFGS until no entry of the gradient exceeds `tolerance`, in coordinates in which the Hessian
-    at W = 0 is about the identity (the minimiser does not depend on coordinates, the number of
-    iterations does): in float32, then to the end in float64.
+    Until no entry of the gradient exceeds `tolerance`: some steps in W itself, in float32, which is
+    all that classes far apart need, then in coordinates in which the Hessian at W = 0 is about the
+    identity, for features of uneven spread; at the end in float64.
     """
-    n, dim = x.shape
-    x = x.double()
-    identity = torch.eye(dim, dtype=x.dtype, device=x.device)
-    root = torch.linalg.cholesky(x.T @ x / (n * classes) + penalty * identity)
-    to_w = torch.linalg.inv(root).T                     # W^T = to_w @ v, so dL/dW^T = root @ dL/dv
+    def small(gradient):
+        return gradient.abs().max() <= tolerance
 
-    def descend(v, dtype):
-        """L-BFGS from v in this precision, to the tolerance or until float32 gains no more."""
-        z, basis, back = (x @ to_w).to(dtype), to_w.to(dtype), root.to(dtype)
-        v = v.to(dtype).requires_grad_()
-        optimizer = torch.optim.LBFGS([v], max_iter=5, history_size=20, tolerance_grad=0,
-                                      tolerance_change=0, line_search_fn="strong_wolfe")
-        norms = []
-
-        def objective():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(z @ v, labels) + penalty / 2 * (basis @ v).square().sum()
-            loss.backward()
-            norms.append((back @ v.grad).abs().max())
-            return loss
-
-        last = objective().item()
-        steps = 0
-        while norms[0] > tolerance and steps < max_iterations:
-            norms.clear()                                   # norms[0]: where this step started
-            loss = optimizer.step(objective).item()
-            steps += 5
-            gains_no_more = steps > 5 and last - loss < 1e-6 * loss
-            if not math.isfinite(loss) or (dtype is torch.float32 and gains_no_more):
-                break
-            last = loss
-        return v.detach()
-
-    v = torch.zeros(dim, classes, dtype=x.dtype, device=x.device)
+    x, x64 = x.float(), x.double()
+    weight = torch.zeros(x.shape[1], classes, device=x.device)                          # (D, C)
+    weight = minimise(logistic_objective(x, labels, penalty), weight, small, 40).double()
+    if small(logistic_objective(x64, labels, penalty)(weight)[1]):
+        return weight.T
+    identity = torch.eye(len(weight), dtype=x64.dtype, device=x.device)
+    root = torch.linalg.cholesky(x64.T @ x64 / (len(x) * classes) + penalty * identity)
+    to_weight = torch.linalg.inv(root).T            # weight = to_weight v, dL/dweight = root dL/dv
+    v, z, metric = root.T @ weight, x64 @ to_weight, to_weight.T @ to_weight
     for dtype in (torch.float32, torch.float64):
-        v = descend(v, dtype)
-    return (to_w @ v.double()).T
+        function = logistic_objective(z.to(dtype), labels, penalty, metric.to(dtype))
+        back = root.to(dtype)
+        v = minimise(function, v.to(dtype), lambda gradient: small(back @ gradient), most)
+    return (to_weight @ v).T
 
 
 def fewshot(frozen, train, test, args, seed):

@@ -38,19 +38,22 @@ import socket
 import subprocess
 import threading
 import time
+from argparse import ArgumentTypeError
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from PIL import Image
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 import augment
 import checkpoint
 import data
+from data import Progress, duration
 from model import Block, feature_stats, gather, group_table, knn_scores
 
 
@@ -68,21 +71,11 @@ class Stopped(Exception):
     """A signal asked for a stop, and the checkpoint is written."""
 
     def __init__(self, number):
-        self.signal = signal.Signals(number)
-        self.exit_code = 128 + number
+        self.signal, self.exit_code = signal.Signals(number), 128 + number
 
 
 # ------------------------------------------------------------------------------------------ options
 MOST = 1e6      # where an option gives no bound of its own: beyond, a number is a slip of the hand
-
-
-class Help(argparse.HelpFormatter):
-    """Every default in the help, but those that depend on other options: their help says so."""
-
-    def _get_help_string(self, action):
-        told = action.default in (None, False, "", argparse.SUPPRESS) or "default" in action.help
-        positional = not action.option_strings
-        return action.help + ("" if told or positional else " (default: %(default)s)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,17 +85,18 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, doc, small=None, paper=None, **more):
-        super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
-                         formatter_class=Help, **more)
+        super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False, **more)
         self.small, self.paper = small or {}, paper or {}
 
     def format_help(self):
+        """The help with every default, but those of which an option's own help tells."""
         for action in self._actions:
-            name = action.dest
-            if name in self.paper and "default" not in action.help:
-                paper, small = (shown(of.get(name)) for of in (self.paper, self.small))
-                also = f", embedded {small}" if small != paper else ""
-                action.help += f" (default: {paper}{also})"
+            default = self.paper.get(action.dest, action.default)
+            told = default in (None, "", argparse.SUPPRESS) or default is False
+            if action.option_strings and not told and "default" not in (action.help or "default"):
+                small = shown(self.small.get(action.dest, default))
+                also = f", embedded {small}" if small != shown(default) else ""
+                action.help += f" (default: {shown(default)}{also})"
         return super().format_help()
 
     def group(self, title):
@@ -123,10 +117,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def shown(value):
-    """A default as it is typed: 1.5e-5,1.5e-5,1.5e-4."""
-    if isinstance(value, list) and all(isinstance(v, int) for v in value):
+    """A default as it is typed: 1.5e-5,1.5e-5,1.5e-4 or, a size, 224."""
+    if not isinstance(value, list):
+        return str(value)
+    if len(value) == 2 and all(isinstance(v, int) for v in value):
         return "x".join(map(str, dict.fromkeys(value)))
-    return ",".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
+    return ",".join(v if isinstance(v, str) else f"{v:g}" for v in value)
 
 
 def number(kind=float, low=0.0, high=MOST, above=False):
@@ -136,11 +132,11 @@ def number(kind=float, low=0.0, high=MOST, above=False):
             value = kind(text)
         except ValueError:
             what = "a whole" if kind is int else "a"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} number") from None
-        if not math.isfinite(value) or value < low or value > high or (above and value == low):
-            bounds = f"above {low:g}" if above else f"at least {low:g}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds} and at "
-                                             f"most {high:g}")
+            raise ArgumentTypeError(f"{text!r} is not {what} number") from None
+        if not low <= value <= high or (above and value == low):        # NaN is not either
+            least = f"above {low:g}" if above else f"at least {low:g}"
+            raise ArgumentTypeError(f"{text} is out of range, it must be {least} and at most "
+                                    f"{high:g}")
         return value
     return parse
 
@@ -153,11 +149,9 @@ def numbers(**limits):
 
 def image_size(text):
     """An argparse type: 224 or 192x256 (height x width) -> [height, width]."""
-    parse = number(int, 1, 4096)
-    sides = [parse(part) for part in text.lower().split("x")]
+    sides = [number(int, 1, 4096)(part) for part in text.lower().split("x")]
     if len(sides) > 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a side (224) nor height x width "
-                                         "(192x256)")
+        raise ArgumentTypeError(f"{text!r} is neither a side (224) nor height x width (192x256)")
     return sides * 2 if len(sides) == 1 else sides
 
 
@@ -167,76 +161,62 @@ def value_range(text):
         return text
     found = numbers(low=-1e9, high=1e9)(text)
     if len(found) != 2 or found[0] >= found[1]:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor LOW,HIGH")
+        raise ArgumentTypeError(f"{text!r} is neither auto nor LOW,HIGH")
     return tuple(found)
 
 
+COUNT, SIZE, SHARE = number(int), number(int, 1), number(float, 0, 1)
+AUTO = dict(default="auto")
 # what several stages have in common; a stage names what it takes of it, with add_options
 OPTIONS = {
-    "data": dict(help="folder, list file or tar of images, cifar10 or cifar100 (default: $DATA, "
-                 "else an embedded set)"),
+    "data": dict(help="folder, list, tar, cifar10, cifar100 (default: $DATA, else embedded)"),
     "img-size": dict(type=image_size, help="224 or HEIGHTxWIDTH (default: the checkpoint's)"),
-    "in-chans": dict(type=int, choices=(1, 3, 4), help="1 grey, 3 RGB, 4 RGBA (default: that of "
-                     "--init, else 3)"),
+    "in-chans": dict(type=int, choices=(1, 3, 4), help="grey, RGB, RGBA (default: --init's or 3)"),
     "stats": dict(choices=("imagenet", "data"), help="mean and deviation of the channels (default: "
                   "the checkpoint's, else imagenet)"),
-    "range": dict(type=value_range, metavar="LOW,HIGH|auto", help="values of 16-bit and float "
-                  "images that become black and white (default: the checkpoint's, or by type)"),
-    "labels-file": dict(metavar="CSV", help="labels of images without class folders: columns file, "
-                        "label and, if there, split"),
-    "val-share": dict(type=number(float, 0, 0.9), default=0.0,
-                      help="share of each class to test on, where there is no val/ or test/"),
+    "range": dict(type=value_range, metavar="LOW,HIGH|auto", help="black and white of 16-bit and "
+                  "float images (default: the checkpoint's, or by type)"),
+    "labels-file": dict(metavar="CSV", help="instead of class folders: columns file, label, split"),
+    "val-share": dict(type=number(float, 0, 0.9), default=0.0, help="share of each class to test "
+                      "on, where there is no val/ or test/"),
     "workers": dict(type=number(int, 0, 256), default=min(os.cpu_count(), 10),
                     help="reading processes per device"),
-    "max-bad": dict(type=number(float, 0, 1), default=0.01,
-                    help="stop when this share of the files cannot be read"),
+    "max-bad": dict(type=SHARE, default=0.01, help="stop at this share of unreadable files"),
     "heads": dict(type=number(int, 1, 256), help="where --init does not say how many"),
-    "init-size": dict(type=image_size, help="of the images of --init, where it does not say and "
-                      "they are not square"),
-    "micro-batch": dict(type=lambda t: 0 if t == "auto" else number(int, 1)(t), default="auto",
-                        metavar="M", help="images per device whose activations are kept at once: "
-                        "sets the memory, not the result"),
+    "init-size": dict(type=image_size, help="of --init's images, if unsaid and not square"),
+    "micro-batch": dict(AUTO, type=lambda text: 0 if text == "auto" else SIZE(text), metavar="M",
+                        help="images per device at once: sets the memory, not the result"),
     "weights": dict(choices=("base", "momentum", "ema"), default="base",
                     help="which of the encoders that a checkpoint may hold"),
     "out": dict(help="folder of this run"),
-    "resume": dict(choices=("auto", "never"), default="auto",
-                   help="go on from last.pt in --out, or start over"),
+    "resume": dict(AUTO, choices=("auto", "never"), help="go on from --out, or start over"),
     "seed": dict(type=number(int, 0, 2 ** 31), default=0, help="of weights, order, crops, masks"),
-    "device": dict(default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU, if any"),
-    "amp": dict(choices=("auto", "bf16", "fp16", "off"), default="auto",
+    "device": dict(AUTO, choices=("auto", "cpu", "cuda"), help="auto: a GPU, if any"),
+    "amp": dict(AUTO, choices=("auto", "bf16", "fp16", "off"),
                 help="auto: bf16 if the hardware has it"),
-    "compile": dict(choices=("auto", "on", "off"), default="auto",
-                    help="torch.compile the blocks; auto: on a GPU"),
-    "log-every": dict(type=number(int, 1), default=20, help="steps between lines of the log"),
+    "compile": dict(AUTO, choices=("auto", "on", "off"), help="torch.compile, auto: on a GPU"),
+    "log-every": dict(type=SIZE, default=20, help="steps between lines of the log"),
     "save-minutes": dict(type=number(float, 0, above=True), default=10.0,
                          help="between checkpoints; the last step and a signal save too"),
-    "knn-every": dict(type=number(int), default=0,
-                      help="epochs between k-NN accuracies on held-out labels; 0: never"),
-    "every-epochs": dict(type=number(int), default=0,
-                         help="epochs between weights kept as epochNNNN.pt; 0: none"),
+    "knn-every": dict(type=COUNT, default=0, help="epochs between k-NN accuracies; 0: never"),
+    "every-epochs": dict(type=COUNT, default=0, help="epochs between epochNNNN.pt; 0: none"),
     "timeout-minutes": dict(type=number(float, 0, 1440, above=True), default=10.0,
                             help="for a process that hangs"),
-    "deterministic": dict(action="store_true", help="the same bits on every run, on a GPU too "
-                          "(slower there)"),
-    "bf16-gradients": dict(action="store_true", help="processes exchange gradients in bf16: half "
-                           "the bytes, another rounding"),
+    "deterministic": dict(action="store_true", help="the same bits on every run; slower on a GPU"),
+    "bf16-gradients": dict(action="store_true", help="exchanged in bf16: half the bytes, rounded"),
     "tensorboard": dict(action="store_true", help="write the log for tensorboard too"),
 }
+# options that change how a run goes, not what it computes: they may differ when it is resumed
+RUNTIME = ("out", "resume", "device", "workers", "compile", "micro_batch", "log_every",
+           "save_minutes", "mode", "every_epochs", "knn_every", "eval_every", "results", "max_bad",
+           "timeout_minutes", "deterministic", "tensorboard")
 
 
 def add_options(add, names, **defaults):
     """Add options of the table above; `defaults` by their names with underscores."""
     for name in names.split():
-        entry = dict(OPTIONS[name])
-        if name.replace("-", "_") in defaults:
-            entry["default"] = defaults[name.replace("-", "_")]
-        add(f"--{name}", **entry)
-
-
-# options that change how a run goes, not what it computes: they may differ when it is resumed
-RUNTIME = ("out", "resume", "device", "workers", "compile", "accum", "micro_batch", "log_every",
-           "save_minutes", "mode", "every_epochs", "knn_every", "eval_every", "results", "max_bad",
-           "timeout_minutes", "deterministic", "tensorboard")
+        entry, default = OPTIONS[name], name.replace("-", "_")
+        add(f"--{name}", **entry | ({"default": defaults[default]} if default in defaults else {}))
 
 
 def parse(parser, argv):
@@ -273,22 +253,20 @@ def fill(args, defaults):
 
 def check(parser, args):
     """What no script can do ends here, before a model is built or a file written."""
-    source = getattr(args, "data", None)
+    asked = {name: value for name, value in vars(args).items() if value}
+    source, epochs = asked.get("data"), asked.get("epochs")
     if source and source not in data.DOWNLOADS and "{" not in source and not os.path.exists(source):
         parser.error(f"--data {source}: no such folder or list file")
-    if getattr(args, "device", None) == "cpu" and getattr(args, "amp", None) == "fp16":
+    if asked.get("device") == "cpu" and asked.get("amp") == "fp16":
         parser.error("--amp fp16 needs a GPU; on a CPU use bf16 or off")
-    epochs = getattr(args, "epochs", None)
-    if epochs and (getattr(args, "warmup_epochs", None) or 0) > epochs:
+    if epochs and asked.get("warmup_epochs", 0) > epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {epochs}")
     for name in ("out", "results"):
-        folder = getattr(args, name, None)
-        if isinstance(folder, str):
-            while folder and not os.path.lexists(folder):
-                folder = os.path.dirname(folder)
-            if folder and not os.path.isdir(folder):
-                parser.error(f"--{name} {getattr(args, name)}: cannot write there ({folder} is a "
-                             "file)")
+        folder = asked.get(name)
+        while isinstance(folder, str) and folder and not os.path.lexists(folder):
+            folder = os.path.dirname(folder)
+        if isinstance(folder, str) and folder and not os.path.isdir(folder):
+            parser.error(f"--{name} {asked[name]}: cannot write there ({folder} is a file)")
 
 
 def program(main, get_args):
@@ -302,7 +280,7 @@ def program(main, get_args):
         code = stopped.exit_code
     except KeyboardInterrupt:
         code = complain("interrupted", 128 + signal.SIGINT)
-    except BrokenPipeError:                             # `... | head` has seen enough
+    except BrokenPipeError:                                             # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except Exception as error:
@@ -377,12 +355,10 @@ def setup(args):
 
 def keep_memory():
     """Have glibc keep the memory that a step frees: given back, it is zeroed anew at every step."""
-    m_trim_threshold, m_mmap_threshold = -1, -3                         # glibc's malloc.h
     with contextlib.suppress(OSError, AttributeError):                  # another C library
         libc = ctypes.CDLL("libc.so.6")
-        if not libc.mallopt(m_mmap_threshold, 1 << 30):
-            libc.mallopt(m_mmap_threshold, 32 << 20)                    # the most before glibc 2.35
-        libc.mallopt(m_trim_threshold, -1)
+        libc.mallopt(-3, 1 << 30)                                       # M_MMAP_THRESHOLD
+        libc.mallopt(-1, -1)                                            # M_TRIM_THRESHOLD
 
 
 def precision(choice, device):
@@ -390,18 +366,18 @@ def precision(choice, device):
     if choice == "auto" and device.type == "cuda":
         ampere = torch.cuda.get_device_capability(device)[0] >= 8
         return torch.bfloat16 if ampere else torch.float16
-    if choice == "auto":
-        return torch.bfloat16 if cpu_has_bf16() else None
+    if choice == "auto":                                                # AMX or AVX-512 BF16
+        return torch.bfloat16 if linux_says("cpuinfo", "(amx|avx512)_bf16") else None
     if choice == "fp16" and device.type == "cpu":
         raise UsageError("--amp fp16 needs a GPU; on a CPU use bf16 or off")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
 
 
-def cpu_has_bf16():
-    """Whether this CPU multiplies bf16 matrices in hardware (AMX, AVX-512 BF16), as Linux tells."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-        return bool(re.search("amx_bf16|avx512_bf16", f.read()))
-    return False
+def linux_says(name, pattern):
+    """The first group of a pattern in /proc/NAME, or None."""
+    with contextlib.suppress(OSError), open(f"/proc/{name}") as f:
+        found = re.search(pattern, f.read())
+        return found and found[1]
 
 
 def grad_scaler(env):
@@ -439,38 +415,26 @@ def micro_batch(asked, step, n, env, params=()):
     """
     if asked:
         return min(asked, n)
-    kept = {}
+    kept, totals = {}, {}
 
     def note(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    bytes_of = []
     for k in (1, 3):
         kept.clear()
         with uncompiled(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             step(k)
-        bytes_of.append(sum(kept.values()))
-    per_image = max((bytes_of[1] - bytes_of[0]) / 2, 1.0)
+        totals[k] = sum(kept.values())
     if env.device.type == "cuda":
         torch.cuda.empty_cache()
         moments = sum(2 * p.numel() * p.element_size() for p in params if p.requires_grad)
         free = torch.cuda.mem_get_info(env.device)[0] - moments
     else:
-        free = available_memory() / env.processes
-    most = max(min(int(0.5 * free / per_image), n), 1)
-    if env.processes > 1:
-        smallest = torch.tensor([most], device=env.device)
-        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-        most = int(smallest)
+        free = 1024 * int(linux_says("meminfo", r"MemAvailable: +(\d+)") or 4 << 20) / env.processes
+    per_image = max((totals[3] - totals[1]) / 2, 1.0)
+    most = min(gather_objects(max(min(int(0.5 * free / per_image), n), 1)))
     return math.ceil(n / math.ceil(n / most))                           # in equal parts
-
-
-def available_memory():
-    """Bytes of memory that programs can still get, as Linux tells; elsewhere 4 GiB."""
-    with contextlib.suppress(OSError), open("/proc/meminfo") as f:
-        return int(re.search(r"MemAvailable: +(\d+)", f.read())[1]) * 1024
-    return 4 << 30
 
 
 GRAPHS = 32     # that torch.compile may keep of a block: by role, gradient and shape; 8 are too few
@@ -489,12 +453,11 @@ def compile_blocks(net, choice, device, dynamic=None):
         torch.compile(torch.nn.functional.gelu)(torch.ones(2, device=device))
     except Exception as error:                                          # no Triton, no compiler
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        says = f"torch.compile does not work here ({reason})"
         if choice == "on":
-            raise RunError(f"--compile on: torch.compile does not work here ({reason}); go "
-                           "without: --compile off") from None
+            raise RunError(f"--compile on: {says}; go without: --compile off") from None
         if peers is None or peers.speaks():
-            print(f"warning: torch.compile does not work here ({reason}): the run goes on "
-                  "without it", flush=True)
+            print(f"warning: {says}: the run goes on without it", flush=True)
         return
     for module in net.modules():
         if isinstance(module, Block):
@@ -517,57 +480,45 @@ def peak_memory(device):
 # --------------------------------------------------------------------------------------- processes
 GLANCE_SECONDS = 1.0                    # between looks at whether another process met a failure
 SIGN_IN_SECONDS = 3 * GLANCE_SECONDS    # that a living process gets to say so then
-STORE_GONE = "rank 0 died or hangs: the store in which the processes meet does not answer"
 peers = None                            # the Peers of this process; None where a run is one process
 
 
 class Peers:
     """The processes of a run: they compare what they see, vote, and name the one that fails."""
 
-    def __init__(self, backend, timeout_minutes):
+    def __init__(self, backend, minutes):
         """Join the other processes, whom torchrun's environment names."""
-        limit = timedelta(minutes=timeout_minutes)
         self.rank, self.n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.seconds, self.questions, self.gone = 60 * timeout_minutes, 0, set()
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.seconds, self.questions, self.gone = 60 * minutes, 0, set()
+        # torchrun's agent keeps its store from one attempt to the next
+        attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        # NCCL's own watchdog ends a process without naming who is missing: it gets more time
+        limit, patience = timedelta(minutes=minutes), 2 if backend == "nccl" else 1
         try:
-            store, _, _ = next(rendezvous("env://", timeout=limit))
-            # torchrun's agent keeps its store from one attempt to the next
-            self.store = dist.PrefixStore(f"attempt {attempt}", store)
-            # NCCL's own watchdog ends a process without naming who is missing: it gets more time
+            self.store = dist.PrefixStore(attempt, next(rendezvous("env://", timeout=limit))[0])
             dist.init_process_group(backend, store=dist.PrefixStore("default", self.store),
-                                    rank=self.rank, world_size=self.n,
-                                    timeout=limit * (2 if backend == "nccl" else 1))
+                                    rank=self.rank, world_size=self.n, timeout=limit * patience)
         except (RuntimeError, ValueError) as error:
-            said = str(error).splitlines()[0]
             raise RunError(f"rank {self.rank}: the {self.n} processes did not meet within "
-                           f"{timeout_minutes:g} minutes ({said})") from None
+                           f"{minutes:g} minutes ({str(error).splitlines()[0]})") from None
         self.over = threading.Event()
         self.listener = threading.Thread(target=self.listen, daemon=True)
         self.listener.start()
 
     def ask(self, question, value):
-        """What every process answers to the same question, by rank (JSON values): rank 0 collects
-        the answers, the others read one key. A RunError names those that do not answer."""
+        """What every process answers to the same question, by rank (JSON values). A RunError names
+        those that do not answer."""
         self.questions += 1
-        key = f"answers {self.questions}"
-        keys = [f"{key}/{r}" for r in range(self.n)]
+        keys = [f"answer {self.questions}/{r}" for r in range(self.n)]
+        self.store.set(keys[self.rank], json.dumps(value))
         end = time.monotonic() + self.seconds
-        try:
-            self.store.set(keys[self.rank], json.dumps(value))
-            while not self.arrived(keys if self.rank == 0 else [key], GLANCE_SECONDS):
-                if time.monotonic() > end or self.store.check(["failure"]):
-                    raise self.roll_call() or RunError("the processes lost each other while they "
-                                                       f"compared {question}")
-            if self.rank == 0:
-                answers = [json.loads(self.store.get(k)) for k in keys]
-                self.store.set(key, json.dumps(answers))
-                for k in keys:
-                    self.store.delete_key(k)
-                return answers
-            return json.loads(self.store.get(key))
-        except dist.DistError:
-            raise RunError(STORE_GONE) from None
+        while not self.arrived(keys, GLANCE_SECONDS):
+            if time.monotonic() > end or self.store.check(["failure"]):
+                raise self.roll_call() or RunError("the processes lost each other while they "
+                                                   f"compared {question}")
+        # who answers has read the answers before
+        self.store.delete_key(f"answer {self.questions - 1}/{self.rank}")
+        return [json.loads(answer) for answer in self.store.multi_get(keys)]
 
     def arrived(self, keys, seconds):
         """Whether all these keys are in the store, after waiting at most so long. Asks again and
@@ -582,15 +533,13 @@ class Peers:
 
     def listen(self):
         """Sign in when another process calls, even while stuck in a collective; then end."""
-        try:
+        with contextlib.suppress(RuntimeError):                         # the store went with rank 0
             while not self.store.check(["failure"]):
                 if self.over.wait(GLANCE_SECONDS):
                     return
             self.store.set(f"alive/{self.rank}", "")
             time.sleep(4 * SIGN_IN_SECONDS)
-        except RuntimeError:                                            # the store went with rank 0
-            return
-        os._exit(1)
+            os._exit(1)
 
     def roll_call(self):
         """A RunError that names the processes that do not answer any more, or None if all do.
@@ -598,9 +547,8 @@ class Peers:
         One that died or was stopped does not sign in. One that hangs by itself is alive and does
         not wait for the others, as they do.
         """
-        self.store.set("failure", "")
-        for word in ("alive", "waiting"):
-            self.store.set(f"{word}/{self.rank}", "")
+        for key in ("failure", f"alive/{self.rank}", f"waiting/{self.rank}"):
+            self.store.set(key, "")
         self.arrived([f"waiting/{r}" for r in range(self.n)], SIGN_IN_SECONDS)
         for word in ("alive", "waiting"):
             lost = [r for r in range(self.n) if not self.store.check([f"{word}/{r}"])]
@@ -612,17 +560,18 @@ class Peers:
         return None
 
     def blame(self, error):
-        """After the error of a collective: the RunError that names who is missing, or None."""
+        """After the error of a collective or of the store: the RunError that names who is missing,
+        or None where it is another error."""
         said = str(error).lower()
         if not isinstance(error, RuntimeError) or not (
                 isinstance(error, dist.DistError) or "gloo" in said or "nccl" in said):
             return None
         try:
-            if self.store.check(["errors"]):                            # one has said what is wrong
-                return RunError("another process has failed")
-            return self.roll_call()
+            told = self.store.check(["errors"])                         # one has said what is wrong
+            return RunError("another process has failed") if told else self.roll_call()
         except RuntimeError:
-            return RunError(STORE_GONE)
+            return RunError("rank 0 died or hangs: the store in which the processes meet does not "
+                            "answer")
 
     def part(self):
         """The run is done. A thread that asks the store while Python shuts down would abort it."""
@@ -653,10 +602,8 @@ def ranks(found):
 
 def same(what, value):
     """Every process must see the same value; a UsageError names those that do not."""
-    if peers is None:
-        return
     seen = {}
-    for r, answer in enumerate(peers.ask(what, value)):
+    for r, answer in enumerate(gather_objects(value)):
         seen.setdefault(answer, []).append(r)
     if len(seen) > 1:
         found = "; ".join(f"{answer} on {ranks(who)}" for answer, who in seen.items())
@@ -669,16 +616,14 @@ def gather_objects(value):
     return [value] if peers is None else peers.ask("what they found", value)
 
 
-# ------------------------------------------------------------------------------- results, progress
+# ---------------------------------------------------------------------------------- what is written
 def commit():
     """The commit of this code, with + if it was changed since; None where git does not know."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
     here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        head = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=here,
-                              capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return head.stdout.strip() or None
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        head = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
+        return head.stdout.strip() or None
 
 
 @contextlib.contextmanager
@@ -716,6 +661,25 @@ def write_result(out, entry):
     print(line, flush=True)
 
 
+def read_results(path):
+    """The entries of a results.jsonl. A line that a kill has torn is passed over with a warning."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            lines = [line for line in f if line.strip()]
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read as results ({error.strerror})") from None
+    entries = []
+    for i, line in enumerate(lines, start=1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            print(f"warning: {path}: line {i} is torn, passed over", file=sys.stderr, flush=True)
+            continue
+        if not isinstance(entries[-1], dict):
+            raise UsageError(f"{path}: line {i} is not a result (one JSON object a line)")
+    return entries
+
+
 def write_csv(path, rows):
     """Rows of cells as a CSV, whole or not at all. A text that a spreadsheet would compute (it
     begins with = + - or @) is quoted by an apostrophe; names of files keep their bytes."""
@@ -729,54 +693,26 @@ def write_csv(path, rows):
 
 
 def write_per_class(out, name, confusion, classes):
-    """Into the folder `out`, from a confusion matrix (C, C) with true classes as rows:
-    per-class-NAME.csv with support, precision, recall and F1, confusion-NAME.csv, and its rows as
-    shares in a PNG."""
+    """From a confusion matrix (C, C), true classes as rows: per-class-NAME.csv, confusion-NAME.csv
+    and, its rows as shares, confusion-NAME.png."""
     right, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    f1 = 2 * right / (support + predicted)
-    figures = torch.stack([right / predicted, right / support, f1], 1)
-    figures = [["" if math.isnan(v) else f"{v:.4f}" for v in row] for row in figures.tolist()]
-    write_csv(os.path.join(out, f"per-class-{name}.csv"), [
-        ["class", "support", "precision", "recall", "f1"],
-        *([c, n, *row] for c, n, row in zip(classes, support.tolist(), figures))])
-    write_csv(os.path.join(out, f"confusion-{name}.csv"), [
-        ["true class / predicted", *classes],
-        *([c, *row] for c, row in zip(classes, confusion.tolist()))])
-    share = confusion / support.clamp_min(1)[:, None]
-    side = math.ceil(480 / len(classes))                                # pixels of a cell
-    pixels = (255 * (1 - share)).round().to(torch.uint8).repeat_interleave(side, 0)
-    path = os.path.join(out, f"confusion-{name}.png")
-    with atomic(path) as temporary:
-        Image.fromarray(pixels.repeat_interleave(side, 1).numpy()).save(temporary, "png")
-    print(f"wrote {path[:-4]}.csv, {path} and per-class-{name}.csv", flush=True)
+    scores = torch.stack([right / predicted, right / support, 2 * right / (support + predicted)], 1)
+    rows = [["class", "support", "precision", "recall", "f1"]]
+    for each, n, values in zip(classes, support.tolist(), scores.tolist()):
+        rows.append([each, n, *("" if math.isnan(v) else f"{v:.4f}" for v in values)])
+    table = [["true class / predicted", *classes]]
+    table += ([each, *row] for each, row in zip(classes, confusion.tolist()))
+    path = os.path.join(out, f"confusion-{name}")
+    write_csv(os.path.join(out, f"per-class-{name}.csv"), rows)
+    write_csv(f"{path}.csv", table)
+    cell = torch.ones(2 * [math.ceil(480 / len(classes))], dtype=torch.uint8)           # pixels
+    shades = (255 * (1 - confusion / support.clamp_min(1)[:, None])).round().to(torch.uint8)
+    with atomic(f"{path}.png") as temporary:
+        Image.fromarray(torch.kron(shades, cell).numpy()).save(temporary, "png")
+    print(f"wrote {path}.csv, {path}.png and per-class-{name}.csv", flush=True)
 
 
-def read_results(path):
-    """The entries of a results.jsonl. A line that a kill has torn is passed over with a warning."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as f:
-            lines = [line for line in f if line.strip()]
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read as results ({error.strerror})") from None
-    entries = []
-    for i, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            print(f"warning: {path}: line {i} is torn, passed over", file=sys.stderr, flush=True)
-            continue
-        if not isinstance(entry, dict):
-            raise UsageError(f"{path}: line {i} is not a result (one JSON object a line)")
-        entries.append(entry)
-    return entries
-
-
-def duration(seconds):
-    """1:02:03 or 2:03."""
-    hours, rest = divmod(int(seconds + 0.5), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
-
-
+# --------------------------------------------------------------------------------- images, features
 def training_images(args, config, source, env):
     """The dataset of a training stage. Statistics and range of the channels are those that the file
     of --init was trained with, unless others are asked for."""
@@ -802,30 +738,6 @@ def about(args, system, dataset, source):
                 classes=dataset.classes, init=source and source["digest"], commit=commit())
 
 
-class Progress:
-    """How far a long job has come, its rate and the time left, after its first five seconds: on a
-    terminal one line that is rewritten, elsewhere a line every 30 seconds."""
-
-    def __init__(self, what, total, unit="images", quiet=False):
-        self.what, self.total, self.unit, self.done, self.quiet = what, total, unit, 0, quiet
-        self.started = time.perf_counter()
-        self.next = self.started + 5
-
-    def step(self, n=1):
-        self.done += n
-        now, terminal = time.perf_counter(), sys.stderr.isatty()
-        if self.quiet or now < self.next:
-            return
-        self.next = now + (0.5 if terminal else 30)
-        rate = self.done / (now - self.started)
-        left = duration((self.total - self.done) / rate)
-        line = f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.3g}/s, left {left}"
-        done = self.done >= self.total
-        print(f"\r{line}\033[K" if terminal else line, end="" if terminal and not done else "\n",
-              file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------- features
 @torch.no_grad()
 def extract(encoder, dataset, env, batch_size=256, workers=0, mean=None, std=None, function=None,
             what=None, max_bad=0.01):
@@ -847,9 +759,8 @@ def extract(encoder, dataset, env, batch_size=256, workers=0, mean=None, std=Non
     features, readable = [], []
     for batch in loader.epoch(0):
         x = compute(encoder, batch.view(0)).float()
-        good = batch.readable
-        features.append(x if good.all() else x * good[:, None].to(x.device))
-        readable.append(good)
+        features.append(x * batch.readable[:, None].to(x.device))
+        readable.append(batch.readable)
         progress.step(len(batch))
     encoder.train(training)
     features, readable = torch.cat(features), torch.cat(readable)
@@ -863,14 +774,14 @@ def online_knn(encoder, dataset, env, workers, most=10000):
     """k-NN accuracy (percent) while training: a tenth of at most 10,000 training images against the
     others. Their labels are held out of pre-training; test images are not looked at."""
     chosen = dataset.select(augment.shuffled(len(dataset), 2, augment.SUBSET)[:most])
-    alone = Env(env.device, env.dtype)
     with uncompiled():
-        features, readable = extract(encoder, chosen, alone, workers=workers, max_bad=1.0)
-    labels, n = chosen.labels.to(env.device), len(chosen) // 10
-    queries, bank = readable.clone().to(env.device), readable.clone().to(env.device)
-    queries[n:], bank[:n] = False, False
-    scores = knn_scores(features[queries], features[bank], labels[bank], len(chosen.classes))
-    return (scores.argmax(1) == labels[queries]).float().mean().item() * 100
+        features, readable = extract(encoder, chosen, Env(env.device, env.dtype), workers=workers,
+                                     max_bad=1.0)
+    labels, readable = chosen.labels.to(env.device), readable.to(env.device)
+    query = torch.arange(len(chosen), device=env.device) < len(chosen) // 10
+    asked, bank = query & readable, ~query & readable
+    scores = knn_scores(features[asked], features[bank], labels[bank], len(chosen.classes))
+    return (scores.argmax(1) == labels[asked]).float().mean().item() * 100
 
 
 # --------------------------------------------------------------------------------------- the job
@@ -882,9 +793,9 @@ os.register_at_fork(after_in_child=lambda: [lock.close() for lock in LOCKS])
 class Job:
     """The folder of a run: lock, signals, log.jsonl, args.json, last.pt, previous.pt, encoder.pt.
 
-    args: of the stage; meta: what encoder.pt says of itself; source: of checkpoint.read_encoder,
-    what the run started from; encoder_file: whether encoder.pt is written beside last.pt; chance:
-    the loss that guessing has, and warmup: steps after which it should be left behind.
+    meta: what encoder.pt says of itself; source: what the run started from, of
+    checkpoint.read_encoder; encoder_file: whether encoder.pt is written; chance: the loss that
+    guessing has, which should be left behind after `warmup` steps.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -896,19 +807,16 @@ class Job:
     def __init__(self, args, env, net, optimizer, scaler, loader, meta, source=None, warmup=0,
                  chance=None, encoder_file=True):
         self.args, self.env, self.net, self.loader = args, env, net, loader
-        self.optimizer, self.scaler = optimizer, scaler
-        self.meta, self.source, self.encoder_file = meta, source, encoder_file
-        self.chance, self.warmup = chance, warmup
-        self.encoder = getattr(net, "base_encoder", net)
+        self.optimizer, self.scaler, self.meta, self.source = optimizer, scaler, meta, source
+        self.warmup, self.chance, self.encoder_file = warmup, chance, encoder_file
+        self.out, self.images = args.out, loader.batch_size * env.processes
         self.epoch_steps = len(loader)
         self.total = args.epochs * len(loader) if "epochs" in args else args.iterations
-        self.out, self.images = args.out, loader.batch_size * env.processes
         self.settings = {k: v for k, v in vars(args).items() if k not in RUNTIME} | dict(
             source=source and source["digest"], files=getattr(loader.dataset, "digest", None))
         self.window, self.skipped, self.collapsed, self.warned = [], 0, 0, set()
         self.entry, self.signal, self.lock, self.writer, self.board = None, None, None, None, None
-        self.before = 0.0                                   # seconds before the run was resumed
-        self.started = time.perf_counter()
+        self.started, self.before = time.perf_counter(), 0.0    # seconds before it was resumed
         # GradScaler tells a fused optimizer on the device whether to skip its step
         self.overflow = torch.zeros((), device=env.device)
         optimizer.register_step_pre_hook(lambda o, *_: setattr(self, "overflow", o.found_inf))
@@ -920,26 +828,25 @@ class Job:
         if self.env.rank == 0:
             print(line, flush=True)
 
-    def warn(self, line):
+    def warn(self, kind, line):
         """Say something once in a run."""
-        if line.split(":")[0] not in self.warned:
-            self.warned.add(line.split(":")[0])
+        if kind not in self.warned:
+            self.warned.add(kind)
             self.say(f"warning: {line}")
 
     def report(self, groups, scale, at_once, taken=(), title=""):
         """What the run will do: what was loaded, images, batch, steps, precision, rates."""
-        env, dataset, batch = self.env, self.loader.dataset, self.loader.batch_size
-        for line in checkpoint.report(self.source, taken) if self.source else []:
-            self.say(line)
-        self.say(f"{title}{len(dataset)} images of {dataset.name}, {dataset.in_chans} channels of "
-                 f"mean {rounded(dataset.mean)} and deviation {rounded(dataset.std)}")
-        self.say(f"global batch {self.images} = {batch} x {env.processes} processes, {at_once} at "
-                 f"once; {self.total} steps, {self.warmup} of warm-up; {env.device}, "
-                 f"{env.dtype or torch.float32}")
-        for line in group_table(groups, scale):
-            self.say(line)
+        env, dataset = self.env, self.loader.dataset
+        mean, std = (", ".join(f"{v:.3f}" for v in vs) for vs in (dataset.mean, dataset.std))
+        lines = checkpoint.report(self.source, taken) if self.source else []
+        lines += [f"{title}{len(dataset)} images of {dataset.name}, {dataset.in_chans} channels of "
+                  f"mean {mean} and deviation {std}",
+                  f"global batch {self.images} = {self.loader.batch_size} x {env.processes} "
+                  f"processes, {at_once} at once; {self.total} steps, {self.warmup} of warm-up; "
+                  f"{env.device}, {env.dtype or torch.float32}", *group_table(groups, scale)]
         if self.chance is not None:
-            self.say(f"chance level of the loss: {self.chance:.3f}")
+            lines.append(f"chance level of the loss: {self.chance:.3f}")
+        self.say("\n".join(lines))
 
     # -- the loop
     def steps(self):
@@ -947,13 +854,12 @@ class Job:
         log, the checkpoint when it is time, and the end when a signal has asked for it."""
         self.enter()
         try:
-            step = self.resume()
+            step = self.vote_at = self.last_vote = self.resume()
+            self.describe()
             while step < self.total:
-                epoch = step // self.epoch_steps
-                for batch in self.loader.epoch(epoch, start=step % self.epoch_steps):
+                start = step % self.epoch_steps
+                for batch in self.loader.epoch(step // self.epoch_steps, start=start):
                     self.step = step
-                    if self.board is not None and step == 0:
-                        self.show(batch)
                     yield step, batch
                     step += 1
                     self.after(step)
@@ -975,15 +881,12 @@ class Job:
         if self.writer is not None and not self.writer.is_alive():
             self.written()                                  # what went wrong is told at once
         stop, due = self.vote(step)
-        epoch, rest = divmod(step, self.epoch_steps)
-        every = getattr(self.args, "every_epochs", 0)
-        keep = every and rest == 0 and epoch % every == 0
-        kept = {f"epoch{epoch:04}.pt": dict(epoch=epoch)} if keep else {}
+        keep = self.ends_epoch(getattr(self.args, "every_epochs", 0))
         last = step == self.total
-        if stop or due or rest == 0 or step % self.args.log_every == 0:
+        if stop or due or step % self.epoch_steps == 0 or step % self.args.log_every == 0:
             self.log(step)
-        if stop or due or last or kept:
-            self.save(step, kept)
+        if stop or due or last or keep:
+            self.save(step, keep)
         if stop or last:
             self.written()
         if stop:
@@ -1008,21 +911,17 @@ class Job:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.lock.seek(0)
-                owner = self.lock.read().strip()
-                raise UsageError(f"--out {self.out} is in use by {owner}") from None
+                raise UsageError(f"--out {self.out} is in use by {self.lock.read()}") from None
             except OSError as error:
-                why = error.strerror
-                raise UsageError(f"--out {self.out}: cannot write there ({why})") from None
+                raise UsageError(f"--out {self.out}: cannot write there "
+                                 f"({error.strerror})") from None
             self.lock.truncate(0)
             self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             self.lock.flush()
             LOCKS.add(self.lock)
-        try:
-            self.handlers = {s: signal.signal(s, self.on_signal) for s in self.SIGNALS}
-        except ValueError:                                  # not the main thread: no signals then
-            self.handlers = {}
+        main = threading.current_thread() is threading.main_thread()    # no other gets signals
+        self.handlers = {s: signal.signal(s, self.on_signal) for s in self.SIGNALS if main}
         self.marked = self.saved = self.voted = time.perf_counter()
-        self.vote_at, self.last_vote = 0, None
 
     def leave(self):
         for s, handler in self.handlers.items():
@@ -1049,27 +948,19 @@ class Job:
             return self.signal or 0, due
         if step < self.vote_at and step % self.args.log_every:
             return 0, False
-        first = self.last_vote is None
-        pace = self.VOTE_SECONDS if first else (now - self.voted) / (step - self.last_vote)
+        pace = (now - self.voted) / (step - self.last_vote)         # seconds a step
         signals, dues, paces = zip(*peers.ask("signals", [self.signal or 0, due, pace]))
         self.voted, self.last_vote = now, step
         self.vote_at = step + max(1, int(self.VOTE_SECONDS / max(*paces, 1e-6)))
         return max(signals), dues[0]
 
     # -- checkpoints
-    def state(self, step):
-        """The checkpoint: what a run is resumed from, and what rebuilds its model."""
-        return dict(model=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
-                    scaler=self.scaler.state_dict(), step=step, config=self.encoder.config,
-                    meta=self.meta, settings=self.settings, skipped=self.skipped,
-                    seconds=self.seconds())
-
-    def save(self, step, kept=()):
+    def save(self, step, keep=False):
         """Write last.pt; the one before stays as previous.pt, and is only replaced once the new one
         was read back. The state is copied here and written by a thread, while training goes on.
 
-        kept: names of further files of the weights, and what they say besides. Weights that are
-        not finite are never written: no step brings them back.
+        keep: write the weights as epochNNNN.pt too. Weights that are not finite are never written:
+        no step brings them back.
         """
         self.written()
         weights = self.net.state_dict()
@@ -1077,32 +968,37 @@ class Job:
         if broken:
             raise RunError(f"{broken[0]} is not finite at step {step}; {self.way_out()}")
         if self.env.rank == 0:
-            state = snapshot(self.state(step))
+            encoder, epoch = getattr(self.net, "base_encoder", self.net), step // self.epoch_steps
+            # what rebuilds the model, and what a run is resumed from
+            kept = dict(model=weights, config=encoder.config, meta=self.meta,
+                        settings=self.settings, step=step)
+            state = kept | dict(optimizer=self.optimizer.state_dict(), skipped=self.skipped,
+                                scaler=self.scaler.state_dict(), seconds=self.seconds())
             # ahead of last.pt: a kill between them leaves them newer, and they are written again
             files = {}
             if self.encoder_file:
                 meta = self.meta | dict(step=step)
-                files["encoder.pt"] = snapshot(checkpoint.encoder_file(self.net, meta))
-            weights = {k: state[k] for k in ("model", "config", "meta", "settings", "step")}
-            files |= {name: weights | more for name, more in dict(kept).items()}
-            self.failure = None
-            self.writer = threading.Thread(target=self.write, args=(state, files))
+                files["encoder.pt"] = checkpoint.encoder_file(self.net, meta)
+            if keep:
+                files[f"epoch{epoch:04}.pt"] = kept | dict(epoch=epoch)
+            self.failure, files = None, tree_map_only(
+                torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True),
+                files | {"fresh.pt": state})
+            self.writer = threading.Thread(target=self.write, args=(files,))
             self.writer.start()
         self.saved = time.perf_counter()
 
-    def write(self, state, files):
+    def write(self, files):
+        fresh, last, previous = map(self.path, ("fresh.pt", "last.pt", "previous.pt"))
         try:
             for name, content in files.items():
                 checkpoint.save(content, self.path(name))
-            fresh, last, previous = map(self.path, ("fresh.pt", "last.pt", "previous.pt"))
-            checkpoint.save(state, fresh)
             checkpoint.read(fresh)
-            try:
-                if os.path.exists(last):
-                    os.replace(last, previous)
-                os.replace(fresh, last)
-            except OSError as error:
-                raise RunError(f"cannot write {last}: {error.strerror}") from None
+            if os.path.exists(last):
+                os.replace(last, previous)
+            os.replace(fresh, last)
+        except OSError as error:
+            self.failure = RunError(f"cannot write {last}: {error.strerror}")
         except BaseException as error:                      # raised by `written`, in the main one
             self.failure = error
 
@@ -1114,33 +1010,36 @@ class Job:
             if self.failure is not None:
                 raise self.failure
 
-    def resume(self):
-        """Put back what last.pt holds, or previous.pt if that is damaged; returns the step. It must
-        come from the same settings."""
-        state = None
+    def find(self):
+        """(path, content) of last.pt, or of previous.pt if that is damaged, or of none."""
         for name in ("last.pt", "previous.pt") if self.args.resume == "auto" else ():
             path = self.path(name)
-            if not os.path.exists(path):
-                continue
-            try:
-                state = checkpoint.read(path)
-                whole = isinstance(state, dict) and self.NEEDED <= set(state)
-                if not whole or not isinstance(state["settings"], dict) or not (
-                        type(state["step"]) is int and 0 <= state["step"] <= self.total
-                        or state["settings"].get("epochs") != self.settings.get("epochs")):
-                    raise UsageError(f"{path}: not a checkpoint to resume from")
-            except ValueError as error:
-                self.say(f"warning: {error}; trying the checkpoint before it")
-                state = None
-                continue
+            if os.path.exists(path):
+                try:
+                    state = checkpoint.read(path)
+                    if not (isinstance(state, dict) and self.NEEDED <= set(state)
+                            and isinstance(state["settings"], dict) and type(state["step"]) is int):
+                        raise UsageError(f"{path}: not a checkpoint to resume from")
+                    return path, state
+                except ValueError as error:
+                    self.say(f"warning: {error}; trying the checkpoint before it")
+        return None, dict(step=0)
+
+    def resume(self):
+        """Put back what last.pt holds; returns the step. It must come from the same settings."""
+        path, state = self.find()
+        step = state["step"]
+        if path:
             self.refuse_changes(path, state["settings"])
-            self.say(f"resumed {path} at step {state['step']} of {self.total}")
-            break
-        step = state["step"] if state else 0
+            self.say(f"resumed {path} at step {step} of {self.total}")
         same("steps to go on from in --out", step)
         self.cut_log(step)
-        if state:
+        if path:
             try:
+                if not 0 <= step <= self.total:
+                    raise ValueError(f"step {step}")
+                checkpoint.check_weights({k: v for k, v in state["model"].items()
+                                          if v.is_floating_point()})
                 self.net.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.scaler.load_state_dict(state["scaler"])
@@ -1149,26 +1048,18 @@ class Job:
                 why = str(error).splitlines()[0]
                 raise UsageError(f"{path} is not of this run ({why}): use another --out, or "
                                  "--resume never to start over") from None
-            broken = [k for k, v in state["model"].items() if not v.isfinite().all()]
-            if broken:
-                raise UsageError(f"{path}: {broken[0]} is not finite; --resume never starts over")
-        self.describe()
         return step
 
     def refuse_changes(self, path, settings):
-        changed = [k for k, v in self.settings.items() if k in settings and settings[k] != v]
-        if not changed:
-            return
-        k = changed[0]
-        told = f"{path} was written with {k} {settings[k]}, now {k} is {self.settings[k]}"
-        if k == "epochs":
+        for k in (k for k, v in self.settings.items() if k in settings and settings[k] != v):
+            told = f"{path} was written with {k} {settings[k]}, now {k} is {self.settings[k]}"
+            if k != "epochs":
+                raise UsageError(f"{told}: use another --out, or --resume never to start over")
             stage = os.path.basename(sys.argv[0])
             option = "--checkpoint" if stage.startswith(("finetune", "evaluate")) else "--init"
             raise UsageError(f"{told}: its rates followed the other schedule. Go on from its "
                              f"weights with python {stage} {option} {self.out} --out "
-                             f"{self.out}-longer, or "
-                             "start over with --resume never")
-        raise UsageError(f"{told}: use another --out, or --resume never to start over")
+                             f"{self.out}-longer, or start over with --resume never")
 
     def describe(self):
         """args.json: what was asked, what was filled in, which code, versions and hardware."""
@@ -1187,15 +1078,8 @@ class Job:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(self.out)
             except ImportError:
-                self.warn("--tensorboard: pip install tensorboard first; log.jsonl has the same")
-
-    def show(self, batch):
-        """The views of the first images of a batch, as tensorboard's image."""
-        rows = []
-        for k in range(len(self.loader.views)):
-            images = (batch.view(k)[:8] * self.loader.std + self.loader.mean).clamp(0, 1)
-            rows.append(torch.cat(list(images[:, :3]), 2))
-        self.board.add_image("views", torch.cat(rows, 1), 0)
+                self.say("warning: --tensorboard: pip install tensorboard first; log.jsonl has "
+                         "the same")
 
     # -- log
     def cut_log(self, step):
@@ -1211,27 +1095,22 @@ class Job:
             except (ValueError, KeyError, TypeError):
                 return math.inf
 
-        try:
-            with open(path, encoding="utf-8", errors="replace") as f:
-                lines = [line for line in f if step_of(line) <= step]
-        except OSError as error:
-            raise RunError(f"cannot read {path}: {error.strerror}") from None
-        with atomic(path) as name, open(name, "w") as f:
-            f.writelines(lines)
-            f.flush()
-            os.fsync(f.fileno())
+        with atomic(path) as name, open(path, errors="replace") as f, open(name, "w") as new:
+            lines = [line for line in f if step_of(line) <= step]
+            new.writelines(lines)
+            new.flush()
+            os.fsync(new.fileno())
         self.entry = json.loads(lines[-1]) if lines else None
 
     def log(self, step):
         """Write a line of log.jsonl and the progress line: means since the last, over processes."""
-        env, epoch = self.env, step / self.epoch_steps
+        env = self.env
         losses = torch.stack([loss.float() for _, loss, *_ in self.window]).to(env.device)
         if env.processes > 1:
             dist.all_reduce(losses)
             losses /= env.processes
         self.check_finite(losses)
-        loss = losses[losses.isfinite()].mean().item()
-        more = dict(self.noted)
+        loss, more = losses[losses.isfinite()].mean().item(), dict(self.noted)
         if env.dtype == torch.float16:
             more["scale"] = self.check_scale()
         tensors = [more.pop(name, None) for name in ("features", "q", "k")]
@@ -1239,17 +1118,17 @@ class Job:
             more = feature_stats(*tensors, env.rank) | more
         more = {k: float(v) for k, v in more.items()}
         self.check_collapse(step, loss, more)
-        now = time.perf_counter()
-        seconds = (now - self.marked) / len(self.window)
-        wait = round(min(self.loader.waited / (now - self.marked), 1.0), 4)
-        entry = dict(step=step, epoch=round(epoch, 4), loss=loss, lr=self.rates,
-                     images_per_second=round(self.images / seconds, 1),
-                     seconds=round(now - self.marked, 3), data_wait=wait, **more)
+        now = time.perf_counter()                           # the device has been waited for
+        took = now - self.marked
+        pace = took / len(self.window)
+        rate, wait = self.images / pace, min(self.loader.waited / took, 1.0)
+        entry = dict(step=step, epoch=round(step / self.epoch_steps, 4), loss=loss, lr=self.rates,
+                     images_per_second=round(rate, 1), seconds=round(took, 3),
+                     data_wait=round(wait, 4), **more)
         # JSON has no word for what is not a number
         self.entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v
                       for k, v in entry.items()}
-        self.marked, self.loader.waited = now, 0.0
-        self.window = []
+        self.marked, self.loader.waited, self.window = now, 0.0, []
         if env.rank:
             return
         try:
@@ -1257,28 +1136,30 @@ class Job:
                 f.write(json.dumps(self.entry) + "\n")
         except OSError as error:
             raise RunError(f"cannot write {self.path('log.jsonl')}: {error.strerror}") from None
-        scalars = dict(loss=loss, images_per_second=entry["images_per_second"], data_wait=wait)
-        scalars |= more | {f"lr/{i}": rate for i, rate in enumerate(self.rates, start=1)}
-        for k, v in scalars.items() if self.board is not None else ():
-            self.board.add_scalar(k, v, step)
+        if self.board is not None:
+            lrs = {f"lr/{i}": lr for i, lr in enumerate(self.rates, start=1)}
+            shown = dict(loss=loss, images_per_second=rate, data_wait=wait) | more | lrs
+            for k, v in shown.items():
+                self.board.add_scalar(k, v, step)
         extra = "".join(f" {k} {v:.3g}" for k, v in more.items())
-        rates = ",".join(f"{rate:.2g}" for rate in self.rates)
-        print(f"epoch {epoch:.2f} step {step}/{self.total} loss {loss:.4f} lr {rates}{extra} "
-              f"{entry['images_per_second']:.0f} images/s wait {100 * wait:.0f}% peak "
+        lrs = ",".join(f"{lr:.2g}" for lr in self.rates)
+        print(f"epoch {step / self.epoch_steps:.2f} step {step}/{self.total} loss {loss:.4f} "
+              f"lr {lrs}{extra} {rate:.0f} images/s wait {100 * wait:.0f}% peak "
               f"{peak_memory(env.device) / 2 ** 30:.1f} GiB left "
-              f"{duration((self.total - step) * seconds)}", flush=True)
+              f"{duration((self.total - step) * pace)}", flush=True)
 
     def check_finite(self, losses):
         """Stop when more than a few losses or gradients since the start were not finite (their
         steps were skipped). losses: means over all processes, so that all of them stop together."""
         overflows = torch.stack([o.to(self.env.device) for *_, o in self.window]).tolist()
         for (step, own, ids, _), loss, overflow in zip(self.window, losses.tolist(), overflows):
+            good = math.isfinite(loss)
             # with fp16, finding the scale of the loss costs a step now and then
-            if math.isfinite(loss) and (not overflow or self.env.dtype == torch.float16):
+            if good and (not overflow or self.env.dtype == torch.float16):
                 continue
             self.skipped += 1
-            if not math.isfinite(own) or math.isfinite(loss):
-                what = "gradient is not finite" if math.isfinite(loss) else f"loss is {own.item()}"
+            if good or not math.isfinite(own):
+                what = "gradient is not finite" if good else f"loss is {own.item()}"
                 names = ", ".join(self.loader.dataset.file(i) for i in ids.tolist()[:8])
                 print(f"warning: rank {self.env.rank}: {what} at step {step}, step skipped; "
                       f"images {names}{', ...' if len(ids) > 8 else ''}", flush=True)
@@ -1293,8 +1174,8 @@ class Job:
             raise RunError(f"the loss scale of fp16 has collapsed to {scale:.2g}, no step is "
                            f"taken; {self.way_out()}")
         if scale < 1:
-            self.warn(f"the loss scale of fp16 has fallen below 1: it is {scale:.2g}, gradients "
-                      "overflow again and again. Try --amp bf16 or off, or a lower --lr")
+            self.warn("scale", f"the loss scale of fp16 has fallen below 1: it is {scale:.2g}, "
+                      "gradients overflow again and again. Try --amp bf16 or off, or a lower --lr")
         return scale
 
     def check_collapse(self, step, loss, more):
@@ -1308,27 +1189,13 @@ class Job:
             signs.append(f"the spread of the embeddings is {more['std']:.1e}")
         self.collapsed = self.collapsed + 1 if signs and step > self.warmup else 0
         if self.collapsed == self.PATIENCE:
-            self.warn(f"the features may have collapsed: {' and '.join(signs)} at step {step}. Try "
-                      "a lower --lr, a longer --warmup-epochs or a larger --batch-size, and see "
-                      "that the images differ")
+            self.warn("collapse", f"the features may have collapsed: {' and '.join(signs)} at step "
+                      f"{step}. Try a lower --lr, a longer --warmup-epochs or a larger "
+                      "--batch-size, and see that the images differ")
 
     def way_out(self):
         """What to do when a run has gone wrong."""
-        last = self.path("last.pt")
-        there = os.path.exists(last)
-        kept = f"the last good checkpoint is {last}" if there else "nothing saved yet"
+        last, kept = self.path("last.pt"), "nothing saved yet"
+        if os.path.exists(last):
+            kept = f"the last good checkpoint is {last}"
         return f"{kept}. Try a lower --lr, a longer warm-up or --amp off"
-
-
-def snapshot(state):
-    """A copy of nested tensors on the CPU, which later steps do not change."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {k: snapshot(v) for k, v in state.items()}
-    return [snapshot(v) for v in state] if isinstance(state, list) else state
-
-
-def rounded(values):
-    """Numbers of a report: 0.485, 0.456, 0.406."""
-    return ", ".join(f"{v:.3f}" for v in values)

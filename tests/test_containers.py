@@ -1,9 +1,7 @@
 """Tars as data: in whatever form people have them they are the folder they were made from, to the
 bit; `data.py pack` writes one and survives kills; damage ends in one line."""
 import io
-import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -17,14 +15,13 @@ from PIL import Image
 
 import augment
 import data
-import mae_pretrain
-from conftest import ROOT, assert_identical, corrupt, folder_of, saved
+from conftest import ROOT, corrupt, folder_of
 
 FILES = dict(cat=("a.jpg", "b.png", "sub/c.JPEG", "e.jpg"),
              dog=("A.jpg", "d.jpg", "x.y.jpg", "sub.jpg"))
 NAMES = [f"{part}/{c}/{name}" for part in ("train", "val") for c in FILES for name in FILES[c]]
+SECOND = NAMES[1].encode()
 SIZES = [(140, 200), (150, 133), (300, 270), (131, 400), (260, 520), (140, 140), (400, 300)]
-VIEWS = dict(moco=augment.MOCO_VIEWS, mae=[augment.MAE_VIEW], evaluation=[augment.TEST_VIEW])
 
 
 def images(root, names, sizes=((24, 24),)):
@@ -40,8 +37,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def image(folder):
-    return bytes_of(folder, NAMES[0])
+def packed(folder, tmp_path_factory):
+    return pack(folder, tmp_path_factory.mktemp("packed") / "x.tar")
 
 
 def bytes_of(root, name=""):
@@ -62,10 +59,10 @@ def pack(*arguments):
     return str(arguments[1])
 
 
-def tar_of(path, members, **options):
+def tar_of(path, members):
     """A tar of (name, bytes), where bytes are None of a link."""
     path.parent.mkdir(exist_ok=True, parents=True)
-    with tarfile.open(path, "w", **options) as tar:
+    with tarfile.open(path, "w") as tar:
         for name, content in members:
             member = tarfile.TarInfo(name)
             member.size = len(content or b"")
@@ -80,13 +77,12 @@ def in_many_forms(folder, out):
     shuffled = torch.randperm(len(NAMES), generator=torch.Generator().manual_seed(1)).tolist()
     pairs = [(NAMES[i], bytes_of(folder, NAMES[i])) for i in shuffled]
     yield pack(folder, out / "pack.tar")
-    yield tar_of(out / "ustar.tar", pairs, format=tarfile.USTAR_FORMAT)
     with tarfile.open(out / "outside.tar", "w") as tar:     # float times: a pax header for each
         tar.add(folder, "images")
     yield str(out / "outside.tar")
     subprocess.run(["tar", "-C", folder, "-cf", out / "inside.tar", "."], check=True)
     yield str(out / "inside.tar")
-    more = [(NAMES[2], b"replaced below"), (".hidden/a.jpg", b""), ("train/._a.jpg", b"")]
+    more = [(NAMES[2], b"replaced below"), (".hidden/a.jpg", b""), ("link.jpg", None)]
     yield tar_of(out / "twice.tar", [*more, ("notes.txt", b""), *pairs])
     for i in range(3):
         tar_of(out / f"shard-{i:02}.tar", pairs[i::3])
@@ -111,26 +107,17 @@ def test_a_tar_is_the_folder_in_whatever_form(folder, tmp_path, capsys):
         assert list(data.every_image(path).files) == list(data.every_image(folder).files)
     some = ours.select(torch.tensor([5, 1]))
     assert contents(some) == [contents(ours)[i] for i in (5, 1)] and some.file(0) == ours.file(5)
-    assert "passed over 1 files that are no images: 1 .txt" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "passed over 1 files that are no images: 1 .txt" in said
+    assert "passed over 1 links" in said
 
 
-@pytest.mark.parametrize("views", VIEWS.values(), ids=VIEWS)
-def test_batches_are_the_folders_to_the_bit(folder, tmp_path, views):
-    paths = pack(folder, tmp_path / "x.tar"), folder
-    loaders = [data.Loader(data.load(path), views, (48, 48), 4, seed=3, workers=workers)
-               for path, workers in zip(paths, (2, 0))]
+def test_batches_are_the_folders_to_the_bit(folder, packed):
+    loaders = [data.Loader(data.load(path), augment.MOCO_VIEWS, (48, 48), 4, seed=3, workers=n)
+               for path, n in ((packed, 2), (folder, 0))]
     for a, b in zip(*(loader.epoch(1) for loader in loaders)):
         assert torch.equal(a.ids, b.ids)
-        assert all(torch.equal(a.view(k), b.view(k)) for k in range(len(views)))
-
-
-def test_a_run_from_a_tar_is_the_folders_to_the_bit(folder, tmp_path):
-    for path, out in ((pack(folder, tmp_path / "x.tar"), "tar"), (folder, "folder")):
-        mae_pretrain.main(mae_pretrain.get_args(
-            ["--arch", "vit_mini", "--patch-size", "8", "--img-size", "16", "--epochs", "2",
-             "--batch-size", "4", "--amp", "off", "--workers", "0", "--device", "cpu",
-             "--lr", "0.1", "--data", path, "--out", str(tmp_path / out)]))
-    assert_identical(saved(tmp_path / "tar")["model"], saved(tmp_path / "folder")["model"])
+        assert all(torch.equal(a.view(k), b.view(k)) for k in range(2))
 
 
 def test_small_images_go_into_memory_and_lists_choose_and_label(tmp_path):
@@ -139,135 +126,86 @@ def test_small_images_go_into_memory_and_lists_choose_and_label(tmp_path):
     ours, theirs = data.load(path), data.load(root)
     assert ours.images is not None and torch.equal(ours.images, theirs.images)
     (tmp_path / "some.txt").write_text("cat/1.png 5\n3.png 7\n")
-    assert torch.equal(*(data.labelled(d, table)[0] for d in (ours, theirs)))
     ours, theirs = (data.load(path, labels_file=table) for path in (path, root))
     assert list(ours.files) == list(theirs.files) and torch.equal(ours.labels, theirs.labels)
 
 
-@pytest.mark.parametrize("text", ["{}", "class {}", "{}\n"])
-def test_shards_of_webdataset(tmp_path, text):
+def test_shards_of_webdataset(tmp_path):
     wds = pytest.importorskip("webdataset")
     names = [f"{i:04}.png" for i in range(30)]
-    root, labels = images(tmp_path / "f", names), [text.format(i % 12) for i in range(30)]
+    root, labels = images(tmp_path / "f", names), [f"{i % 12}\n" for i in range(30)]
     (tmp_path / "all").mkdir()
     with wds.ShardWriter(f"{tmp_path}/all/s-%03d.tar", maxcount=7, verbose=0) as sink:
         for name, label in zip(names, labels):
             sink.write({"__key__": name[:-4], "png": bytes_of(root, name), "json": {"x": 1},
                         "cls": label})
-    expected = [bytes_of(root, name) for name in names]
     for path in (f"{tmp_path}/all/s-{{000..004}}.tar", f"{tmp_path}/all"):
         dataset = opened(path)
-        order = sorted(range(12), key=str if text.startswith("class") else int)
-        assert dataset.classes == [text.format(i).strip() for i in order]
-        assert [dataset.classes[i] for i in dataset.labels] == [label.strip() for label in labels]
-        assert list(dataset.files) == names and contents(dataset) == expected
-        shards = [str(tar) for tar in data.find_tars(path)]
-        assert [s["png"] for s in wds.WebDataset(shards, shardshuffle=False)] == expected
+        assert dataset.classes == [str(i) for i in range(12)]
+        assert dataset.labels.tolist() == [i % 12 for i in range(30)]
+        assert list(dataset.files) == names and contents(dataset) == contents(opened(root))
     with pytest.raises(data.DataError, match="in .cls files"):
         pack(path, tmp_path / "again.tar")
 
 
-def test_keys_that_begin_anew_in_each_shard_parts_and_missing_labels(tmp_path, image):
+def test_equal_keys_in_shards_parts_and_missing_labels(folder, tmp_path):
+    image = bytes_of(folder, NAMES[0])
     for part, labels in (("train", "523"), ("validation", "35")):
         for shard in range(2):
             pairs = [(f"{i}.{end}", content) for i, label in enumerate(labels)
                      for end, content in (("png", image), ("cls", label.encode()))]
             tar_of(tmp_path / f"set-{part}-{shard}.tar", pairs)
     train, test = (opened(tmp_path, train) for train in (True, False))
-    assert train.classes == ["2", "3", "5"] and train.labels.tolist() == [2, 0, 1] * 2
-    assert train.file(3) == "set-train-1_0.png"
-    assert data.same_classes(train, test).labels.tolist() == [1, 2, 1, 2]
+    assert train.classes == ["2", "3", "5"] and train.labels.tolist() == [2, 2, 0, 0, 1, 1]
+    assert data.same_classes(train, test).labels.tolist() == [1, 1, 2, 2]
     path = tar_of(tmp_path / "a.tar", [("1.png", image), ("1.cls", b"4"), ("2.png", image)])
-    assert opened(path).labels is None
     with pytest.raises(data.DataError, match="no labels, 1 have no .cls, first 2.png"):
         data.labelled(opened(path))
 
 
-def test_imagenets_tar_of_tars(folder, tmp_path, image):
+def test_imagenets_tar_of_tars(folder, tmp_path):
     inner = {c: [(name, bytes_of(folder, f"train/{c}/{name}")) for name in FILES[c]] for c in FILES}
     tars = [(f"{c}.tar", bytes_of(tar_of(tmp_path / f"{c}.tar", inner[c]))) for c in inner]
     ours, theirs = opened(tar_of(tmp_path / "all.tar", tars[::-1])), opened(folder)
     assert list(ours.files) == list(theirs.files) and contents(ours) == contents(theirs)
     assert ours.classes == theirs.classes and torch.equal(ours.labels, theirs.labels)
-    for classes in (("cat", "dog"), ("n01440764", "n01443537")):    # unpacked once
-        for c in classes:
-            tar_of(tmp_path / classes[0] / f"{c}.tar", [(f"{c}_{i}.JPEG", image) for i in (2, 1)])
-        found = opened(tmp_path / classes[0])
-        assert found.classes == list(classes) and found.labels.tolist() == [0, 0, 1, 1]
-        assert found.file(2) == f"{classes[1]}/{classes[1]}_1.JPEG"
+    classes = ["n01440764", "n01443537"]                    # unpacked once
+    for c in classes:
+        tar_of(tmp_path / "once" / f"{c}.tar", [(f"{c}_{i}.JPEG", b"") for i in (2, 1)])
+    found = opened(tmp_path / "once")
+    assert found.classes == classes and found.labels.tolist() == [0, 0, 1, 1]
+    assert found.file(2) == f"{classes[1]}/{classes[1]}_1.JPEG"
 
 
 def test_the_index_is_made_once_and_again_when_stale_or_damaged(folder, tmp_path, monkeypatch):
     path, index, made = pack(folder, tmp_path / "x.tar"), tmp_path / "x.tar.index.npz", []
     expected, original = list(data.every_image(path).files), data.index_tars
     monkeypatch.setattr(data, "index_tars", lambda *a: made.append(1) or original(*a))
-    opened(path)
+    assert list(data.every_image(path).files) == expected and not made
     whole = index.read_bytes()
-    assert not made
-    for damaged in (whole[:100], whole[:-100], b"", b"other", whole.replace(b"cat", b"cot")):
+    for damaged in (whole[:-100], b"", b"other", whole.replace(b"cat", b"cot")):
         index.write_bytes(damaged)
         assert list(data.every_image(path).files) == expected
-    assert len(made) == 5
     os.utime(path, ns=(0, 0))
-    assert list(data.every_image(path).files) == expected and len(made) == 6
+    assert list(data.every_image(path).files) == expected and len(made) == 5
     index.unlink()
-    index.mkdir()                                           # it goes to the temporary folder
+    monkeypatch.setattr(data.os, "access", lambda *a: False)
     monkeypatch.setattr(data.tempfile, "tempdir", str(tmp_path))
     for _ in range(2):
         assert list(data.every_image(path).files) == expected
-    assert len(made) == 7 and not list(tmp_path.glob("*.part"))
-
-
-def put_contents(queue, dataset):
-    queue.put(contents(dataset))
-
-
-def test_processes_open_tars_themselves_and_only_some_at_once(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "OPEN_TARS", 3)
-    for i, name in enumerate(NAMES):
-        tar_of(tmp_path / f"s{i:02}.tar", [(name, bytes_of(folder, name))])
-    dataset, expected = opened(tmp_path), contents(opened(folder))
-    assert contents(dataset) == expected == contents(pickle.loads(pickle.dumps(dataset)))
-    assert len(dataset.source.tars.fds) == 3
-    for kind in ("spawn", "fork"):
-        context = multiprocessing.get_context(kind)
-        queue = context.Queue()
-        worker = context.Process(target=put_contents, args=(queue, dataset))
-        worker.start()
-        assert queue.get(timeout=60) == expected
-        worker.join()
-    before = os.listdir("/dev/fd")
-    assert contents(dataset) == expected and len(os.listdir("/dev/fd")) == len(before)
-
-
-def test_links_and_long_names(tmp_path, image, capsys):
-    path, long = tmp_path / "x.tar", "d" * 90 + "/" + "e" * 200 + "é.png"
-    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        found = opened(tar_of(path, [("b.png", None), (long, image)], format=form))
-        assert list(found.files) == [long] and contents(found) == [image]
-    assert "passed over 1 links" in capsys.readouterr().out
-    for name in ("../a.png", "/a.png", "x/../../a.png"):
-        with pytest.raises(data.DataError, match="leads out of it"):
-            opened(tar_of(path, [(name, image)]))
-
-
-def pax_header(records):
-    member = tarfile.TarInfo("x")
-    member.type, member.size = tarfile.XHDTYPE, len(records)
-    return member.tobuf(tarfile.USTAR_FORMAT) + records.ljust(512, b"\0")
+    assert len(made) == 6 and not index.exists() and list(tmp_path.glob("tar-index-*.npz"))
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda w: w[:len(w) // 2], "cut short"), (lambda w: w[:600], "cut short"),
-    (lambda w: pax_header(b"0 path=x\n") + w, "damaged, there is no header at byte 0"),
-    (lambda w: w[:0], "cut short"), (lambda w: w[:-10240], "cut short"),
-    (lambda w: w[:1024] + b"x" + w[1025:], "damaged, there is no header at byte 1024"),
-    (lambda w: w[:124] + b"7" * 12 + w[136:], "damaged, there is no header at byte 0"),
-    (lambda w: w * 2, "tar -A joins tars"), (lambda w: b"\x1f\x8b" + w, "compressed by gzip"),
+    (lambda w: w[:len(w) // 2], "cut short"), (lambda w: b"", "cut short"),
+    (lambda w: w[:-10240], "cut short"),
+    (lambda w: w.replace(SECOND, SECOND.upper()), "damaged, cut short or two in one at "),
+    (lambda w: w[:124] + b"7" * 12 + w[136:], "damaged"), (lambda w: w * 2, "two in one"),
+    (lambda w: b"\x1f\x8b" + w, "compressed by gzip"),
     (lambda w: data.OLD_PACK + w, "older version.*data.py pack FOLDER FILE.tar")])
-def test_damage_ends_in_one_line(folder, tmp_path, change, message):
-    path = tmp_path / "x.tar"
-    whole = bytes_of(pack(folder, path))
+def test_damage_ends_in_one_line(packed, tmp_path, change, message):
+    path, whole = tmp_path / "x.tar", bytes_of(packed)
+    path.write_bytes(whole)
     before = opened(path)
     path.write_bytes(change(whole))
     with pytest.raises(data.DataError, match=message) as error:
@@ -279,12 +217,11 @@ def test_damage_ends_in_one_line(folder, tmp_path, change, message):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["/nowhere", "x.tar"], "/nowhere: no such folder"), (["FOLDER"], "a tar alone with --verify"),
-    (["--verify", __file__], "no such folder or tar"),
-    (["FOLDER", "/nowhere/x.tar"], "cannot write"),
-    (["--short-side", "3", "FOLDER", "b"], "16 to 16384"), (["y-{0..2}.tar", "b"], "no such tar")])
-def test_bad_input_ends_in_one_line(folder, capsys, arguments, message):
-    assert data.program(["pack", *(folder if a == "FOLDER" else a for a in arguments)]) == 2
+    (["/nowhere", "x.tar"], "/nowhere: no such folder"), ([ROOT], "a tar alone with --verify"),
+    ([ROOT, "/nowhere/x.tar"], "cannot write"), (["y-{0..2}.tar", "b"], "no such tar"),
+    (["--short-side", "3", ROOT, "b"], "16 to 16384")])
+def test_bad_input_ends_in_one_line(capsys, arguments, message):
+    assert data.program(["pack", *map(str, arguments)]) == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and not said.out
 
@@ -297,15 +234,15 @@ def test_the_short_side_is_shrunk_and_what_a_jpeg_cannot_hold_is_kept(tmp_path):
     turned[0x0112] = 6
     Image.open(f"{root}/a.jpg").save(f"{root}/e.jpg", exif=turned, quality=95)
     Image.fromarray(np.arange(40000, dtype=np.uint16).reshape(200, 200)).save(f"{root}/f.png")
-    path = pack(root, tmp_path / "x.tar", "--short-side", "100", "--quality", "95")
+    path = pack(root, tmp_path / "x.tar", "--short-side", "100")
     ours, theirs = data.every_image(path), data.every_image(root)
     assert [ours.open(i).size for i in range(6)] == [
         (100, 201), (125, 100), (90, 300), (200, 160), (201, 100), (200, 200)]
     assert [contents(ours)[i] == contents(theirs)[i] for i in range(6)] == [0, 0, 1, 1, 0, 1]
     for i in (0, 1, 4):
         size = ours.open(i).size[::-1]
-        small = Image.fromarray(theirs.read(i).numpy()).resize(size, Image.LANCZOS)
-        assert np.abs(np.array(small).astype(int) - ours.read(i).numpy()).mean() < 2.5
+        small = np.array(Image.fromarray(theirs.read(i).numpy()).resize(size, Image.LANCZOS))
+        assert np.abs(small.astype(int) - ours.read(i).numpy()).mean() < 2.5
 
 
 def test_bad_images_are_skipped_named_and_counted(tmp_path, capsys):
@@ -315,19 +252,17 @@ def test_bad_images_are_skipped_named_and_counted(tmp_path, capsys):
     path = pack(root, tmp_path / "x.tar")
     said = capsys.readouterr().out
     assert said.count("warning: skipped") == 2 and "199 images" in said and "2 skipped" in said
-    with pytest.raises(data.DataError, match="2 of 201 images cannot be read, more") as error:
-        pack(root, tmp_path / "y.tar", "--max-bad", "0.005")
-    assert error.value.exit_code == 1 and not (tmp_path / "y.tar").exists()
+    assert data.program(["pack", root, f"{tmp_path}/y.tar", "--max-bad", "0.005"]) == 1
+    assert not (tmp_path / "y.tar").exists()
     with tarfile.open(path) as tar:                         # any tool reads it
         assert tar.getnames() == [f"{i:03}.png" for i in range(200) if i != 50]
-        assert all(m.mtime == m.uid == 0 and m.mode == 0o644 for m in tar)
     assert data.program(["pack", "--verify", path]) == 0
     assert "199 of 199 images are good" in capsys.readouterr().out
 
 
-def test_packing_goes_on_after_kill_9_and_a_loss_of_power(tmp_path, capsys):
+def test_packing_goes_on_after_kill_9(tmp_path, capsys):
     root = images(tmp_path / "f", [f"{i:02}.jpg" for i in range(80)], [(500, 600)])
-    path, part, small = tmp_path / "x.tar", tmp_path / "x.tar.part", ("--short-side", "200")
+    path, part, small = tmp_path / "x.tar", tmp_path / "x.tar.200.part", ("--short-side", "200")
     whole = bytes_of(pack(root, tmp_path / "once.tar", *small))
     job = subprocess.Popen([sys.executable, f"{ROOT}/data.py", "pack", root, path, *small,
                             "--workers", "1"], stdout=subprocess.DEVNULL)
@@ -335,19 +270,13 @@ def test_packing_goes_on_after_kill_9_and_a_loss_of_power(tmp_path, capsys):
     while not part.exists() or part.stat().st_size <= len(whole) // 5:
         assert time.monotonic() < deadline and job.poll() is None
         time.sleep(0.005)
-    with pytest.raises(data.DataError, match="being written by another process"):
-        pack(root, path, *small)
     job.send_signal(signal.SIGKILL)
     assert job.wait() == -9 and not path.exists()
     lost = part.read_bytes()
     capsys.readouterr()
-    at = len(lost) // 1024 * 512                            # a page that was never written
-    for content in (b"", lost[:100], lost[:-100], lost[:at] + bytes(4096) + lost[at + 4096:]):
+    for content in (b"", lost[:100], lost[:-100]):
         part.write_bytes(content)
         pack(root, path, *small)
         assert path.read_bytes() == whole
         path.unlink()
-    assert capsys.readouterr().out.count("going on: ") == 2
-    part.write_bytes(lost)
-    with pytest.raises(data.DataError, match="begun with other options"):
-        pack(root, path)
+    assert capsys.readouterr().out.count("going on: ") == 1

@@ -17,6 +17,7 @@ import augment
 import checkpoint
 import data
 import evaluate
+import finetune
 import run
 from model import VisionTransformer, accuracies, confusion_matrix, knn_scores
 
@@ -244,13 +245,13 @@ def test_features_are_centred_and_normalised_by_row():
     assert torch.allclose(x.norm(dim=1), torch.ones(6))
 
 
-@pytest.mark.parametrize("n, dim, classes", [(300, 24, 7), (40, 60, 4)])
-def test_logistic_regression_has_scikit_learns_optimum(n, dim, classes):
+@pytest.mark.parametrize("n, dim, classes, decay", [(300, 24, 7, 0), (40, 60, 4, 0), (200, 40, 9, 1.5)])
+def test_logistic_regression_has_scikit_learns_optimum(n, dim, classes, decay):
     linear_model = pytest.importorskip("sklearn.linear_model")
     torch.manual_seed(0)
     centres, labels = torch.randn(classes, dim), torch.arange(n) % classes
     x = centres[labels] * 0.4 + torch.randn(n, dim) + 2 * torch.randn(dim)
-    x = evaluate.centre_and_normalise(x).double()
+    x = evaluate.centre_and_normalise(x * torch.arange(1, dim + 1) ** -float(decay)).double()
     penalty = 2.5e-4 / n
 
     def objective(weight):
@@ -278,6 +279,28 @@ def test_fewshot_over_seeds_and_the_table(encoder_folder, small, tmp_path, capsy
     (tmp_path / "results.jsonl").write_text('{"top1": 3}\n')
     with pytest.raises(run.UsageError, match="lacks system, protocol or top1"):
         evaluate.main(evaluate.get_args(["--table", "--out", str(tmp_path)]))
+
+
+def test_labels_from_a_file_and_a_share_to_test_on(encoder_folder, tmp_path):
+    """A flat folder: labels from a CSV, a quarter of each class to test on."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    lines = ["file,label"]
+    for path in sorted(image_folder(tmp_path / "data", n=8, parts=("train",)).rglob("*.png")):
+        name = f"{path.parent.name}{path.name}"
+        path.rename(flat / name)
+        lines.append(f"{name},{path.parent.name}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    options = ["--data", flat, "--labels-file", tmp_path / "labels.csv", "--val-share", 0.25]
+    entry, = run_mode(encoder_folder, tmp_path, "--mode", "knn", "--k", 3, *options)
+    assert entry["labelled"] == 12 and entry["tested"] == 4
+    run_mode(encoder_folder, tmp_path, "--mode", "features", *options)
+    content = np.load(next(tmp_path.glob("features-*.npz")))
+    assert sorted(content["classes"]) == ["cat", "dog"] and len(content["labels"]) == 12
+    args = finetune.get_args(["--checkpoint", str(encoder_folder), *map(str, options)])
+    source = checkpoint.read_encoder(args.checkpoint)
+    dataset, _, everything, test = finetune.load(args, source, run.Env(torch.device("cpu")))
+    assert (len(dataset), len(everything), len(test)) == (12, 12, 4)
 
 
 def test_a_natural_draw_keeps_the_frequencies_and_a_balanced_one_does_not(small):

@@ -1,5 +1,4 @@
 """The two training stages in small runs: what they write, what they resume, what they refuse."""
-import copy
 import json
 import math
 import os
@@ -16,6 +15,7 @@ import graft_train
 import mae_pretrain
 import model
 import run
+from conftest import assert_identical, folder_of, log_of, saved
 
 STAGES = {"mae": mae_pretrain, "graft": graft_train}
 
@@ -26,7 +26,8 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.ARCHS, "vit_test", ((8, 24, 3, 3), (16, 1, 2)))
         drawn = data.embedded
-        patch.setattr(data, "embedded", lambda train=True, in_chans=3, n=128: drawn(train, in_chans, n))
+        patch.setattr(data, "embedded", lambda train=True, in_chans=3, n=128:
+                      drawn(train, in_chans, n))
         yield
 
 
@@ -58,24 +59,10 @@ def initial(stage, *more, **where):
     return STAGES[stage].build(args)[0].state_dict()
 
 
-def saved(out, name="last.pt"):
-    return torch.load(os.path.join(out, name), weights_only=True)
-
-
-def log_of(out):
-    with open(os.path.join(out, "log.jsonl")) as f:
-        return [json.loads(line) for line in f]
-
-
-def assert_identical(ours, expected):
-    assert set(ours) == set(expected)
-    for name in expected:
-        assert torch.equal(ours[name], expected[name]), name
-
-
 def assert_close_movement(ours, expected, start, tolerance=2e-3):
     """Weights that moved alike: the difference is small against the way they have come."""
-    moved = [k for k in start if start[k].is_floating_point() and not torch.equal(start[k], expected[k])]
+    moved = [k for k, v in start.items()
+             if v.is_floating_point() and not torch.equal(v, expected[k])]
     way = math.sqrt(sum((expected[k] - start[k]).square().sum().item() for k in moved))
     apart = math.sqrt(sum((ours[k] - expected[k]).square().sum().item() for k in moved))
     assert way > 0 and apart < tolerance * way, (apart, way)
@@ -123,7 +110,8 @@ def test_a_run_trains_and_writes_what_it_must(small, tmp_path, capsys, stage):
 
 
 def test_options_reach_the_method(small, tmp_path, monkeypatch):
-    options = ["--temperature", "0.7", "--train-patch-embed", "--hidden-dim", "48", "--mim-weight", "0.3"]
+    options = ["--temperature", "0.7", "--train-patch-embed", "--hidden-dim", "48",
+               "--mim-weight", "0.3"]
     net, _ = graft_train.build(arguments("graft", tmp_path, *options))
     assert net.temperature == 0.7 and net.mim_weight == 0.3
     assert net.predictor[0].weight.shape == (48, 256)
@@ -136,8 +124,8 @@ def test_options_reach_the_method(small, tmp_path, monkeypatch):
     train("graft", tmp_path / "mtl", "--mim-weight", "1", "--mask-ratio", "0.6", "--epochs", "1")
     assert len(ratios) >= 8 and set(ratios) == {0.6}
     scales, momenta = [], []
-    monkeypatch.setattr(data, "random_boxes", lambda ids, sizes, scale, *key: scales.append(scale) or
-                        augment.random_boxes(ids, sizes, scale, *key))
+    monkeypatch.setattr(data, "random_boxes", lambda ids, sizes, scale, *key:
+                        scales.append(scale) or augment.random_boxes(ids, sizes, scale, *key))
     monkeypatch.setattr(model.MoCoV3, "update_momentum", lambda self, m: momenta.append(m))
     train("graft", tmp_path / "graft", "--crop-min", "0.3", "--momentum", "0.9")
     assert set(scales) == {(0.3, 1.0)}
@@ -187,10 +175,11 @@ def test_the_result_does_not_depend_on_micro_batches(small, tmp_path, stage, mor
 
 
 @pytest.mark.parametrize("stage, more", [
-    ("mae", []), ("graft", ["--micro-batch", "5"]), ("graft", ["--loss", "vicreg", "--mim-weight", "1"])])
+    ("mae", []), ("graft", ["--micro-batch", "5"]),
+    ("graft", ["--loss", "vicreg", "--mim-weight", "1"])])
 def test_bfloat16_is_close_to_float32(small, tmp_path, stage, more):
-    single, half = (train(stage, tmp_path / amp, *more, "--epochs", "1", "--lr", "0.001", "--amp", amp)
-                    for amp in ("off", "bf16"))
+    more = [*more, "--epochs", "1", "--lr", "0.001", "--amp"]
+    single, half = (train(stage, tmp_path / amp, *more, amp) for amp in ("off", "bf16"))
     for a, b in zip(log_of(single), log_of(half)):
         assert a["loss"] != b["loss"] and a["loss"] == pytest.approx(b["loss"], rel=0.02)
     assert {v.dtype for v in saved(half)["model"].values()} <= {torch.float32, torch.int64}
@@ -204,12 +193,12 @@ def test_micro_batches_are_found_by_the_memory_that_is_free(monkeypatch):
         (torch.ones(k, 1000) * weight).exp().sum().backward()           # keeps 4,000 bytes an image
 
     def found(n, free):
-        monkeypatch.setattr(run, "available_memory", lambda: free)
+        monkeypatch.setattr(run, "linux_says", lambda *what: free // 1024)
         return run.micro_batch(0, step, n, run.Env(torch.device("cpu")))
 
     assert found(64, 1 << 30) == 64
-    assert found(64, 2 * 24 * 8000) in (22, 32)                         # 64 in three equal parts, or two
-    assert found(64, 1) == 1
+    assert found(64, 2 * 24 * 8000) in (22, 32)                         # three equal parts, or two
+    assert found(64, 2048) == 1
     assert run.micro_batch(5, step, 64, run.Env(torch.device("cpu"))) == 5
     assert run.micro_batch(100, step, 64, run.Env(torch.device("cpu"))) == 64 and len(tried) == 6
 
@@ -232,15 +221,15 @@ def test_the_other_systems_train(mae_folder, tmp_path, more, keys, system):
 def test_the_anchor_holds_the_lower_layers_near_their_weights(mae_folder, tmp_path, norm):
     def moved(weight):
         more = ["--lr", "0.02,0.02,0.02", "--weight-decay", "0", "--anchor-norm", norm]
-        out = train("graft", tmp_path / weight, *more, "--anchor-blocks", "2", "--anchor-weight", weight,
-                    init=mae_folder)
+        more += ["--anchor-blocks", "2", "--anchor-weight", weight]
+        out = train("graft", tmp_path / weight, *more, init=mae_folder)
         start, end = saved(mae_folder, "encoder.pt")["model"], saved(out, "encoder.pt")["model"]
-        return out, [sum((end[k] - start[k]).abs().sum().item() for k in start if k.startswith(part))
-                     for part in ("blocks.0.", "blocks.1.", "blocks.2.")]
+        return out, [sum((end[k] - start[k]).abs().sum().item() for k in start
+                         if k.startswith(f"blocks.{i}.")) for i in range(3)]
 
     (_, free), (out, bound) = moved("0"), moved("10")
     assert [b < 0.5 * f for f, b in zip(free, bound)] == [True, True, False]
-    assert log_of(out)[0]["anchor"] == 0                                # the first step starts there
+    assert log_of(out)[0]["anchor"] == 0                            # the first step starts there
 
 
 def test_channels_statistics_and_range_are_those_of_the_file(small, tmp_path, capsys):
@@ -257,15 +246,11 @@ def test_channels_statistics_and_range_are_those_of_the_file(small, tmp_path, ca
     for name in ("mean", "std"):
         assert second["meta"][name] == content["meta"][name]
     assert f"1 channels of mean {grey.mean().item():.3f}" in capsys.readouterr().out
-    third = saved(train("graft", tmp_path / "other", "--stats", "imagenet", init=first), "encoder.pt")
-    assert third["meta"]["mean"] != content["meta"]["mean"]
+    third = train("graft", tmp_path / "other", "--stats", "imagenet", init=first)
+    assert saved(third, "encoder.pt")["meta"]["mean"] != content["meta"]["mean"]
 
 
-# ------------------------------------------------------------------------------------ stop and resume
-class Interrupted(Exception):
-    pass
-
-
+# ---------------------------------------------------------------------------------- stop and resume
 def interrupt(monkeypatch, step, action):
     """Do something as a run notes the given step."""
     record = run.Job.record
@@ -279,12 +264,14 @@ def interrupt(monkeypatch, step, action):
 
 
 def fail():
-    raise Interrupted
+    raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("stage, more", [("mae", []), ("graft", []), ("graft", ["--mim-weight", "1"])])
+@pytest.mark.parametrize("stage, more", [("mae", []), ("graft", []),
+                                         ("graft", ["--mim-weight", "1"])])
 @pytest.mark.parametrize("how", ["error", "SIGTERM", "damaged checkpoint"])
-def test_a_resumed_run_is_the_same_to_the_bit(small, tmp_path, monkeypatch, capsys, stage, more, how):
+def test_a_resumed_run_is_the_same_to_the_bit(small, tmp_path, monkeypatch, capsys, stage, more,
+                                              how):
     whole, parts = train(stage, tmp_path / "whole", *more), tmp_path / "parts"
     with monkeypatch.context() as patch:
         if how == "SIGTERM":                            # in the middle of the second epoch
@@ -293,7 +280,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(small, tmp_path, monkeypatch, caps
                 train(stage, parts, *more)
         else:
             interrupt(patch, 6, fail)
-            with pytest.raises(Interrupted):
+            with pytest.raises(KeyboardInterrupt):
                 train(stage, parts, *more, "--save-minutes", "1e-9")
     assert saved(parts)["step"] == (6 if how == "SIGTERM" else 5)
     if how == "damaged checkpoint":
@@ -306,23 +293,25 @@ def test_a_resumed_run_is_the_same_to_the_bit(small, tmp_path, monkeypatch, caps
     assert_identical(saved(parts, "encoder.pt")["model"], saved(whole, "encoder.pt")["model"])
     for key in a["optimizer"]["state"]:
         assert_identical(b["optimizer"]["state"][key], a["optimizer"]["state"][key])
-    kept = [[(line["step"], line["loss"], line["lr"]) for line in log_of(out)] for out in (whole, parts)]
+    kept = [[[line[k] for k in ("step", "loss", "lr")] for line in log_of(out)]
+            for out in (whole, parts)]
     assert kept[0] == kept[1]
 
 
 def test_a_finished_run_is_left_alone_and_never_starts_over(small, tmp_path):
     out = train("mae", tmp_path)
     first = saved(out)["model"]
-    with pytest.raises(run.UsageError, match="was written with seed 0, now seed is 1.*--resume never"):
+    with pytest.raises(run.UsageError, match="with seed 0, now seed is 1.*--resume never"):
         train("mae", out, "--seed", "1")
-    with pytest.raises(run.UsageError, match=f"Go on from its weights with python .* --init {out} --out"):
+    with pytest.raises(run.UsageError, match=f"Go on from its weights .* --init {out} --out"):
         train("mae", out, "--epochs", "3")
     result = mae_pretrain.main(arguments("mae", out))
     assert result["step"] == 8 and result["path"] == str(out / "encoder.pt")
     assert_identical(saved(out)["model"], first)
     assert len(log_of(out)) == 8
     train("mae", out, "--seed", "1", "--resume", "never")
-    assert len(log_of(out)) == 8 and not torch.equal(saved(out)["model"]["norm.bias"], first["norm.bias"])
+    assert len(log_of(out)) == 8
+    assert not torch.equal(saved(out)["model"]["norm.bias"], first["norm.bias"])
 
 
 @pytest.mark.parametrize("damage", [
@@ -341,17 +330,7 @@ def test_a_checkpoint_that_no_run_wrote_ends_in_a_line_or_starts_over(small, tmp
     assert all(v.isfinite().all() for v in saved(out, "encoder.pt")["model"].values())
 
 
-def test_two_runs_cannot_share_a_folder(small, tmp_path):
-    job = run.Job.__new__(run.Job)
-    job.out, job.env, job.writer = str(tmp_path), run.Env(torch.device("cpu")), None
-    job.enter()
-    with pytest.raises(run.UsageError, match="in use by process"):
-        train("mae", tmp_path)
-    job.leave()
-    train("mae", tmp_path, "--epochs", "1")
-
-
-# ------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 def end_of(stage, options, capsys, monkeypatch):
     """(exit code, last line of stderr) of a script as from the command line."""
     monkeypatch.setattr(sys, "argv", [f"{stage}.py", *map(str, options)])
@@ -367,42 +346,27 @@ BOTH, GRAFT = ("mae", "graft"), ("graft",)
 BAD_INPUT = [
     (BOTH, ["--data", "{tmp}/nowhere"], "no such folder or list file"),
     (BOTH, ["--data", "{tmp}/empty"], "no images found"),
-    (BOTH, ["--arch", "vit_enormous"], "invalid choice: 'vit_enormous'"),
-    (BOTH, ["--lr", "nan"], "nan is out of range"),
-    (BOTH, ["--lr", "1e-3,x"], "'x' is not a number"),
     (BOTH, ["--lr", "1e-3,1e-3"], "the number of stages must divide the depth"),
     (BOTH, ["--lr", "0"], "nothing is left to train"),
     (BOTH, ["--freeze-blocks", "4"], "nothing is left to train"),
     (BOTH, ["--batch-size", "129"], "--batch-size 129 is more than the 128 images"),
-    (BOTH, ["--batch-size", "12.5"], "'12.5' is not a whole number"),
     (BOTH, ["--img-size", "20"], "not a multiple of --patch-size 8"),
-    (BOTH, ["--img-size", "16x16x3"], "neither a side"),
-    (BOTH, ["--range", "3,1"], "neither auto nor LOW,HIGH"),
-    (BOTH, ["--in-chans", "2"], "argument --in-chans: invalid choice: 2"),
-    (BOTH, ["--mask-ratio", "1"], "1 is out of range"),
     (BOTH, ["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs a GPU"),
-    (BOTH, ["--knn-every", "1", "--data", "{tmp}/flat", "--batch-size", "2"], "--knn-every needs labels"),
+    (BOTH, ["--knn-every", "1", "--data", "{tmp}/flat", "--batch-size", "2"], "needs labels"),
     (BOTH, ["--out", "{tmp}/a_file"], "cannot write there"),
-    (BOTH, ["--ep", "3"], "unrecognized arguments"),
     (BOTH, ["--init", "{tmp}/shape.pt"], "go with --init none"),
     (GRAFT, ["--anchor-weight", "1"], "it cannot go with --init none"),
-    (GRAFT, ["--temperature", "0"], "0 is out of range, it must be above 0"),
-    (GRAFT, ["--micro-batch", "0"], "0 is out of range"),
-    (GRAFT, ["--batch-size", "1"], "1 is out of range, it must be at least 2"),
 ]
 
 
 @pytest.mark.parametrize("stage, options, message", [
-    (stage, options, message) for stages, options, message in BAD_INPUT for stage in stages], ids=str)
+    (stage, *case) for stages, *case in BAD_INPUT for stage in stages], ids=str)
 def test_bad_input_ends_in_one_line(small, tmp_path, capsys, monkeypatch, stage, options, message):
-    from PIL import Image
     (tmp_path / "empty").mkdir()
     (tmp_path / "a_file").write_text("")
-    (tmp_path / "flat").mkdir()
-    for i in range(2):
-        Image.new("RGB", (24, 136)).save(tmp_path / "flat" / f"{i}.png")
-    base = ["--out", tmp_path / "out", "--arch", "vit_test", "--img-size", "32", "--batch-size", "32",
-            "--init", "none"]
+    folder_of(tmp_path / "flat", ["0.png", "1.png"], (136, 24))
+    base = ["--out", tmp_path / "out", "--arch", "vit_test", "--img-size", "32",
+            "--batch-size", "32", "--init", "none"]
     options = [option.replace("{tmp}", str(tmp_path)) for option in options]
     code, line = end_of(stage, [*base, *options], capsys, monkeypatch)
     assert code == 2 and message in line and line.startswith(f"{stage}.py: error: "), line
@@ -432,7 +396,7 @@ def test_a_loss_that_is_not_finite_skips_its_step_and_leaves_no_trace(small, tmp
 
     def kept(self, step, *more):
         save(self, step, *more)
-        after[step] = copy.deepcopy(self.net.state_dict())
+        after[step] = {k: v.clone() for k, v in self.net.state_dict().items()}
 
     monkeypatch.setattr(run.Job, "record", noted)
     monkeypatch.setattr(run.Job, "save", kept)
@@ -451,7 +415,6 @@ def test_help_shows_groups_and_every_default(stage, capsys):
     with pytest.raises(SystemExit) as end:
         STAGES[stage].get_args(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert end.value.code == 0
-    for words in ("data:", "model:", "loss:", "optimisation:", "run:", "(default: 4096, embedded 128)",
-                  "(default: 0.75)", "(default: auto)"):
-        assert words in said, words
+    for words in ("data:", "model:", "loss:", "optimisation:", "run:", "(default: 0.75)",
+                  "(default: 4096, embedded 128)", "(default: auto)"):
+        assert words in said and end.value.code == 0, words
