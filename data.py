@@ -127,9 +127,8 @@ def jpeg_decoder():
 class Encoded:
     """An image file's bytes, a bytearray, with the header read, or a BadFile.
 
-    is_jpeg: whether it can be decoded at 1/2, 1/4 or 1/8 of its size. size: (H, W), for a JPEG as
-    it is shown, turned by its EXIF orientation; of others what the header says, which is only right
-    when they are not turned. bits: 8, 16 or 32 a value (32: integers or floats).
+    is_jpeg: whether it can be decoded at 1/2, 1/4 or 1/8 of its size. size: (H, W), of a JPEG as
+    its EXIF orientation turns it, of others as in the header. bits: 8, 16 or 32 a value.
     """
 
     def __init__(self, content):
@@ -197,23 +196,22 @@ def to_channels(image, in_chans, value_range=None):
     return image if image.mode == mode else image.convert(mode)
 
 
-def crop(pixels, box, size, mode):
-    """A box, in whole pixels, of uint8 pixels (H, W, C) resized to size (h, w): uint8 (C, h, w).
+def crop(pixels, box, size, view):
+    """A box of uint8 pixels (H, W, C) resized to size (h, w): uint8 (C, h, w).
 
-    torch's antialiasing: pillow's resize of the box cut out, but for rounding, in a quarter of the
-    time. The batch axis comes first, so that channels stay last in memory, which saves a third.
+    Whole boxes by torch's antialiasing: pillow's resize but for rounding, in a quarter of the time;
+    the fractional ones of evaluations by pillow.
     """
+    if view["scale"] is None:
+        top, left, height, width = box
+        image = Image.fromarray(pixels.squeeze(2).numpy())
+        box = left, top, left + width, top + height
+        image = image.resize(size[::-1], FILTERS[view["mode"]], box=box)
+        return torch.from_numpy(np.array(image)).reshape(*size, -1).permute(2, 0, 1)
     top, left, height, width = map(int, box)
+    # the batch axis comes first, so that channels stay last in memory, which saves a third
     part = pixels[top:top + height, left:left + width][None].permute(0, 3, 1, 2)
-    return F.interpolate(part, size, mode=mode, antialias=True, align_corners=False)[0]
-
-
-def exact_crop(pixels, box, size, mode):
-    """As `crop`, by pillow's resize, for the fractional boxes of evaluations."""
-    top, left, height, width = box
-    image = Image.fromarray(pixels.squeeze(2).numpy())
-    image = image.resize(size[::-1], FILTERS[mode], box=(left, top, left + width, top + height))
-    return torch.from_numpy(np.array(image)).reshape(*size, -1).permute(2, 0, 1)
+    return F.interpolate(part, size, mode=view["mode"], antialias=True, align_corners=False)[0]
 
 
 # --------------------------------------------------------------------------------- sources of bytes
@@ -1016,9 +1014,8 @@ def download(name, train, in_chans):
     import torchvision
     if in_chans != 3:
         raise DataError(f"--data {name} has three channels, not {in_chans}")
-    cifar = dict(cifar10=torchvision.datasets.CIFAR10, cifar100=torchvision.datasets.CIFAR100)[name]
     try:
-        raw = cifar("downloads", train=train, download=True)
+        raw = getattr(torchvision.datasets, name.upper())("downloads", train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise DataError(f"--data {name}: not in downloads/ and cannot be downloaded ({error})",
                         1) from None
@@ -1163,16 +1160,10 @@ def stand_ins(dataset, i):
     return (random_bits(torch.tensor([i]), 20, SUBSET, 6)[0] % len(dataset)).tolist()
 
 
-def no_stand_in(dataset, i):
-    return DataError(f"20 images in a row cannot be read, among them {dataset.file(i)}: "
-                     f"{dataset.bad[i]}", 1)
-
-
 class Reader(torch.utils.data.Dataset):
     """Reads files, decodes no larger than the crops need, crops and resizes: in the workers.
 
-    loader: a copy of the Loader that has no DataLoader; else both are collected in a cycle only,
-    which waits 5 s for each worker.
+    loader: a copy without the DataLoader, or both are in a cycle, whose end waits 5 s a worker.
     """
 
     TOGETHER = 64                           # images that are opened at once
@@ -1237,8 +1228,7 @@ class Reader(torch.utils.data.Dataset):
                 turned = torch.tensor([pixels.shape[:2]])
                 boxes = self.boxes(ids[at:at + 1], turned, epoch)[0].tolist()
             for k, (box, view) in enumerate(zip(boxes, loader.views)):
-                cut = (exact_crop if view["scale"] is None else crop)(
-                    pixels, box, loader.size, view["mode"])
+                cut = crop(pixels, box, loader.size, view)
                 if view.get("pixels"):
                     cut = per_image(cut[None].contiguous(), ids[at:at + 1], view["pixels"],
                                     PIXELS, k, loader.seed, epoch)[0]
@@ -1274,12 +1264,19 @@ class Batch:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def draw(self, k, part):
-        loader = self.loader
-        if self.crops is None:
-            x = loader.from_memory(self.shown[part], k, self.epoch)
-        else:
+        loader, view, shown = self.loader, self.loader.views[k], self.shown[part]
+        key = k, loader.seed, self.epoch
+        if self.crops is not None:
             x = self.crops[k][part].contiguous().float() / 255
-        x = augment(x, self.ids[part], loader.views[k], COLOUR, k, loader.seed, self.epoch)
+        else:
+            images = loader.dataset.images
+            sizes = torch.tensor([images.shape[2:]]).expand(len(shown), 2)
+            boxes = loader.boxes(shown, sizes, k, self.epoch)
+            x = resample(images[upload(shown, images.device)], boxes, loader.size, view["mode"])
+            if view.get("pixels"):
+                x = (x * 255 + 0.5).to(torch.uint8)
+                x = per_image(x, shown, view["pixels"], PIXELS, *key).float() / 255
+        x = augment(x, self.ids[part], view, COLOUR, *key)
         return (x - loader.mean) / loader.std
 
     def noise(self, length):
@@ -1393,13 +1390,11 @@ class Loader:
     def held(self, ids, epoch):
         """A batch of images in memory."""
         shown, bad = ids.tolist(), self.dataset.bad
-        readable = torch.tensor([i not in bad for i in shown])
-        for row in (~readable).nonzero()[:, 0].tolist() if self.shuffle else ():
-            good = [i for i in stand_ins(self.dataset, shown[row]) if i not in bad]
-            if not good:
-                raise no_stand_in(self.dataset, shown[row])
-            shown[row] = good[0]
-        return Batch(self, ids, epoch, torch.tensor(shown), readable)
+        for row, i in enumerate(shown) if bad and self.shuffle else ():
+            if i in bad:
+                good = (other for other in stand_ins(self.dataset, i) if other not in bad)
+                shown[row] = next(good, -1)
+        return self.batch(ids, epoch, shown, bad)
 
     def collect(self, ids, epoch, parts):
         """A batch of what the workers have read."""
@@ -1411,23 +1406,17 @@ class Loader:
         bad = dict(item for found in bads for item in found.items())
         self.dataset.bad |= bad | self.dataset.bad
         report_bad(self.dataset, self.max_bad, known)
-        if -1 in shown:
-            raise no_stand_in(self.dataset, int(ids[shown.index(-1)]))
         crops = [torch.cat([part.to(self.device, non_blocking=True) for part in view])
                  for view in zip(*crops)]
-        readable = torch.tensor([i not in bad for i in ids.tolist()])
-        return Batch(self, ids, epoch, torch.tensor(shown), readable, crops)
+        return self.batch(ids, epoch, shown, bad, crops)
 
-    def from_memory(self, ids, k, epoch):
-        """The crops of view k of images in memory: float32 (n, C, h, w) in [0, 1]."""
-        images, spec = self.dataset.images, self.views[k]
-        sizes = torch.tensor([images.shape[2:]]).expand(len(ids), 2)
-        boxes = self.boxes(ids, sizes, k, epoch)
-        x = resample(images[upload(ids, images.device)], boxes, self.size, spec["mode"])
-        if spec.get("pixels"):
-            x = (x * 255 + 0.5).to(torch.uint8)
-            x = per_image(x, ids, spec["pixels"], PIXELS, k, self.seed, epoch).float() / 255
-        return x
+    def batch(self, ids, epoch, shown, bad, crops=None):
+        readable = torch.tensor([i not in bad for i in ids.tolist()])
+        if -1 in shown:
+            i = int(ids[shown.index(-1)])
+            raise DataError("20 images in a row cannot be read, among them "
+                            f"{self.dataset.file(i)}: {self.dataset.bad[i]}", 1)
+        return Batch(self, ids, epoch, torch.tensor(shown), readable, crops)
 
 
 def settle(worker):
