@@ -64,8 +64,20 @@ class DataError(ValueError):
         super().__init__(printable(message))
         self.exit_code = exit_code
 
-    def __reduce__(self):                   # with its code, from a worker process
-        return DataError, (str(self), self.exit_code)
+
+class BadFile(ValueError):
+    """An image file that cannot be read: what is wrong with it, in one line."""
+
+
+@contextlib.contextmanager
+def or_bad_file():
+    """Whatever goes wrong within is a BadFile: pillow raises a dozen kinds."""
+    try:
+        yield
+    except BadFile:
+        raise
+    except Exception as error:
+        raise BadFile(f"{type(error).__name__}: {error}") from None
 
 
 def printable(text):
@@ -85,21 +97,6 @@ def note(text):
     say(f"note: {text}")
 
 
-class BadFile(ValueError):
-    """An image file that cannot be read: what is wrong with it, in one line."""
-
-
-@contextlib.contextmanager
-def or_bad_file():
-    """Whatever goes wrong within is a BadFile: pillow raises a dozen kinds."""
-    try:
-        yield
-    except BadFile:
-        raise
-    except Exception as error:
-        raise BadFile(f"{type(error).__name__}: {error}") from None
-
-
 # ------------------------------------------------------------------------------------- image files
 def open_image(file):
     """An image file, a path or file object, opened by pillow and not yet decoded, or a BadFile."""
@@ -117,33 +114,22 @@ def open_image(file):
 
 @functools.cache
 def jpeg_decoder():
-    """torchvision's decode(content, in_chans) -> uint8 (C, H, W); None without torchvision.
+    """torchvision's operation (bytes, channels, False) -> uint8 (C, H, W); None without it.
 
-    The same library as in pillow and the same pixels, without the copies around it: 0.8 of the
-    time.
+    Pillow's pixels in 0.8 of its time. decode_jpeg around it looks for whom to warn at every call.
     """
     try:
         import torchvision
-    except (ImportError, OSError, RuntimeError):
+        return torch.ops.image.decode_jpeg
+    except (ImportError, OSError, RuntimeError, AttributeError):
         return None
-    modes = torchvision.io.ImageReadMode
-    modes = {1: modes.GRAY.value, 3: modes.RGB.value}
-
-    def decode(content, in_chans):
-        # the operation under torchvision.io.decode_jpeg, which from 0.29 on looks for whom to warn
-        # at every call
-        content = torch.frombuffer(content, dtype=torch.uint8)
-        return torch.ops.image.decode_jpeg(content, modes[in_chans], False)
-
-    return decode
 
 
 class Encoded:
     """An image file's bytes, a bytearray, with the header read, or a BadFile.
 
-    is_jpeg: whether it can be decoded at 1/2, 1/4 or 1/8 of its size. size: (H, W), for a JPEG as
-    it is shown, turned by its EXIF orientation; of others what the header says, which is only right
-    when they are not turned. bits: 8, 16 or 32 a value (32: integers or floats).
+    is_jpeg: whether it can be decoded at 1/2, 1/4 or 1/8 of its size. size: (H, W), of a JPEG as
+    its EXIF orientation turns it, of others as in the header. bits: 8, 16 or 32 a value.
     """
 
     def __init__(self, content):
@@ -171,110 +157,97 @@ class Encoded:
         """The same as a uint8 tensor (H, W, C) with in_chans channels; see `to_channels`."""
         decode = jpeg_decoder() if self.channels and factor == 1 else None
         if decode and in_chans in (3, self.channels):
-            try:
-                return decode(self.content, in_chans).permute(1, 2, 0)
-            except RuntimeError:            # pillow decodes more, or says what is wrong
-                pass
+            with contextlib.suppress(RuntimeError):     # pillow decodes more, or says what is wrong
+                content = torch.frombuffer(self.content, dtype=torch.uint8)
+                return decode(content, in_chans, False).permute(1, 2, 0)
+        if self.bits == 32 and value_range is None:
+            raise BadFile("values of 32 bits in a set of 8 or 16 bits: give --range")
         with or_bad_file():
-            if self.bits == 32 and value_range is None:
-                raise BadFile("values of 32 bits in a set of 8 or 16 bits: give --range")
             image = to_channels(self.decode(factor), in_chans, value_range)
         return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
-
 
     def extremes(self):
         """(least, largest) of the values of an image, a BadFile where some are none."""
         with or_bad_file():
-            values = np.asarray(self.decode())
-        if not np.isfinite(values).all():
-            raise BadFile("NaN or infinite values")
+            values = finite(self.decode())
         return float(values.min()), float(values.max())
+
+
+def finite(image):
+    """The values of a PIL image as an array; a BadFile where some are none."""
+    values = np.asarray(image)
+    if not np.isfinite(values).all():
+        raise BadFile("NaN or infinite values")
+    return values
 
 
 def to_channels(image, in_chans, value_range=None):
     """Any PIL image with in_chans channels of 8 bits: palette, CMYK, alpha, 16 bits, floats.
 
-    value_range (low, high): of values of more than 8 bits, what becomes black and white; None: the
+    value_range (low, high): what becomes black and white of values of more than 8 bits; None: the
     range of 16 bits.
     """
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         low, high = value_range or (0, 65535)
-        values = (np.asarray(image).astype(np.float64) - low) * (255 / (high - low))
-        if not np.isfinite(values).all():
-            raise BadFile("NaN or infinite values")
+        values = (finite(image).astype(np.float64) - low) * (255 / (high - low))
         image = Image.fromarray((values + 0.5).clip(0, 255).astype(np.uint8))
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[in_chans]
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[in_chans]
     return image if image.mode == mode else image.convert(mode)
 
 
-def crop(pixels, box, size, mode):
-    """A box, in whole pixels, of uint8 pixels (H, W, C) resized to size (h, w): uint8 (C, h, w).
+def crop(pixels, box, size, view):
+    """A box of uint8 pixels (H, W, C) resized to size (h, w): uint8 (C, h, w).
 
-    torch's antialiasing kernels for 8 bits: pillow's resize of the box cut out, but for rounding,
-    in a quarter of the time.
+    Whole boxes by torch's antialiasing: pillow's resize but for rounding, in a quarter of the time;
+    the fractional ones of evaluations by pillow.
     """
+    if view["scale"] is None:
+        top, left, height, width = box
+        image = Image.fromarray(pixels.squeeze(2).numpy())
+        box = left, top, left + width, top + height
+        image = image.resize(size[::-1], FILTERS[view["mode"]], box=box)
+        return torch.from_numpy(np.array(image)).reshape(*size, -1).permute(2, 0, 1)
     top, left, height, width = map(int, box)
-    # the batch axis comes first, so that torch knows channels to be last: it then leaves them
-    # there, and saves a third
+    # the batch axis comes first, so that channels stay last in memory, which saves a third
     part = pixels[top:top + height, left:left + width][None].permute(0, 3, 1, 2)
-    return F.interpolate(part, size, mode=mode, antialias=True, align_corners=False)[0]
-
-
-def exact_crop(pixels, box, size, mode):
-    """As `crop`, by pillow's resize, for the fractional boxes of evaluations."""
-    top, left, height, width = box
-    image = Image.fromarray(pixels.squeeze(2).numpy())
-    corners = (left, top, left + width, top + height)
-    image = image.resize(size[::-1], FILTERS[mode], box=corners)
-    return torch.from_numpy(np.array(image)).reshape(*size, -1).permute(2, 0, 1)
+    return F.interpolate(part, size, mode=view["mode"], antialias=True, align_corners=False)[0]
 
 
 # --------------------------------------------------------------------------------- sources of bytes
 class Names:
-    """Strings as one run of bytes, a sequence: in a worker a million neither cost nor grow.
+    """Strings as one numpy array of bytes, a sequence: in a worker a million neither cost nor grow.
 
-    Name i lies in `text` from first[i] to last[i].
+    text: the names joined by zero bytes, in place of names.
     """
 
-    def __init__(self, names=(), text=None, first=None, last=None):
-        if text is None:
-            text = os.fsencode("\0".join(names))    # at once: a tenth of the time of one by one
-        if first is None:
-            last = np.flatnonzero(np.frombuffer(text + b"\0" * bool(text), np.uint8) == 0)
-            first = np.append(0, last + 1)[:-1]
-        self.text, self.first, self.last = text, first, last
+    def __init__(self, names=(), text=None):
+        text = os.fsencode("\0".join(names)) if text is None else text
+        self.array = np.array(text.split(b"\0") if text else [], bytes)
 
     def __len__(self):
-        return len(self.first)
-
-    def __iter__(self):
-        for first, last in zip(self.first.tolist(), self.last.tolist()):
-            yield os.fsdecode(self.text[first:last])
+        return len(self.array)
 
     def __getitem__(self, i):
-        return os.fsdecode(self.text[self.first[i]:self.last[i]])
+        return os.fsdecode(self.array[i])
 
     def select(self, ids, cut=0):
         """The names at ids, without their first `cut` bytes."""
-        ids = np.asarray(ids, np.int64)
-        return Names(text=self.text, first=self.first[ids] + cut, last=self.last[ids])
+        part = Names()
+        part.array = self.array[np.asarray(ids, np.int64)]
+        if cut:
+            part.array = np.array([name[cut:] for name in part.array.tolist()], bytes)
+        return part
 
     def folders(self):
         """The bytes before the first / of each name, b"" where there is none."""
-        slashes = np.flatnonzero(np.frombuffer(self.text, np.uint8) == ord("/"))
-        slashes = np.append(slashes, len(self.text))[np.searchsorted(slashes, self.first)]
-        ends = np.where(slashes < self.last, slashes, self.first)
-        return [self.text[a:b] for a, b in zip(self.first.tolist(), ends.tolist())]
+        return [name[:max(name.find(b"/"), 0)] for name in self.array.tolist()]
 
     def below(self, folder):
         """Indices of the names that begin with folder/."""
-        start = np.frombuffer(os.fsencode(folder) + b"/", np.uint8)
-        text, inside = np.frombuffer(self.text, np.uint8), self.last - self.first > len(start)
-        for k, byte in enumerate(start):
-            inside[inside] = text[self.first[inside] + k] == byte
-        return np.flatnonzero(inside)
+        folder = os.fsencode(folder)
+        return [i for i, first in enumerate(self.folders()) if first == folder]
 
 
 class FileSource:
@@ -558,7 +531,9 @@ class Dataset:
         self.source, self.images = source, images
         self.labels, self.classes, self.in_chans, self.name = labels, classes, in_chans, name
         self.range, self.unlabelled, self.bad = None, "it has no class folders", {}
-        self.mean, self.std = channel_stats(in_chans)
+        self.mean, self.std = IMAGENET_STATS
+        if in_chans != 3:
+            self.mean, self.std = ((sum(x) / 3,) * in_chans for x in IMAGENET_STATS)
 
     def __len__(self):
         return len(self.source) if self.images is None else len(self.images)
@@ -578,13 +553,16 @@ class Dataset:
 
     def read(self, i):
         """Image i, upright, as uint8 (H, W, C), of several frames the first, or a BadFile."""
-        return self.open(i).pixels(self.in_chans, value_range=self.range)
+        if self.images is None:
+            return self.open(i).pixels(self.in_chans, value_range=self.range)
+        if i in self.bad:
+            raise BadFile(self.bad[i])
+        return self.images[i].permute(1, 2, 0)
 
     @property
     def digest(self):
         """Changes when an image is added, renamed or removed."""
-        names = self.files or [self.name, str(len(self))]
-        text = os.fsencode("\0".join(names))
+        text = os.fsencode("\0".join(self.files or [self.name, str(len(self))]))
         return hashlib.sha256(text).hexdigest()[:16]
 
     def label(self, names, classes):
@@ -595,7 +573,7 @@ class Dataset:
     def label_by_folders(self, train):
         """Labels from the first folder of each name, if all have one; a training set several."""
         folders = self.files.folders()
-        known = {name: unicodedata.normalize("NFC", os.fsdecode(name)) for name in set(folders)}
+        known = {name: nfc(os.fsdecode(name)) for name in set(folders)}
         classes = sorted(set(known.values()) - {""})
         if b"" in known and classes:
             stray = self.file(folders.index(b""))
@@ -623,21 +601,22 @@ class Dataset:
         return self
 
 
-def channel_stats(in_chans):
-    """ImageNet's mean and std for three channels, their average repeated for another number."""
-    if in_chans == 3:
-        return IMAGENET_STATS
-    return tuple((sum(values) / 3,) * in_chans for values in IMAGENET_STATS)
-
-
 # ---------------------------------------------------------------------------------- finding images
-PARTS = {"train": re.compile(r"(train|training|trn)[-_ ]?(set|split|images|imgs|data)?"),
-         "val": re.compile(r"(val|valid|validation|dev)[-_ ]?(set|split|images|imgs|data)?"),
-         "test": re.compile(r"(test|testing|tst|eval)[-_ ]?(set|split|images|imgs|data)?")}
+PARTS = {"train": "train|training|trn", "val": "val|valid|validation|dev",
+         "test": "test|testing|tst|eval"}
 COLUMNS = {"file": ("file", "filename", "file_name", "path", "filepath", "image", "image_path",
                     "img", "name"),
            "label": ("label", "labels", "class", "class_name", "target", "category"),
            "split": ("split", "part", "subset", "set")}
+NOT_LISTS = {b"PK\3\4": "a zip archive: unpack it",
+             b"PAR1": "a parquet table: write its images to files",
+             b"\x93NUMPY": "a numpy array: write its images to files",
+             b"\x89HDF": "an HDF5 file: write its images to files",
+             b"\x1f\x8b": "compressed by gzip: unpack it", b"BZh": "compressed by bzip2: unpack it",
+             b"\xfd7zXZ": "compressed by xz: unpack it",
+             b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+             b"\xff\xd8\xff": "an image", b"\x89PNG": "an image", b"SQLite": "a database"}
+nfc = functools.partial(unicodedata.normalize, "NFC")
 
 
 def list_files(root, warn=False):
@@ -648,45 +627,39 @@ def list_files(root, warn=False):
     """
     blocks, other, seen, todo, links = {}, {}, set(), [("", root)], []
     while todo or links:
-        prefix, folder = todo.pop() if todo else links.pop()
-        files, found = [], []
+        links.sort(reverse=True)            # after the real folders, the first at the end
+        prefix, folder = (todo or links).pop()
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
+            files = blocks[prefix] = []
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    name = entry.name
-                    if name[0] == ".":
+                    if entry.name[0] == ".":
                         continue
-                    if entry.is_file(follow_symlinks=False):
-                        files.append(name)
-                    elif entry.is_dir(follow_symlinks=False):
-                        todo.append((f"{prefix}{name}/", entry.path))
-                    elif entry.is_symlink() and entry.is_dir():
-                        found.append((f"{prefix}{name}/", entry.path))
+                    if entry.is_dir():
+                        inner = f"{prefix}{entry.name}/", entry.path
+                        (links if entry.is_symlink() else todo).append(inner)
                     else:
-                        files.append(name)
+                        files.append(entry.name)
         except OSError as error:
             raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
-        links += sorted(found, reverse=True)        # after the real folders, the first at the end
-        blocks[prefix] = [name for name in files if name.lower().endswith(EXTENSIONS)]
-        if len(blocks[prefix]) < len(files):
-            for name in set(files).difference(blocks[prefix]):
-                other.setdefault(ending_of(name), []).append((prefix, name))
-    passed = Counter()
+    for prefix, files in blocks.items():
+        for name in files:
+            if not name.lower().endswith(EXTENSIONS):
+                other.setdefault(ending_of(name), []).append(prefix + name)
+    passed = {}
     for ending, names in other.items():
-        files = sorted(prefix + name for prefix, name in names)
-        if are_images(FileSource(root, sorted({files[0], files[len(files) // 2], files[-1]}))):
-            for prefix, name in names:
-                blocks[prefix].append(name)
-        else:
-            passed[ending] = len(names)
+        names.sort()
+        if not are_images(FileSource(root, sorted({names[0], names[len(names) // 2], names[-1]}))):
+            passed |= dict.fromkeys(names)
     if warn:
-        say_passed(root, passed)
+        say_passed(root, Counter(map(ending_of, passed)))
     order = sorted(blocks, key=lambda prefix: prefix.split("/"))
-    return Names(prefix + name for prefix in order for name in sorted(blocks[prefix]))
+    names = (prefix + name for prefix in order for name in sorted(blocks[prefix]))
+    return Names(name for name in names if name not in passed)
 
 
 def say_passed(path, passed):
@@ -712,82 +685,68 @@ def are_images(source):
     return 2 * good > len(source)
 
 
+@functools.cache
 def part_kind(name):
     """train, val or test if that is what a folder's or split's name means, else None."""
-    return next((kind for kind, words in PARTS.items() if words.fullmatch(name.lower())), None)
+    return next((kind for kind, words in PARTS.items() if re.fullmatch(
+        rf"({words})[-_ ]?(set|split|images|imgs|data)?", name.lower())), None)
 
 
 def parts_of(path, names):
     """{train, val, test: the folder's own name} of the folders' names of a set."""
-    found = {}
+    found, others = {}, []
     for name in sorted(names):
         kind = part_kind(name)
-        if kind in found:
+        if kind is None:
+            others.append(name)
+        elif found.setdefault(kind, name) != name:
             raise DataError(f"{path}: is {found[kind]}/ or {name}/ the {kind} part? Rename one")
-        if kind:
-            found[kind] = name
-    others = [name for name in names if not part_kind(name)]
     if list(found) == ["train"] and len(others) > 2:        # Pascal VOC and COCO have such a class
-        raise DataError(f"{path}: is {found['train']}/, beside {', '.join(sorted(others)[:3])}, a "
-                        f"part or a class? Give {os.path.join(path, found['train'])}, or put the "
-                        "classes into a folder train/")
-    words = {match[1] for name in others
-             if (match := re.match(r"(train|val|test)[^a-z]", name.lower()))}
+        raise DataError(f"{path}: is {found['train']}/, beside {', '.join(others[:3])}, a part or "
+                        f"a class? Give {os.path.join(path, found['train'])}, or put the classes "
+                        "into a folder train/")
+    words = {name[:3].lower() for name in others if re.match("(?i)(train|val|test)[^a-z]", name)}
     if not found and len(words) > 1:                # pre-training would mix them up as classes
-        raise DataError(f"{path}: the folders {', '.join(sorted(names)[:4])} look like parts of a "
-                        "set: name them train/, val/ and test/")
+        raise DataError(f"{path}: the folders {', '.join(others[:4])} look like parts of a set: "
+                        "name them train/, val/ and test/")
     return found
 
 
 def choose_part(path, found, train):
     """The name of the folder to read of those found by `parts_of`, or "" for all of a training set
     that has no parts."""
-    kinds = ["train"] if train else ["val", "test"]
-    wanted = [found[kind] for kind in kinds if kind in found]
+    wanted = found.get("train") if train else found.get("val") or found.get("test")
     if wanted or (train and not found):
-        return wanted[0] if wanted else ""
+        return wanted or ""
     missing = "train/" if train else "val/ or test/"
     if found:
         raise DataError(f"{path}: no {missing} in this folder")
-    raise DataError(f"{path}: no train/ and no val/ or test/ in this folder, so nothing to "
-                    "evaluate on; --val-share splits a set that has neither")
+    raise DataError(f"{path}: no train/ and no {missing} in this folder, so nothing to evaluate "
+                    "on; --val-share splits a set that has neither")
 
 
-def open_source(path, train=None):
-    """The source of the images that `path` names, a folder or tars: of its part to train or to test
-    on, if it has parts; of all with train=None."""
+def open_source(path, train=None, whole=False):
+    """(source of the images that `path` names, a folder or tars; {train, val, test: its folder}).
+
+    Of its part to train or to test on, if it has parts, but for `whole`; train=None: of all, which
+    is not looked through for parts.
+    """
     tars = find_tars(path)
     if tars:
         source = open_tars(path, tars)
-        part = "" if train is None else choose_part(path, parts_of(path, source.tops), train)
-        cut = len(os.fsencode(part)) + 1
-        return source.select(source.names.below(part), cut) if part else source
-    if not os.path.isdir(path):
+        tops = source.tops
+    elif os.path.isdir(path):
+        with os.scandir(path) as entries:
+            tops = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+    else:
         raise DataError(f"{path}: no such folder, list file or tar (--data)")
-    part = "" if train is None else choose_part(path, parts_of(path, folder_names(path)), train)
-    root = os.path.join(path, part) if part else path
-    return FileSource(root, list_files(root, warn=True))
-
-
-def folder_names(path):
-    """The first folders of what `path` names, a folder or tars."""
-    tars = find_tars(path)
+    parts = {} if train is None else parts_of(path, tops)
+    part = "" if train is None or whole else choose_part(path, parts, train)
     if tars:
-        return open_tars(path, tars).tops
-    if not os.path.isdir(path):
-        return []
-    with os.scandir(path) as entries:
-        return [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-
-
-NOT_LISTS = {b"PK\3\4": "a zip archive: unpack it",
-             b"PAR1": "a parquet table: write its images to files",
-             b"\x93NUMPY": "a numpy array: write its images to files",
-             b"\x89HDF": "an HDF5 file: write its images to files",
-             b"\x1f\x8b": "compressed by gzip: unpack it", b"BZh": "compressed by bzip2: unpack it",
-             b"\xfd7zXZ": "compressed by xz: unpack it",
-             b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
-             b"\xff\xd8\xff": "an image", b"\x89PNG": "an image", b"SQLite": "a database"}
+        cut = len(os.fsencode(part)) + 1
+        return source.select(source.names.below(part), cut) if part else source, parts
+    root = os.path.join(path, part) if part else path
+    return FileSource(root, list_files(root, warn=True)), parts
 
 
 def check_list(path):
@@ -795,7 +754,7 @@ def check_list(path):
     with open(path, "rb") as f:
         head = f.read(4096)
     kind = next((kind for start, kind in NOT_LISTS.items() if head.startswith(start)), None)
-    if kind or b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if kind or b"\0" in head:
         raise DataError(f"--data {path} is {kind or 'neither text nor a folder'}; what can be read "
                         "is a folder of image files, or a list of them")
 
@@ -808,38 +767,35 @@ def read_table(path):
     after an image.
     """
     try:
-        with open(path, "rb") as f:
-            content = f.read()
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as f:
+            lines = [line.strip() for line in f.read().splitlines() if line.strip(' \t"')]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        text = content.decode("utf-16", "replace")
-    else:
-        text = content.decode("utf-8-sig", "surrogateescape")
-    lines = [line.strip() for line in text.splitlines() if line.strip(' \t"')]
     if not lines:
         raise DataError(f"{path}: the list is empty")
     for delimiter in ",;\t":
         rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
         try:
-            first = [cell.strip() for cell in next(rows)]
-            heads = [head.lower() for head in first]
+            first = next(rows)
+            heads = [cell.strip().lower() for cell in first]
             if set(heads) & set(COLUMNS["file"]):
                 places = [next((heads.index(word) for word in words if word in heads), None)
                           for words in COLUMNS.values()]
-                return [tuple(None if at is None or at >= len(row) else row[at].strip()
-                              for at in places) for row in rows]
-            if len(first) > 1 and heads[0].endswith(EXTENSIONS):
-                rows = [first] + [[cell.strip() for cell in row] for row in rows]
-                if all(len(row) > 1 and row[0].lower().endswith(EXTENSIONS) for row in rows):
-                    return [tuple((*row, None)[:3]) for row in rows]
+            elif len(first) > 1 and heads[0].endswith(EXTENSIONS):
+                rows, places = [first, *rows], range(3)
+                if not all(row[1:] and row[0].strip().lower().endswith(EXTENSIONS) for row in rows):
+                    continue
+            else:
+                continue
+            return [tuple(None if at is None or at >= len(row) else row[at].strip()
+                          for at in places) for row in rows]
         except csv.Error as error:
             raise DataError(f"{path}: no table ({error})") from None
     rows = []
-    for line in lines:
-        name, *label = line.strip('"').rsplit(maxsplit=1)
+    for line in (line.strip('"') for line in lines):
+        name, *label = line.rsplit(maxsplit=1)
         has = label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS))
-        rows.append((name, label[0], None) if has else (line.strip('"'), None, None))
+        rows.append((name, label[0], None) if has else (line, None, None))
     return rows
 
 
@@ -848,26 +804,23 @@ def find_listed(files, names, where, root=None):
     last two parts or one; absolute where they lie below the folder `root`."""
     position = {}
     for i, file in enumerate(files):
-        position.setdefault(unicodedata.normalize("NFC", file[file.rfind("/") + 1:]), []).append(i)
+        position.setdefault(nfc(file[file.rfind("/") + 1:]), []).append(i)
     chosen, missing, doubtful = [], [], []
     for listed in names:
-        name = unicodedata.normalize("NFC", listed if "/" in listed else listed.replace("\\", "/"))
+        name = nfc(listed if "/" in listed else listed.replace("\\", "/"))
         if name.startswith("/") and root:
             name = os.path.relpath(os.path.realpath(name), os.path.realpath(root))
-        name = os.path.normpath(name)
-        parts = name.split("/")
+        parts = os.path.normpath(name).split("/")
         if parts[0] in ("", ".."):
             raise DataError(f"{where}: the name {listed!r} leads out of the data folder")
-        hits = position.get(parts[-1], [])
-        whole = [i for i in hits if unicodedata.normalize("NFC", files[i]) == name]
-        if len(parts) > 1 and not whole:            # a file in no folder goes by its name alone
-            folders = [unicodedata.normalize("NFC", files[i]).split("/")[-2:-1] for i in hits]
-            hits = [i for i, folder in zip(hits, folders) if folder in ([], parts[-2:-1])]
-        hits = whole or hits
-        if len(hits) == 1:
-            chosen.append(hits[0])
+        hits = {i: nfc(files[i]).split("/") for i in position.get(parts[-1], ())}
+        fits = [i for i, own in hits.items() if own == parts] or [
+            i for i, own in hits.items()        # a file in no folder goes by its name alone
+            if len(parts) == 1 or own[-2:-1] in ([], parts[-2:-1])]
+        if len(fits) == 1:
+            chosen += fits
         else:
-            (doubtful if hits else missing).append(listed)
+            (doubtful if fits else missing).append(listed)
     if missing:
         raise DataError(f"{where}: {len(missing)} of {len(names)} listed images do not exist, "
                         f"first {missing[0]}")
@@ -883,19 +836,16 @@ def open_folder(path, train, in_chans, labels_file=None, val_share=0):
     if in_chans not in (1, 3, 4):
         raise DataError(f"--in-chans {in_chans}: images are read with 1 (grey), 3 (RGB) or 4 "
                         "(RGBA) channels")
-    name, train_part = path, train or val_share > 0
-    if os.path.isfile(path) and not find_tars(path):
+    name, part, labels = path, train or val_share > 0, None
+    is_list = os.path.isfile(path) and not find_tars(path)
+    if is_list:
         check_list(path)
         if labels_file:
             raise DataError(f"--labels-file {labels_file}: {path} is a list already")
         path, labels_file = os.path.dirname(os.path.abspath(path)), path
-    parts = parts_of(name, folder_names(path)) if path == name else {}
-    labels = None
+    source, parts = open_source(path, None if is_list else part, whole=bool(labels_file))
     if labels_file:
-        source = open_source(path)
-        source, labels, parts = listed_images(source, labels_file, path, parts, train_part)
-    else:
-        source = open_source(path, train_part)
+        source, labels, parts = listed_images(source, labels_file, path, parts, part)
     if val_share and ("val" in parts or "test" in parts):
         raise DataError(f"--val-share: {name} has test images of its own")
     if not len(source):
@@ -904,16 +854,16 @@ def open_folder(path, train, in_chans, labels_file=None, val_share=0):
     if labels:
         dataset.label(labels, sorted_classes(labels))
         note(f"labels of {labels_file}: {len(dataset.classes)} classes, "
-            f"{', '.join(dataset.classes[:4])}{', ...' if len(dataset.classes) > 4 else ''}")
-    elif source.labels is not None and (source.labels >= 0).all():
+             f"{', '.join(dataset.classes[:4])}{', ...' if len(dataset.classes) > 4 else ''}")
+    elif source.labels is None:
+        dataset.label_by_folders(train)
+    elif (source.labels >= 0).all():
         used, labels = np.unique(source.labels, return_inverse=True)
         dataset.classes = [source.classes[i] for i in used]
         dataset.labels = torch.from_numpy(labels)
-    elif source.labels is not None:
+    else:
         missing = np.flatnonzero(source.labels < 0)
         dataset.unlabelled = f"{len(missing)} have no .cls, first {source.name(missing[0])}"
-    else:
-        dataset.label_by_folders(train)
     return split_off(dataset, val_share, train) if val_share else dataset
 
 
@@ -922,32 +872,31 @@ def listed_images(source, table, root, parts, train):
     its column split, or by the folders `parts`, where there are such."""
     rows = read_table(table)
     ids = find_listed(source.names, [name for name, *_ in rows], table, root)
-    files = [source.name(i) for i in ids]
-    labels = [label and unicodedata.normalize("NFC", label) for _, label, _ in rows]
-    kinds = [part_kind(split or "") for *_, split in rows]
-    if any(split for *_, split in rows):
+    splits = [split for *_, split in rows]
+    if any(splits):
+        kinds = [part_kind(split or "") for split in splits]
         if None in kinds:
-            raise DataError(f"{table}: {rows[kinds.index(None)][2]!r} in the column split is none "
+            raise DataError(f"{table}: {splits[kinds.index(None)]!r} in the column split is none "
                             "of train, val, test")
         parts = {kind: kind for kind in kinds}
-    elif parts:
-        folders = {part: kind for kind, part in parts.items()}
-        kinds = [folders.get(file.split("/")[0]) for file in files]
+    else:
+        kinds = [source.name(i).split("/")[0] for i in ids]
     chosen = choose_part(table, parts, train)
-    mine = [row for row, kind in enumerate(kinds) if not chosen or parts.get(kind) == chosen]
-    source = source.select([ids[row] for row in mine])
-    if not any(labels[row] for row in mine):
+    mine = [(i, label and nfc(label)) for i, kind, (_, label, _) in zip(ids, kinds, rows)
+            if not chosen or kind == chosen]
+    source = source.select([i for i, _ in mine])
+    if not any(label for _, label in mine):
         return source, None, parts
     known = {}
-    for row in mine:
-        if not labels[row] or known.setdefault(ids[row], labels[row]) != labels[row]:
-            trouble = "two labels" if labels[row] else "no label"
-            raise DataError(f"{table}: {files[row]} has {trouble}")
+    for row, (i, label) in enumerate(mine):
+        if not label or known.setdefault(i, label) != label:
+            trouble = "two labels" if label else "no label"
+            raise DataError(f"{table}: {source.name(row)} has {trouble}")
     # numbers for folders, as in ImageNet's lists, are known by the folders' names
-    folders = [files[row].split("/")[-2] if "/" in files[row] else None for row in mine]
-    labels = [labels[row] for row in mine]
+    labels = [label for _, label in mine]
+    folders = [os.path.basename(os.path.dirname(file)) for file in source.names]
     pairs, numbers = len(set(zip(folders, labels))), all(map(str.isdecimal, set(labels)))
-    if numbers and None not in folders and pairs == len(set(folders)) == len(set(labels)):
+    if numbers and "" not in folders and pairs == len(set(folders)) == len(set(labels)):
         labels = folders
     return source, labels, parts
 
@@ -961,20 +910,28 @@ def sorted_classes(labels):
 def split_off(dataset, share, train, seed=0):
     """A random share of each class, of the whole set where there are none, or to train on what
     remains; the same images in every run."""
-    order = shuffled(len(dataset), SUBSET, 5, seed)
-    labels = torch.zeros(len(dataset), dtype=torch.long)
-    if dataset.labels is not None:
-        labels = dataset.labels
+    labels = dataset.labels
+    if labels is None:
+        labels = torch.zeros(len(dataset), dtype=torch.long)
     counts = labels.bincount()
-    order, rank = ranked(labels, counts, order)
-    held = (counts * share).round().clamp_min(1).minimum(counts - 1)
-    mine = (rank < held[labels[order]]) != train
-    return dataset.select(order[mine].sort().values)
+    wanted = (counts * share).round().clamp_min(1).minimum(counts - 1)
+    held = first_of_each(labels, wanted, shuffled(len(dataset), SUBSET, 5, seed))
+    mine = torch.full((len(dataset),), bool(train))
+    mine[held] = not train
+    return dataset.select(mine.nonzero()[:, 0])
+
+
+def first_of_each(labels, wanted, order):
+    """Indices, sorted, of the first wanted[c] images of each class c in an order."""
+    order = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount(minlength=len(wanted))
+    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
+    return order[rank < wanted[labels[order]]].sort().values
 
 
 def every_image(path, in_chans=3, value_range=None):
     """All images below a folder or in tars, of all parts, without labels. DataError: none."""
-    dataset = Dataset(open_source(path), in_chans=in_chans, name=path)
+    dataset = Dataset(open_source(path)[0], in_chans=in_chans, name=path)
     if not len(dataset):
         raise DataError(f"{path}: no images found (looked for {', '.join(EXTENSIONS)})")
     dataset.range = find_range(dataset, value_range)
@@ -1017,6 +974,17 @@ def sample(dataset, most=64):
     return found
 
 
+def value_range(text):
+    """An argparse type: auto, or LOW,HIGH -> (low, high)."""
+    if text == "auto":
+        return text
+    with contextlib.suppress(ValueError):
+        low, high = map(float, text.split(","))
+        if -1e30 < low < high < 1e30:
+            return low, high
+    raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor LOW,HIGH")
+
+
 def find_range(dataset, asked=None, found=None):
     """(low, high) of values of more than 8 bits that become black and white, or None for 8 bits.
 
@@ -1039,7 +1007,7 @@ def find_range(dataset, asked=None, found=None):
     low, high = min(values), max(values)
     high = high if high > low else low + 1
     note(f"{dataset.name}: values from {low:g} to {high:g}, measured on a sample, become "
-        "black to white; --range sets others")
+         "black to white; --range sets others")
     return low, high
 
 
@@ -1047,9 +1015,8 @@ def download(name, train, in_chans):
     import torchvision
     if in_chans != 3:
         raise DataError(f"--data {name} has three channels, not {in_chans}")
-    cifar = dict(cifar10=torchvision.datasets.CIFAR10, cifar100=torchvision.datasets.CIFAR100)[name]
     try:
-        raw = cifar("downloads", train=train, download=True)
+        raw = getattr(torchvision.datasets, name.upper())("downloads", train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise DataError(f"--data {name}: not in downloads/ and cannot be downloaded ({error})",
                         1) from None
@@ -1060,32 +1027,28 @@ def download(name, train, in_chans):
 def into_memory(dataset, sizes, max_bad=0.01):
     """Decode images that all have one small size into memory; others are left as they are. sizes:
     {(H, W)} of a sample."""
-    if len(sizes) != 1:
+    n, (height, width) = len(dataset), max(sizes, default=(0, 0))
+    values = n * height * width * dataset.in_chans
+    if len(sizes) != 1 or max(height, width) > MEMORY_SIDE or values > MEMORY_LIMIT:
         return dataset
-    size = sizes.pop()
-    values = len(dataset) * size[0] * size[1] * dataset.in_chans
-    if max(size) > MEMORY_SIDE or values > MEMORY_LIMIT:
-        return dataset
+    images, bad = torch.zeros(n, dataset.in_chans, height, width, dtype=torch.uint8), {}
 
     def decode(i):
+        """Whether image i fits in, or cannot be read."""
         try:
-            return dataset.read(i).numpy()
+            pixels = dataset.read(i)
         except BadFile as error:
-            return str(error)
+            bad[i] = str(error)
+            return True
+        if pixels.shape[:2] == (height, width):
+            images[i] = pixels.permute(2, 0, 1)
+        return pixels.shape[:2] == (height, width)
 
-    stack = np.zeros((len(dataset), *size, dataset.in_chans), np.uint8)
-    bad = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, pixels in enumerate(pool.map(decode, range(len(dataset)))):
-            if isinstance(pixels, str):
-                bad[i] = pixels
-            elif pixels.shape[:2] != size:  # read them as files
-                return dataset
-            else:
-                stack[i] = pixels
-    dataset.bad = bad
-    report_bad(dataset, max_bad)
-    dataset.images = torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous()
+        if all(pool.map(decode, range(n))):     # else they are read as files
+            dataset.bad = dict(sorted(bad.items()))
+            report_bad(dataset, max_bad)
+            dataset.images = images
     return dataset
 
 
@@ -1114,13 +1077,13 @@ def labelled(dataset, spec=None, seed=0, draw="balanced"):
     elif os.path.isfile(spec):
         if dataset.files is None:
             raise DataError(f"--labels {spec}: a list names files, and {dataset.name} has none")
-        rows = read_table(spec)
-        root = getattr(dataset.source, "root", None)
+        rows, root = read_table(spec), getattr(dataset.source, "root", None)
         ids = find_listed(dataset.files, [name for name, *_ in rows], f"--labels {spec}", root)
+        ids = torch.tensor(sorted(ids), dtype=torch.long)
+        how = f"list {os.path.basename(spec)}"
         if any(label for _, label, _ in rows):
             note(f"--labels {spec} chooses images; the labels in it are not used, but those "
-                f"of {dataset.name}")
-        ids, how = torch.tensor(sorted(ids)), f"list {os.path.basename(spec)}"
+                 f"of {dataset.name}")
     else:
         ids, how = drawn(dataset, spec, seed, draw), f"{spec}, {draw} draw, seed {seed}"
     found = dataset.labels[ids].unique()
@@ -1153,20 +1116,14 @@ def drawn(dataset, spec, seed, draw):
             raise DataError(f"--labels {spec!r}: there are only {len(labels)} images")
         return order[:n].sort().values
     counts = labels.bincount(minlength=len(classes))
-    wanted = torch.full_like(counts, value) if not share else (
-        (counts * value / 100).round().clamp_min(1).long())
+    wanted = torch.full_like(counts, value)
+    if share:
+        wanted = (counts * value / 100).round().clamp_min(1).long()
     short = (counts < wanted).nonzero()[:, 0].tolist()
     if short:
         raise DataError(f"--labels {spec!r}: class {classes[short[0]]} has only "
                         f"{counts[short[0]]} images")
-    order, rank = ranked(labels, counts, order)
-    return order[rank < wanted[labels[order]]].sort().values
-
-
-def ranked(labels, counts, order):
-    """(order by class, within it as given; the place of each within its class)."""
-    order = order[labels[order].argsort(stable=True)]
-    return order, torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
+    return first_of_each(labels, wanted, order)
 
 
 def same_classes(train, test):
@@ -1188,16 +1145,9 @@ def measure_stats(dataset, most=5000):
     """Mean and std of each channel over at most 5,000 images, chosen by hash."""
     total, squares, count = 0.0, 0.0, 0
     for i in shuffled(len(dataset), 1, SUBSET)[:most].tolist():
-        if i in dataset.bad:
-            continue
-        if dataset.images is not None:
-            x = dataset.images[i].double().flatten(1)
-        else:
-            try:
-                x = dataset.read(i).double().reshape(-1, dataset.in_chans).T
-            except BadFile:
-                continue
-        total, squares, count = total + x.sum(1), squares + x.square().sum(1), count + x.shape[1]
+        with contextlib.suppress(BadFile):
+            x = dataset.read(i).double().flatten(0, 1)
+            total, squares, count = total + x.sum(0), squares + x.square().sum(0), count + len(x)
     if not count:
         raise DataError(f"--stats data: none of the images of {dataset.name} can be read", 1)
     mean = total / count / 255
@@ -1211,23 +1161,16 @@ def stand_ins(dataset, i):
     return (random_bits(torch.tensor([i]), 20, SUBSET, 6)[0] % len(dataset)).tolist()
 
 
-def no_stand_in(dataset, i):
-    return DataError(f"20 images in a row cannot be read, among them {dataset.file(i)}: "
-                     f"{dataset.bad[i]}", 1)
-
-
 class Reader(torch.utils.data.Dataset):
     """Reads files, decodes no larger than the crops need, crops and resizes: in the workers.
 
-    loader: a copy of the Loader that has no DataLoader; else both are collected in a cycle only,
-    which waits 5 s for each worker.
+    loader: a copy without the DataLoader, or both are in a cycle, whose end waits 5 s a worker.
     """
 
     TOGETHER = 64                           # images that are opened at once
 
     def __init__(self, loader):
         self.loader, self.dataset = loader, loader.dataset
-        self.views, self.size = loader.views, loader.size
         jpeg_decoder()                      # imported once, before workers are forked
 
     def __getitems__(self, key):
@@ -1235,30 +1178,28 @@ class Reader(torch.utils.data.Dataset):
         place of those that cannot be read (-1: none is found); {i: what is wrong with it}; for each
         view its crops, uint8 (N, C, h, w) with channels last in memory. Or a DataError to raise."""
         epoch, wanted = key
-        shown, bad = list(wanted), {}
-        shape = len(wanted), *self.size, self.dataset.in_chans
-        crops = [torch.zeros(shape, dtype=torch.uint8).permute(0, 3, 1, 2) for _ in self.views]
-        for start in range(0, len(wanted), self.TOGETHER):
-            rows = range(start, min(start + self.TOGETHER, len(wanted)))
-            failed = self.fill(rows, shown, crops, epoch)
-            bad.update((wanted[row], trouble) for row, trouble in failed.items())
-            for attempt in range(20 if self.loader.shuffle else 0):
+        loader, shown = self.loader, list(wanted)
+        shape = len(wanted), *loader.size, self.dataset.in_chans
+        crops = [torch.zeros(shape, dtype=torch.uint8).permute(0, 3, 1, 2) for _ in loader.views]
+        bad = failed = self.fill(range(len(wanted)), shown, crops, epoch)
+        if loader.shuffle:
+            for attempt in range(20):
                 for row in failed:
                     shown[row] = stand_ins(self.dataset, wanted[row])[attempt]
                 failed = failed and self.fill(failed, shown, crops, epoch)
             for row in failed:
-                shown[row] = -1 if self.loader.shuffle else wanted[row]
+                shown[row] = -1
         if torch.utils.data.get_worker_info():      # here, not in the thread that hands it over,
             try:                                    # where an error is lost
                 crops = [view.share_memory_() for view in crops]
             except RuntimeError as error:
                 return DataError(f"a data worker has no shared memory ({error}): make /dev/shm "
                                  "larger, or give --workers 0", 1)
-        return shown, bad, crops
+        return shown, {wanted[row]: trouble for row, trouble in bad.items()}, crops
 
     def fill(self, rows, shown, crops, epoch):
         """Put the crops of image shown[row] into each row; {row: what is wrong with its image}."""
-        opened, failed = {}, {}
+        loader, opened, failed = self.loader, {}, {}
         for row in rows:
             try:
                 opened[row] = self.dataset.open(shown[row])
@@ -1271,36 +1212,34 @@ class Reader(torch.utils.data.Dataset):
         ids = torch.tensor([shown[row] for row in opened])
         full = torch.tensor([image.size for image in opened.values()])
         # the largest of JPEG's own reductions that keeps every crop at least as large as its output
-        sides = torch.stack(self.plan(ids, full, epoch))[:, :, 2:]          # (views, N, 2)
-        room = (sides / torch.tensor(self.size)).amin((0, 2))
+        room = (self.boxes(ids, full, epoch)[:, :, 2:] / torch.tensor(loader.size)).amin((1, 2))
         room[torch.tensor([not image.is_jpeg for image in opened.values()])] = 1
-        factors = 1 + (room >= 2).long() + 2 * (room >= 4).long() + 4 * (room >= 8).long()
+        factors = 2 ** torch.bucketize(room, torch.tensor([2.0, 4.0, 8.0]), right=True)
         small = -(-full // factors[:, None])
-        plans = torch.stack(self.plan(ids, small, epoch), 1).tolist()       # (N, views, 4)
+        plans = self.boxes(ids, small, epoch).tolist()
         for at, (row, factor, size) in enumerate(
                 zip(list(opened), factors.tolist(), small.tolist())):
             try:
-                pixels = opened.pop(row).pixels(
-                    self.dataset.in_chans, factor, self.dataset.range)
+                pixels = opened.pop(row).pixels(self.dataset.in_chans, factor, self.dataset.range)
             except BadFile as error:
                 failed[row] = str(error)
                 continue
             boxes = plans[at]
             if list(pixels.shape[:2]) != size:      # a format that is turned as it is decoded
                 turned = torch.tensor([pixels.shape[:2]])
-                boxes = [plan[0].tolist() for plan in self.plan(ids[at:at + 1], turned, epoch)]
-            for k, (box, view) in enumerate(zip(boxes, self.views)):
-                cut = (exact_crop if view["scale"] is None else crop)(
-                    pixels, box, self.size, view["mode"])
+                boxes = self.boxes(ids[at:at + 1], turned, epoch)[0].tolist()
+            for k, (box, view) in enumerate(zip(boxes, loader.views)):
+                cut = crop(pixels, box, loader.size, view)
                 if view.get("pixels"):
                     cut = per_image(cut[None].contiguous(), ids[at:at + 1], view["pixels"],
-                                    PIXELS, k, self.loader.seed, epoch)[0]
+                                    PIXELS, k, loader.seed, epoch)[0]
                 crops[k][row] = cut
         return failed
 
-    def plan(self, ids, sizes, epoch):
-        """The boxes (N, 4) of each view for images of sizes (N, 2)."""
-        return [self.loader.boxes(ids, sizes, k, epoch) for k in range(len(self.views))]
+    def boxes(self, ids, sizes, epoch):
+        """The boxes (N, views, 4) of images of sizes (N, 2)."""
+        views = range(len(self.loader.views))
+        return torch.stack([self.loader.boxes(ids, sizes, k, epoch) for k in views], 1)
 
 
 class Batch:
@@ -1308,7 +1247,7 @@ class Batch:
 
     shown (n,): as ids, but where an image cannot be read the one that stands in for it: labels go
     by `shown`. readable (n,) bool: whether the image itself can be read.
-    crops: of each view the list of its parts, uint8 (n', C, h, w), for images that are files.
+    crops: of each view its crops, uint8 (n, C, h, w), for images that are files.
     """
 
     def __init__(self, loader, ids, epoch, shown, readable, crops=None):
@@ -1320,19 +1259,25 @@ class Batch:
 
     def view(self, k):
         """View k, augmented and normalised, (n, C, h, w) float32 on the device."""
-        parts = []
+        parts = [slice(start, start + CHUNK) for start in range(0, len(self), CHUNK)]
         with torch.autocast(self.loader.device.type, enabled=False):
-            for start in range(0, len(self), CHUNK):
-                parts.append(self.draw(k, slice(start, start + CHUNK)))
+            parts = [self.draw(k, part) for part in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def draw(self, k, part):
-        loader, spec, ids = self.loader, self.loader.views[k], self.ids[part]
-        if self.crops is None:
-            x = loader.from_memory(self.shown[part], k, self.epoch)
-        else:
+        loader, view, shown = self.loader, self.loader.views[k], self.shown[part]
+        key = k, loader.seed, self.epoch
+        if self.crops is not None:
             x = self.crops[k][part].contiguous().float() / 255
-        x = augment(x, ids, spec, COLOUR, k, loader.seed, self.epoch)
+        else:
+            images = loader.dataset.images
+            sizes = torch.tensor([images.shape[2:]]).expand(len(shown), 2)
+            boxes = loader.boxes(shown, sizes, k, self.epoch)
+            x = resample(images[upload(shown, images.device)], boxes, loader.size, view["mode"])
+            if view.get("pixels"):
+                x = (x * 255 + 0.5).to(torch.uint8)
+                x = per_image(x, shown, view["pixels"], PIXELS, *key).float() / 255
+        x = augment(x, self.ids[part], view, COLOUR, *key)
         return (x - loader.mean) / loader.std
 
     def noise(self, length):
@@ -1399,15 +1344,13 @@ class Loader:
 
     def batches(self, epoch, start=0):
         """The indices of each batch of this process, from batch `start` on."""
-        n, share = self.batch_size * self.processes, self.batch_size
         order = torch.arange(len(self.dataset))
         if self.shuffle:
             order = shuffled(len(self.dataset), ORDER, self.seed, epoch)
         for b in range(start, len(self)):
-            first = b * n + self.rank * share
-            ids = order[first:min(first + share, len(order))]
-            if len(ids):
-                yield ids
+            first = (b * self.processes + self.rank) * self.batch_size
+            if first < len(order):
+                yield order[first:first + self.batch_size]
 
     def stream(self, epoch, start):
         """The Reader's keys from a batch on; where shuffled into the epochs that follow, so that
@@ -1452,15 +1395,11 @@ class Loader:
     def held(self, ids, epoch):
         """A batch of images in memory."""
         shown, bad = ids.tolist(), self.dataset.bad
-        readable = torch.tensor([i not in bad for i in shown])
-        if bad and self.shuffle:
-            for row, i in enumerate(shown):
-                if i in bad:
-                    good = [other for other in stand_ins(self.dataset, i) if other not in bad]
-                    if not good:
-                        raise no_stand_in(self.dataset, i)
-                    shown[row] = good[0]
-        return Batch(self, ids, epoch, torch.tensor(shown), readable)
+        for row, i in enumerate(shown) if bad and self.shuffle else ():
+            if i in bad:
+                good = (other for other in stand_ins(self.dataset, i) if other not in bad)
+                shown[row] = next(good, -1)
+        return self.batch(ids, epoch, shown, bad)
 
     def collect(self, ids, epoch, parts):
         """A batch of what the workers have read."""
@@ -1469,26 +1408,20 @@ class Loader:
                 raise part
         shown, bads, crops = zip(*parts)
         shown, known = sum(shown, []), len(self.dataset.bad)
-        bad = {i: trouble for found in bads for i, trouble in found.items()}
-        self.dataset.bad |= {i: trouble for i, trouble in bad.items() if i not in self.dataset.bad}
+        bad = dict(item for found in bads for item in found.items())
+        self.dataset.bad |= bad | self.dataset.bad
         report_bad(self.dataset, self.max_bad, known)
-        if -1 in shown:
-            raise no_stand_in(self.dataset, int(ids[shown.index(-1)]))
         crops = [torch.cat([part.to(self.device, non_blocking=True) for part in view])
                  for view in zip(*crops)]
-        readable = torch.tensor([i not in bad for i in ids.tolist()])
-        return Batch(self, ids, epoch, torch.tensor(shown), readable, crops)
+        return self.batch(ids, epoch, shown, bad, crops)
 
-    def from_memory(self, ids, k, epoch):
-        """The crops of view k of images in memory: float32 (n, C, h, w) in [0, 1]."""
-        images, spec = self.dataset.images, self.views[k]
-        sizes = torch.tensor([images.shape[2:]]).expand(len(ids), 2)
-        boxes = self.boxes(ids, sizes, k, epoch)
-        x = resample(images[upload(ids, images.device)], boxes, self.size, spec["mode"])
-        if spec.get("pixels"):
-            x = (x * 255 + 0.5).to(torch.uint8)
-            x = per_image(x, ids, spec["pixels"], PIXELS, k, self.seed, epoch).float() / 255
-        return x
+    def batch(self, ids, epoch, shown, bad, crops=None):
+        readable = torch.tensor([i not in bad for i in ids.tolist()])
+        if -1 in shown:
+            i = int(ids[shown.index(-1)])
+            raise DataError("20 images in a row cannot be read, among them "
+                            f"{self.dataset.file(i)}: {self.dataset.bad[i]}", 1)
+        return Batch(self, ids, epoch, torch.tensor(shown), readable, crops)
 
 
 def settle(worker):
@@ -1750,16 +1683,6 @@ def fill(tar, dataset, todo, args):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise DataError(f"{message} (--help says what there is)")
-
-
-def value_range(text):
-    """An argparse type: auto, or LOW,HIGH -> (low, high)."""
-    if text == "auto":
-        return text
-    low, high = map(float, text.split(","))
-    if not -1e30 < low < high < 1e30:
-        raise ValueError
-    return low, high
 
 
 def get_args(argv=None):
