@@ -875,7 +875,8 @@ class Job:
         rows = []
         for k in range(len(self.loader.views)):
             images = (batch.view(k)[:8] * self.loader.std + self.loader.mean).clamp(0, 1)
-            rows.append(torch.cat(list(images.expand(-1, max(images.shape[1], 3), -1, -1)[:, :3]), 2))
+            images = images.expand(-1, max(images.shape[1], 3), -1, -1)[:, :3]
+            rows.append(torch.cat(list(images), 2))
         self.board.add_image("views", torch.cat(rows, 1), 0)
 
     def ends_epoch(self, every):
