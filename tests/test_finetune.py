@@ -1,4 +1,4 @@
-"""finetune.py: what each protocol trains, that nothing else moves, restarts, processes, bad input."""
+"""finetune.py: what each protocol trains and nothing else, restarts, processes, bad input."""
 import json
 import os
 import shutil
@@ -35,7 +35,8 @@ def small():
     """A tiny vit_mini, and an embedded set of 160 and 83 images."""
     patch = pytest.MonkeyPatch()
     sets = {train: data.embedded(train, n=160 if train else 83) for train in (True, False)}
-    patch.setattr(data, "embedded", lambda train, in_chans: sets[train].select(range(len(sets[train]))))
+    patch.setattr(data, "embedded",
+                  lambda train, in_chans: sets[train].select(range(len(sets[train]))))
     patch.setitem(model.ARCHS, "vit_mini", ((8, DIM, DEPTH, 3), (16, 1, 2)))
     patch.delenv("DATA", raising=False)
     yield
@@ -48,7 +49,8 @@ def made(tmp_path_factory):
     mae, graft = (str(tmp_path_factory.mktemp(name)) for name in ("mae", "graft"))
     short = [*QUIET, "--epochs", "1", "--batch-size", "80"]
     mae_pretrain.main(mae_pretrain.get_args([*short, "--out", mae]))
-    graft_train.main(graft_train.get_args([*short, "--init", mae, "--out", graft, "--hidden-dim", "20"]))
+    grafting = [*short, "--init", mae, "--out", graft, "--hidden-dim", "20"]
+    graft_train.main(graft_train.get_args(grafting))
     return dict(mae=mae, graft=graft)
 
 
@@ -89,7 +91,7 @@ def log_of(out):
 
 
 def moved_by(out, start, names):
-    """Adam's first step moves a parameter by its rate, whatever the gradient: median way by name."""
+    """Adam's first step moves a parameter by its rate, whatever the gradient: median by name."""
     last = checkpoint.read(str(out / "last.pt"))
     assert last["step"] == 1
     return {name: (last["model"][name] - start[name]).abs().median().item() for name in names}
@@ -98,7 +100,8 @@ def moved_by(out, start, names):
 # ------------------------------------------------------------------------------------ rates
 def test_rates_fall_with_depth(made, tmp_path):
     lr, decay, scale = 1e-3, 0.5, 160 / 256
-    tune(made["graft"], tmp_path, "--lr", str(lr), "--layer-decay", str(decay), "--batch-size", "160",
+    tune(made["graft"], tmp_path, "--lr", str(lr), "--layer-decay", str(decay),
+         "--batch-size", "160",
          "--warmup-epochs", "0", "--drop-path", "0")
     start = checkpoint.read_encoder(made["graft"])["state"]
     layers = {"patch_embed.proj.bias": 0, "blocks.0.mlp.fc2.bias": 1, "blocks.1.mlp.fc2.bias": 2,
@@ -109,7 +112,8 @@ def test_rates_fall_with_depth(made, tmp_path):
     assert torch.equal(last["model"]["pos_embed"], start["pos_embed"])
     groups = {name: group for group in last["optimizer"]["param_groups"] for name in group["names"]}
     assert set(groups) == set(last["model"]) - {"pos_embed"}
-    assert groups["head.weight"]["weight_decay"] == 0.05 and groups["head.bias"]["weight_decay"] == 0
+    assert groups["head.weight"]["weight_decay"] == 0.05
+    assert groups["head.bias"]["weight_decay"] == 0
 
 
 def test_rate_ends_at_min_lr(made, tmp_path):
@@ -131,7 +135,8 @@ def test_defaults(made, folder):
 
     args = of("--data", folder)
     assert (args.epochs, args.batch_size, args.lr, args.layer_decay) == (100, 1024, 5e-4, 0.6)
-    assert (args.weight_decay, args.min_lr, args.drop_path, args.warmup_epochs) == (0.05, 1e-6, 0.1, 5)
+    assert (args.weight_decay, args.min_lr, args.drop_path) == (0.05, 1e-6, 0.1)
+    assert args.warmup_epochs == 5
     assert (args.rand_augment, args.mixup, args.cutmix, args.erasing) == (9, 0.8, 1.0, 0.25)
     assert args.label_smoothing == 0.1 and args.crop_min == 0.08
     # with a part of the labels every row of a table trains alike, with or without a projector
@@ -156,7 +161,8 @@ def test_classifier_starts_near_zero(made):
 def test_full_fine_tuning_moves_everything(made, tmp_path):
     entry, content = tune(made["graft"], tmp_path, *HARD)
     start = checkpoint.read_encoder(made["graft"])
-    assert entry["protocol"] == "fine-tune" and entry["labels"] == "all" and entry["labelled"] == 160
+    assert entry["protocol"] == "fine-tune"
+    assert entry["labels"] == "all" and entry["labelled"] == 160
     assert entry["tested"] == 83 and entry["unreadable"] == 0 and entry["system"] == "Layer grafted"
     for name, value in start["state"].items():
         assert torch.equal(content["model"][name], value) == (name == "pos_embed"), name
@@ -169,7 +175,8 @@ def test_frozen_blocks_stay(made, tmp_path):
     entry, content = tune(made["graft"], tmp_path, "--freeze-blocks", "2", *HARD)
     assert entry["protocol"] == "partial fine-tune 2"
     for name, value in checkpoint.read_encoder(made["graft"])["state"].items():
-        assert torch.equal(content["model"][name], value) == (model.layer_of(name, DEPTH) <= 2), name
+        still = model.layer_of(name, DEPTH) <= 2
+        assert torch.equal(content["model"][name], value) == still, name
     net, _ = built(made["graft"], "--freeze-blocks", "2", "--drop-path", "0.5")
     net.train()
     assert [block.training for block in net.blocks] == [False, False, True] and net.norm.training
@@ -179,7 +186,8 @@ def test_frozen_blocks_stay(made, tmp_path):
     assert not torch.equal(net(x), net(x))                              # drop path, above
     net(x).sum().backward()
     frozen = {name for name, p in net.named_parameters() if p.grad is None}
-    assert frozen == {name for name, _ in net.named_parameters() if model.layer_of(name, DEPTH) <= 2}
+    names = [name for name, _ in net.named_parameters()]
+    assert frozen == {name for name in names if model.layer_of(name, DEPTH) <= 2}
 
 
 @pytest.mark.parametrize("block, blocks", [(2, 1), (2, 2), (3, 1)])
@@ -202,7 +210,8 @@ def test_probe_trains_only_what_is_new(made, tmp_path, block, blocks):
     for name, value in content["model"].items():
         assert torch.equal(value, fresh.state_dict()[name]) == (name not in trained), name
         assert name in trained or torch.equal(value, source["state"][name])
-    layers = {f"blocks.{block + i}.mlp.fc2.bias": i for i in range(blocks)} | {"norm.weight": blocks}
+    layers = {f"blocks.{block + i}.mlp.fc2.bias": i for i in range(blocks)}
+    layers["norm.weight"] = blocks
     for name, way in moved_by(tmp_path, fresh.state_dict(), layers).items():
         assert way == pytest.approx(lr * scale * decay ** (blocks - layers[name]), rel=0.1), name
     # the definition, written out with a plain encoder
@@ -261,7 +270,7 @@ def test_projector_with_bias(tmp_path):
 
 # ------------------------------------------------------------------------- restarts, processes
 def test_stop_and_resume_is_exact(made, tmp_path, monkeypatch):
-    """A signal in the middle of the second epoch, then the same command: bit for bit an unbroken run."""
+    """A signal in the second epoch, then the same command: bit for bit an unbroken run."""
     options = [*HARD, "--epochs", "3", "--log-every", "1"]
     entry, content = tune(made["graft"], tmp_path / "whole", *options)
     record = run.Job.record
@@ -280,7 +289,8 @@ def test_stop_and_resume_is_exact(made, tmp_path, monkeypatch):
     resumed, again = tune(made["graft"], tmp_path / "broken", *options)
     assert resumed | {"seconds": 0} == entry | {"seconds": 0}
     assert all(torch.equal(again["model"][name], v) for name, v in content["model"].items())
-    whole, broken = ([line["loss"] for line in log_of(tmp_path / name)] for name in ("whole", "broken"))
+    whole, broken = ([line["loss"] for line in log_of(tmp_path / name)]
+                     for name in ("whole", "broken"))
     assert len(whole) == 12 and whole == broken
     tune(made["graft"], tmp_path / "broken", *options)                  # done: the result stays one
     assert len(open(tmp_path / "broken" / "results.jsonl").readlines()) == 1
@@ -289,8 +299,8 @@ def test_stop_and_resume_is_exact(made, tmp_path, monkeypatch):
 
 
 def test_seed_matters(made, tmp_path):
-    states = [tune(made["graft"], tmp_path / seed, *HARD, "--seed", seed)[1]["model"] for seed in "01"]
-    assert not torch.equal(states[0]["blocks.0.attn.qkv.weight"], states[1]["blocks.0.attn.qkv.weight"])
+    a, b = (tune(made["graft"], tmp_path / seed, *HARD, "--seed", seed)[1]["model"] for seed in "01")
+    assert not torch.equal(a["blocks.0.attn.qkv.weight"], b["blocks.0.attn.qkv.weight"])
 
 
 def logits_of(path, folder=None):
@@ -309,7 +319,8 @@ def test_two_processes_and_micro_batches_change_nothing(made, folder, tmp_path):
     assert (reference.std(0) > 1e-3).all()                              # it tells images apart
     tune(made["graft"], tmp_path / "parts", *options, "--micro-batch", "5")
     assert torch.allclose(logits_of(tmp_path / "parts", folder), reference, atol=1e-4)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc_per_node", "2",
                "finetune.py", *QUIET, "--checkpoint", made["graft"], "--out", str(tmp_path / "two"),
                *options]
     result = subprocess.run(command, cwd=os.path.dirname(finetune.__file__), capture_output=True,
@@ -343,10 +354,12 @@ def test_every_test_image_is_counted_once(n, processes, monkeypatch):
 
     monkeypatch.setattr(finetune.dist, "all_reduce", collect)
     for rank in range(processes):
-        loader = data.Loader(dataset, [augment.TEST_VIEW], (32, 32), 4, rank=rank, processes=processes,
+        loader = data.Loader(dataset, [augment.TEST_VIEW], (32, 32), 4, rank=rank,
+                             processes=processes,
                              shuffle=False)
         batches = list(loader.batches(0))
-        found, confusion = finetune.evaluate(Right(), loader, run.Env(CPU.device, None, rank, processes))
+        env = run.Env(CPU.device, None, rank, processes)
+        found, confusion = finetune.evaluate(Right(), loader, env)
         if processes == 1:
             assert found["top5"] == 100
             totals.append(torch.cat([confusion.flatten(), torch.tensor([n])]))
@@ -417,7 +430,7 @@ def test_unreadable_images_are_left_out(made, tmp_path, folder, monkeypatch):
     entry, _ = tune(made["graft"], tmp_path / "out", "--data", str(tmp_path / "files"), "--max-bad",
                     "0.1", "--batch-size", "24", "--epochs", "2")
     assert entry["tested"] == 12 and entry["labelled"] == 24 and entry["unreadable"] == 2
-    assert seen == [23, 23]                                             # no image under a wrong label
+    assert seen == [23, 23]                                 # no image under a wrong label
 
 
 def test_saved_classifier_gives_the_same_logits(made, tmp_path):
@@ -465,7 +478,8 @@ def test_protocol_names(tmp_path):
     assert name() == "fine-tune" and name("10%", 0.1016) == "10% fine-tune"
     assert name("0.4%", 0.004) == "0.4% fine-tune" and name("10%", 0.096) == "10% fine-tune"
     assert name("2 per class", 0.1) == "2 per class fine-tune"
-    assert name(str(tmp_path / "list"), 128116 / 1281167, from_projector=True) == "10% from projector"
+    from_list = name(str(tmp_path / "list"), 128116 / 1281167, from_projector=True)
+    assert from_list == "10% from projector"
     assert name(freeze_blocks=9) == "partial fine-tune 9"
     assert name(probe_block=6, blocks=2) == "probe block 6 + 2 blocks"
 
@@ -484,7 +498,8 @@ def test_bad_input(made, folder, tmp_path, options, message):
         (tmp_path / name).write_text("\n".join(lines))
     for part in ("train", "val"):
         (tmp_path / "UNLABELLED" / part).mkdir(parents=True)
-        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "UNLABELLED" / part / "a.png")
+        blank = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+        blank.save(tmp_path / "UNLABELLED" / part / "a.png")
     options = [str(tmp_path / word) if (tmp_path / word).exists() else word for word in options]
     with pytest.raises(ValueError, match=message) as stop:
         tune(made["graft"], tmp_path / "out", "--data", folder, *options)
@@ -492,7 +507,8 @@ def test_bad_input(made, folder, tmp_path, options, message):
 
 
 @pytest.mark.parametrize("options, message", [
-    (("--blocks", "2"), "--blocks goes with --probe-block"), (("--rand-augment", "11"), "at most 10"),
+    (("--blocks", "2"), "--blocks goes with --probe-block"),
+    (("--rand-augment", "11"), "at most 10"),
     (("--from-projector", "--freeze-blocks", "2"), "not allowed with"),
     (("--checkpoint", "nowhere"), "no checkpoint nowhere"),
     (("--probe-block", "2", "--blocks", "0"), "at least 1"),
