@@ -197,7 +197,8 @@ def test_probe_trains_only_what_is_new(made, tmp_path, block, blocks):
     lr, decay, scale = 1e-3, 0.5, 160 / 256
     options = ("--probe-block", str(block), "--blocks", str(blocks))
     entry, content = tune(made["graft"], tmp_path, *options, "--drop-path", "0", "--lr", str(lr),
-                          "--layer-decay", str(decay), "--batch-size", "160", "--warmup-epochs", "0")
+                          "--layer-decay", str(decay), "--batch-size", "160",
+                           "--warmup-epochs", "0")
     source = checkpoint.read_encoder(made["graft"])
     assert entry["protocol"] == f"probe block {block} + {blocks} blocks"
     assert entry["digest"] == checkpoint.digest(checkpoint.load(made["graft"]))
@@ -299,7 +300,8 @@ def test_stop_and_resume_is_exact(made, tmp_path, monkeypatch):
 
 
 def test_seed_matters(made, tmp_path):
-    a, b = (tune(made["graft"], tmp_path / seed, *HARD, "--seed", seed)[1]["model"] for seed in "01")
+    a, b = (tune(made["graft"], tmp_path / seed, *HARD, "--seed", seed)[1]["model"]
+            for seed in "01")
     assert not torch.equal(a["blocks.0.attn.qkv.weight"], b["blocks.0.attn.qkv.weight"])
 
 
