@@ -198,7 +198,7 @@ def test_probe_trains_only_what_is_new(made, tmp_path, block, blocks):
     options = ("--probe-block", str(block), "--blocks", str(blocks))
     entry, content = tune(made["graft"], tmp_path, *options, "--drop-path", "0", "--lr", str(lr),
                           "--layer-decay", str(decay), "--batch-size", "160",
-                           "--warmup-epochs", "0")
+                          "--warmup-epochs", "0")
     source = checkpoint.read_encoder(made["graft"])
     assert entry["protocol"] == f"probe block {block} + {blocks} blocks"
     assert entry["digest"] == checkpoint.digest(checkpoint.load(made["graft"]))
