@@ -159,11 +159,10 @@ class Frozen:
         dataset = data.load(source, train, in_chans, args.stats or "imagenet", args.max_bad,
                             args.range or self.meta.get("range"), args.labels_file, args.val_share)
         if train and self.env.rank == 0:
-            mean, std = (run.rounded(own or of_set) for own, of_set in (
-                (self.mean, dataset.mean), (self.std, dataset.std)))
-            print(f"{len(dataset)} images of {dataset.name}, {in_chans} channels of mean {mean} "
-                  f"and deviation {std}, values {dataset.range or '0 to the most of their type'}",
-                  flush=True)
+            mean, std = self.mean or dataset.mean, self.std or dataset.std
+            print(f"{len(dataset)} images of {dataset.name}, {in_chans} channels, mean and deviation"
+                  f" {', '.join(f'{m:.3f} {d:.3f}' for m, d in zip(mean, std))}, values "
+                  f"{dataset.range or 'from 0 to the most of their type'}", flush=True)
         return dataset.hold(self.env.device)
 
     def extract(self, dataset, function=None):
