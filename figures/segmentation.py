@@ -63,7 +63,7 @@ def coloured(labels, classes):
 
 def label_image(labels, classes):
     """Class ids (H, W) as a palette image: its pixels are the ids, shown in colour."""
-    image = Image.fromarray(labels.astype(np.uint8), "L")
+    image = Image.fromarray(labels.astype(np.uint8))
     table = np.full((256, 3), GREY, np.uint8)
     table[:classes] = palette(classes)
     image.putpalette(table.tobytes())
@@ -116,5 +116,7 @@ def sheet(path, columns, names, width=240, margin=6):
         square = left, line, left + swatch, line + swatch
         pen.rectangle(square, fill=tuple(colour), outline="black")
         pen.text((left + swatch + margin, line), name, fill="black", font=text)
-    page = page.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    # few colours for the images, so that the file is small; those of the labels stay as they are
+    images = page.crop((margin, top, margin + width, page.height - bottom))
+    page.paste(images.quantize(64, dither=Image.Dither.NONE).convert("RGB"), (margin, top))
     page.save(path, format="PNG", optimize=True)
