@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 
 import augment
 import data
+from conftest import corrupt
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 torch.set_num_threads(1)
@@ -33,17 +34,13 @@ def images_like(n, h, w, seed=0):
     return (x * 255).to(torch.uint8)
 
 
-def save_image(path, pixels, **options):
-    """uint8 pixels (H, W, 3) as a file, its folder made."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
-
-
 def folder_of(root, names, size=(16, 16), seed=0):
     """A folder with an image for each name."""
     pixels = images_like(len(names), *size, seed).permute(0, 2, 3, 1).numpy()
     for name, image in zip(names, pixels):
-        save_image(os.path.join(root, name), image)
+        path = os.path.join(root, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Image.fromarray(image).save(path)
     return str(root)
 
 
@@ -51,14 +48,6 @@ def class_folder(root, part="train", classes=("cat", "dog"), each=3, **options):
     names = [f"{c}/{c}_{i}.png" for c in classes for i in range(each)]
     folder_of(os.path.join(root, part), names, **options)
     return str(root)
-
-
-def corrupt(path):
-    """The first half of an image file."""
-    with open(path, "rb") as f:
-        content = f.read()
-    with open(path, "wb") as f:
-        f.write(content[:len(content) // 2])
 
 
 def checked(capsys, *arguments):
@@ -100,19 +89,14 @@ def test_a_training_set_without_labels_is_named_and_why(tmp_path, classes, stray
             use()
 
 
-def test_classes_are_compared_by_what_they_spell(tmp_path):
-    for part, form in (("train", "NFC"), ("val", "NFD")):
-        class_folder(tmp_path, part, [unicodedata.normalize(form, "caf\u00e9"), "tea"])
-    train, test = data.load(str(tmp_path)), data.load(str(tmp_path), train=False)
-    assert data.same_classes(train, test).labels.tolist() == [0] * 3 + [1] * 3
-
-
 @pytest.mark.parametrize("train, test", [("Train", "Test"), ("training", "validation"),
                                          ("TRAIN_SET", "valid"), ("train", "dev")])
 def test_parts_of_any_case_and_common_names(tmp_path, train, test):
-    class_folder(tmp_path, train)
-    class_folder(tmp_path, test, each=2)
-    assert len(data.load(str(tmp_path))) == 6 and len(data.load(str(tmp_path), False)) == 4
+    """Whose classes are compared by what they spell."""
+    class_folder(tmp_path, train, [unicodedata.normalize("NFC", "caf\u00e9"), "tea"])
+    class_folder(tmp_path, test, [unicodedata.normalize("NFD", "caf\u00e9"), "tea"], each=2)
+    train, test = data.load(str(tmp_path)), data.load(str(tmp_path), False)
+    assert len(train) == 6 and data.same_classes(train, test).labels.tolist() == [0, 0, 1, 1]
 
 
 def test_parts_that_are_in_doubt_are_refused(tmp_path):
@@ -174,8 +158,8 @@ def test_names_are_compact_and_change_the_digest(tmp_path):
     assert list(kept) == names and [kept[i] for i in range(4)] == names and len(kept) == 4
     assert list(kept.select([3, 1])) == [names[3], names[1]] and kept.below("a") == [0]
     assert list(kept.select([0], cut=2)) == ["b.png"]
-    million = data.Names(f"{i:07}.png" for i in range(10 ** 6))
-    assert len(pickle.dumps(million)) < 29 * 10 ** 6 and million[999999] == "0999999.png"
+    more = data.Names(f"{i:07}.png" for i in range(10 ** 5))
+    assert len(pickle.dumps(more)) < 29 * 10 ** 5 and more[99999] == "0099999.png"
     root = folder_of(tmp_path, ["1.png", "2.png"])
     before = data.load(root).digest
     assert data.load(root).digest == before
@@ -299,15 +283,12 @@ def test_label_subsets():
     order = augment.shuffled(1600, augment.SUBSET, 3, 2)                # the draw, by a loop
     firsts = [order[dataset.labels[order] == c][:3] for c in range(16)]
     assert torch.equal(data.labelled(dataset, "3", seed=2)[0], torch.cat(firsts).sort().values)
-
-
-@pytest.mark.parametrize("spec, message", [
-    ("x", "neither a share"), ("0%", "out of range"), ("101%", "out of range"), ("-3", "out of"),
-    ("nan%", "out of range"), ("1.5", "neither a share"), ("101 per class", "has only 100"),
-    ("/nowhere.txt", "neither a share")])
-def test_label_subsets_that_cannot_be_drawn(spec, message):
-    with pytest.raises(data.DataError, match=message):
-        data.labelled(data.embedded(n=1600), spec)
+    for spec, message in (
+            ("x", "neither a share"), ("0%", "out of range"), ("101%", "out of range"),
+            ("-3", "out of range"), ("nan%", "out of range"), ("1.5", "neither a share"),
+            ("101 per class", "has only 100"), ("/nowhere.txt", "neither a share")):
+        with pytest.raises(data.DataError, match=message):
+            data.labelled(dataset, spec)
 
 
 # --------------------------------------------------------------------------------- reading images
@@ -339,15 +320,9 @@ def test_kinds_of_images_are_read_right(tmp_path):
             (Image.fromarray(ink, mode="CMYK"), rgb, dict(name="p.tif"))):
         image = image if isinstance(image, Image.Image) else Image.fromarray(image)
         assert np.array_equal(read_back(tmp_path, image, **options), expected), image.mode
-
-
-@pytest.mark.parametrize("orientation, turned", [
-    (3, lambda x: x[::-1, ::-1]), (6, lambda x: np.rot90(x, -1)), (8, lambda x: np.rot90(x))])
-def test_images_are_turned_as_their_exif_says(tmp_path, orientation, turned):
-    rgb = images_like(1, 10, 14)[0].permute(1, 2, 0).numpy()
     exif = Image.Exif()
-    exif[0x0112] = orientation
-    assert np.array_equal(read_back(tmp_path, Image.fromarray(rgb), exif=exif), turned(rgb))
+    for exif[0x0112], turned in ((3, rgb[::-1, ::-1]), (6, np.rot90(rgb, -1)), (8, np.rot90(rgb))):
+        assert np.array_equal(read_back(tmp_path, Image.fromarray(rgb), exif=exif), turned)
 
 
 def ramp(low, high, kind):
@@ -633,8 +608,7 @@ def test_unreadable_images_are_replaced_in_training_and_marked(tmp_path, capsys,
     assert error.value.exit_code == 1
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("n, side", [(3, 136), (30, 136), (3, 16)])
+@pytest.mark.parametrize("n, side, workers", [(3, 136, 0), (30, 136, 2), (3, 16, 0)])
 def test_a_set_without_a_readable_image_stops_the_run(tmp_path, n, side, workers):
     root = folder_of(tmp_path, [f"{i}.png" for i in range(n)], (side, side))
     for i in range(n):
