@@ -159,8 +159,8 @@ class Frozen:
                             args.range or self.meta.get("range"), args.labels_file, args.val_share)
         if train and self.env.rank == 0:
             mean, std = self.mean or dataset.mean, self.std or dataset.std
-            print(f"{len(dataset)} images of {dataset.name}, {in_chans} channels, mean and deviation"
-                  f" {', '.join(f'{m:.3f} {d:.3f}' for m, d in zip(mean, std))}, values "
+            print(f"{len(dataset)} images of {dataset.name}, {in_chans} channels, mean and "
+                  f"deviation {', '.join(f'{m:.3f} {d:.3f}' for m, d in zip(mean, std))}, values "
                   f"{dataset.range or 'from 0 to the most of their type'}", flush=True)
         return dataset.hold(self.env.device)
 
