@@ -10,8 +10,6 @@ features, classify images, export.
 Each result is one JSON line, printed and appended to results.jsonl in --out. `--mode finetune` and
 `--mode probe` start finetune.py with the other options.
 """
-import run  # first: a Ctrl-C while torch is imported ends in one line
-
 import argparse
 import math
 import os
@@ -26,6 +24,7 @@ import torch.nn.functional as F
 import augment
 import checkpoint
 import data
+import run
 from model import (BatchNorm1d, VisionTransformer, accuracies, confusion_matrix, gather,
                    knn_scores)
 from run import RunError, UsageError, number, numbers
@@ -160,8 +159,8 @@ class Frozen:
                             args.range or self.meta.get("range"), args.labels_file, args.val_share)
         if train and self.env.rank == 0:
             mean, std = self.mean or dataset.mean, self.std or dataset.std
-            print(f"{len(dataset)} images of {dataset.name}, {in_chans} channels, mean, deviation"
-                  f" {', '.join(f'{m:.3f} {d:.3f}' for m, d in zip(mean, std))}, values "
+            print(f"{len(dataset)} images of {dataset.name}, {in_chans} channels, mean and "
+                  f"deviation {', '.join(f'{m:.3f} {d:.3f}' for m, d in zip(mean, std))}, values "
                   f"{dataset.range or 'from 0 to the most of their type'}", flush=True)
         return dataset.hold(self.env.device)
 

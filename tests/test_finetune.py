@@ -287,9 +287,9 @@ def test_stop_and_resume_is_exact(made, tmp_path, monkeypatch):
 
 
 def test_seed_matters(made, tmp_path):
-    a, b = (tune(made["graft"], tmp_path / seed, *HARD, "--seed", seed)[1]["model"]
-            for seed in "01")
-    assert not torch.equal(a["norm.weight"], b["norm.weight"])
+    first, second = (tune(made["graft"], tmp_path / seed, *HARD, "--seed", seed)[1]["model"]
+                     for seed in "01")
+    assert not torch.equal(first["norm.weight"], second["norm.weight"])
 
 
 def logits_of(path, folder=None):
