@@ -53,7 +53,7 @@ from torch.utils._pytree import tree_map_only
 import augment
 import checkpoint
 import data
-from data import Progress, duration
+from data import Progress, duration, value_range
 from model import Block, feature_stats, gather, group_table, knn_scores
 
 
@@ -153,16 +153,6 @@ def image_size(text):
     if len(sides) > 2:
         raise ArgumentTypeError(f"{text!r} is neither a side (224) nor height x width (192x256)")
     return sides * 2 if len(sides) == 1 else sides
-
-
-def value_range(text):
-    """An argparse type: auto, or LOW,HIGH -> (low, high)."""
-    if text == "auto":
-        return text
-    found = numbers(low=-1e9, high=1e9)(text)
-    if len(found) != 2 or found[0] >= found[1]:
-        raise ArgumentTypeError(f"{text!r} is neither auto nor LOW,HIGH")
-    return tuple(found)
 
 
 COUNT, SIZE, SHARE = number(int), number(int, 1), number(float, 0, 1)
