@@ -751,7 +751,8 @@ def extract(encoder, dataset, env, batch_size=256, workers=0, mean=None, std=Non
     features, readable = [], []
     for batch in loader.epoch(0):
         x = compute(encoder, batch.view(0)).float()
-        features.append(x * batch.readable[:, None].to(x.device))
+        good = batch.readable.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+        features.append(x * good)
         readable.append(batch.readable)
         progress.step(len(batch))
     encoder.train(training)
