@@ -10,6 +10,8 @@ features, classify images, export.
 Each result is one JSON line, printed and appended to results.jsonl in --out. `--mode finetune` and
 `--mode probe` start finetune.py with the other options.
 """
+import run  # first: a Ctrl-C while torch is imported ends in one line
+
 import argparse
 import math
 import os
@@ -24,7 +26,6 @@ import torch.nn.functional as F
 import augment
 import checkpoint
 import data
-import run
 from model import (BatchNorm1d, VisionTransformer, accuracies, confusion_matrix, gather,
                    knn_scores)
 from run import RunError, UsageError, number, numbers

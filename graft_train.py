@@ -123,7 +123,7 @@ def main(args):
                          env.device, env.rank, env.processes, max_bad=args.max_bad)
     net.to(env.device).train()
     run.compile_blocks(net, args.compile, env.device, dynamic=False)
-    model = run.distribute(net, env, args.bf16_gradients, broadcast_buffers=False)
+    model = run.distribute(net, env, args.bf16_gradients)
     forward = env.autocast(model)
 
     # ------------------------------------------------------------- 2. rates

@@ -9,34 +9,37 @@
 Nothing here knows a loss. Several processes agree through the store in which torchrun's processes
 meet, never through the GPU, so that none of it waits for a device.
 """
+import os
+import signal
 import sys
+import threading
 
 
-def interrupted(kind, error, traceback):
+def interrupted(*_):
     """A Ctrl-C before `program` listens, while torch is imported: a line, not a traceback."""
-    if not issubclass(kind, KeyboardInterrupt):
-        return sys.__excepthook__(kind, error, traceback)
-    print("interrupted", file=sys.stderr, flush=True)
-    os._exit(130)
+    os.write(2, b"interrupted\n")
+    os._exit(128 + signal.SIGINT)
 
 
-sys.excepthook = interrupted
+# a handler, since an exception may be lost in torch's own ones
+early = (signal.getsignal(signal.SIGINT) is signal.default_int_handler
+         and threading.current_thread() is threading.main_thread())
+if early:
+    signal.signal(signal.SIGINT, interrupted)
 
 import argparse
 import contextlib
 import csv
 import ctypes
 import fcntl
+import inspect
 import json
 import math
-import os
 import platform
 import re
 import resource
-import signal
 import socket
 import subprocess
-import threading
 import time
 from argparse import ArgumentTypeError
 from datetime import timedelta
@@ -53,8 +56,11 @@ from torch.utils._pytree import tree_map_only
 import augment
 import checkpoint
 import data
-from data import Progress, duration
+from data import Progress, duration, value_range
 from model import Block, feature_stats, gather, group_table, knn_scores
+
+if early:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class UsageError(ValueError):
@@ -153,16 +159,6 @@ def image_size(text):
     if len(sides) > 2:
         raise ArgumentTypeError(f"{text!r} is neither a side (224) nor height x width (192x256)")
     return sides * 2 if len(sides) == 1 else sides
-
-
-def value_range(text):
-    """An argparse type: auto, or LOW,HIGH -> (low, high)."""
-    if text == "auto":
-        return text
-    found = numbers(low=-1e9, high=1e9)(text)
-    if len(found) != 2 or found[0] >= found[1]:
-        raise ArgumentTypeError(f"{text!r} is neither auto nor LOW,HIGH")
-    return tuple(found)
 
 
 COUNT, SIZE, SHARE = number(int), number(int, 1), number(float, 0, 1)
@@ -391,11 +387,14 @@ def grad_scaler(env):
                                 growth_interval=1 << 30)
 
 
-def distribute(net, env, bf16_gradients=False, **more):
+def distribute(net, env, bf16_gradients=False):
     """The network, in DistributedDataParallel if there are several processes."""
     if env.processes == 1:
         return net
-    model = DistributedDataParallel(net, gradient_as_bucket_view=True, **more)
+    # BatchNorm's buffers are those of the global batch on every process already
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True, **{buffers: False})
     if bf16_gradients:
         model.register_comm_hook(None, bf16_compress_hook)
     return model
@@ -761,7 +760,8 @@ def extract(encoder, dataset, env, batch_size=256, workers=0, mean=None, std=Non
     features, readable = [], []
     for batch in loader.epoch(0):
         x = compute(encoder, batch.view(0)).float()
-        features.append(x * batch.readable[:, None].to(x.device))
+        good = batch.readable.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+        features.append(x * good)
         readable.append(batch.readable)
         progress.step(len(batch))
     encoder.train(training)

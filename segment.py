@@ -893,7 +893,7 @@ def train_and_test(args, env):
                     args.workers, args.max_bad)
     net.to(env.device).train()
     run.compile_blocks(net, args.compile, env.device)
-    model = run.distribute(net, env, broadcast_buffers=False)
+    model = run.distribute(net, env)
     forward = env.autocast(model)
 
     # ------------------------------------------------------------- 2. rates
