@@ -121,6 +121,8 @@ def get_args(argv=None):
             parser.error(f"--classes {args.classes}: no such file")
     elif not os.path.isdir(args.predict):
         parser.error(f"--predict {args.predict}: no such folder")
+    if args.amp == "auto" and (args.device == "cpu" or not torch.cuda.is_available()):
+        args.amp = "off"        # convolutions in bf16 took 20 times as long on a CPU (torch 2.14)
     run.check(parser, args)
     return args
 
@@ -976,8 +978,6 @@ def sheet_pairs(pairs, n):
 
 def predict(args):
     """Writes palette PNGs of class ids, as trained, and overlays of the images in --predict."""
-    if args.amp == "auto" and (args.device == "cpu" or not torch.cuda.is_available()):
-        args.amp = "off"        # convolutions in bf16 took 20 times as long on a CPU (torch 2.14)
     env = run.setup(args)
     net, content = load_segmenter(args.segmenter or args.out)
     files = stems(args.predict, "")
