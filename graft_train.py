@@ -101,7 +101,8 @@ def build(args):
         else:
             init_moco_(encoder)
         heads = {"moco": MoCoV3, "vicreg": VICReg, "simclr": SimCLR}[args.loss]
-        more = {} if args.loss == "vicreg" else dict(temperature=args.temperature)
+        vicreg = args.loss == "vicreg"                  # as wide at its end as within
+        more = dict(out=args.hidden_dim) if vicreg else dict(temperature=args.temperature)
         net = heads(encoder, args.hidden_dim, mim_weight=args.mim_weight, **more)
         freeze(net, encoder.depth, args.lr, args.freeze_blocks, not args.train_patch_embed)
     except ValueError as error:

@@ -115,6 +115,8 @@ def test_options_reach_the_method(small, tmp_path, monkeypatch):
     net, _ = graft_train.build(arguments("graft", tmp_path, *options))
     assert net.temperature == 0.7 and net.mim_weight == 0.3
     assert net.predictor[0].weight.shape == (48, 256)
+    vicreg, _ = graft_train.build(arguments("graft", tmp_path, "--loss", "vicreg"))
+    assert vicreg.base_encoder.head[6].weight.shape == (32, 32)         # --hidden-dim, to its end
     assert net.base_encoder.patch_embed.proj.weight.requires_grad
     assert not mae_pretrain.build(arguments("mae", tmp_path, "--no-norm-pix-loss"))[0].norm_pix_loss
     ratios, masking = [], model.MaskedAutoencoder.random_masking
