@@ -113,7 +113,7 @@ def get_args(argv=None):
 
 # ----------------------------------------------------------------------------------------- encoders
 def read(path, args):
-    return checkpoint.read_encoder(path, args.weights, args.heads, args.init_size)
+    return run.once_a_node(checkpoint.read_encoder, path, args.weights, args.heads, args.init_size)
 
 
 def load_encoder(path, args, env):
@@ -156,8 +156,9 @@ class Frozen:
     def load(self, source, train=True):
         """The images of `source` with the channels and the range that the encoder has seen."""
         args, in_chans = self.args, self.encoder.config["in_chans"]
-        dataset = data.load(source, train, in_chans, args.stats or "imagenet", args.max_bad,
-                            args.range or self.meta.get("range"), args.labels_file, args.val_share)
+        dataset = run.once_a_node(
+            data.load, source, train, in_chans, args.stats or "imagenet", args.max_bad,
+            args.range or self.meta.get("range"), args.labels_file, args.val_share)
         if train and self.env.rank == 0:
             mean, std = self.mean or dataset.mean, self.std or dataset.std
             print(f"{len(dataset)} images of {dataset.name}, {in_chans} channels, mean and "
@@ -165,20 +166,24 @@ class Frozen:
                   f"{dataset.range or 'from 0 to the most of their type'}", flush=True)
         return dataset.hold(self.env.device)
 
-    def extract(self, dataset, function=None):
-        """(features (N, D), readable (N,)) of every image; rows that cannot be read are zeros."""
+    def extract(self, dataset, function=None, shared=False):
+        """(features (N, D), readable (N,)) of every image, or of this process's share; rows that
+        cannot be read are zeros."""
         return run.extract(self.encoder, dataset, self.env, workers=self.args.workers,
                            mean=self.mean, std=self.std, function=function or self.function,
-                           max_bad=self.args.max_bad)
+                           max_bad=self.args.max_bad, shared=shared)
 
-    def labelled(self, dataset):
-        """(features (n, D), labels (n,), readable (N,)): of the n images that can be read."""
-        x, readable = self.extract(dataset)
+    def labelled(self, dataset, shared=False):
+        """(features (n, D), labels (n,), readable (N,)): of the n images that can be read, of all
+        or of this process's share."""
+        x, readable = self.extract(dataset, shared=shared)
         if not readable.any():
             raise RunError(f"{dataset.name}: none of {len(dataset)} images can be read")
         self.unreadable += int((~readable).sum())
-        labels = dataset.labels[readable].to(x.device)
-        return (x if readable.all() else x[readable.to(x.device)]), labels, readable
+        mine = run.own_rows(len(dataset), self.env) if shared else slice(None)
+        good = readable[mine]
+        labels = dataset.labels[mine][good].to(x.device)
+        return (x if good.all() else x[good.to(x.device)]), labels, readable
 
 
 # ---------------------------------------------------------------------------------------- protocols
@@ -398,19 +403,18 @@ def resume_linear(sweeps, path, asked):
 
 
 def knn(frozen, train, test, args, seed):
-    """DINO's weighted k-NN, at several k at once. Every process scores its share of the queries."""
+    """DINO's weighted k-NN, at several k at once. Every process has its share of the bank."""
     env, ks = frozen.env, [int(k) for k in args.k]
-    bank, bank_labels, _ = frozen.labelled(train)
+    shared = env.processes > 1
+    bank, bank_labels, _ = frozen.labelled(train, shared)
     queries, labels, _ = frozen.labelled(test)
-    share = math.ceil(len(queries) / env.processes)
-    mine = (torch.arange(share) + env.rank * share).clamp_max(len(queries) - 1).to(queries.device)
-    progress = run.Progress("k-NN", share, quiet=env.rank > 0)
+    progress = run.Progress("k-NN", len(queries), quiet=env.rank > 0)
     parts = []
-    for part in (queries[mine] if env.processes > 1 else queries).split(1024):
-        scores = knn_scores(part, bank, bank_labels, len(train.classes), ks)
+    for part in queries.split(1024):
+        scores = knn_scores(part, bank, bank_labels, len(train.classes), ks, shared=shared)
         parts.append(torch.stack([likeliest(score) for score in scores], 1))            # (n, ks, 5)
         progress.step(len(part))
-    ranked = gather(torch.cat(parts))[:len(queries)]
+    ranked = torch.cat(parts)
     found = [scored(ranked[:, i], labels, len(train.classes)) for i in range(len(ks))]
     by_k = {str(k): each["top1"] for k, each in zip(ks, found)}
     return dict(protocol=f"{ks[0]}-NN", **found[0], chosen_on="nothing", by_k=by_k), None

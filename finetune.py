@@ -219,9 +219,9 @@ def evaluate(net, loader, env):
 def load(args, source, env):
     """(training images whose labels may be used, how these were chosen, all, test images)."""
     known = source["meta"]
-    everything, test = (data.load(
-        args.data, train, source["config"]["in_chans"], args.stats or "imagenet", args.max_bad,
-        args.range or known.get("range"), args.labels_file, args.val_share)
+    everything, test = (run.once_a_node(
+        data.load, args.data, train, source["config"]["in_chans"], args.stats or "imagenet",
+        args.max_bad, args.range or known.get("range"), args.labels_file, args.val_share)
         for train in (True, False))
     test = data.same_classes(everything, test).hold(env.device)
     run.same("numbers of images", len(everything))
@@ -237,7 +237,8 @@ def main(args):
     # ------------------------------------------------------------- 1. device, images, model
     env = run.setup(args)
     env.share(args.batch_size)
-    source = checkpoint.read_encoder(args.checkpoint, args.weights, args.heads, args.init_size)
+    source = run.once_a_node(checkpoint.read_encoder, args.checkpoint, args.weights, args.heads,
+                             args.init_size)
     dataset, how, everything, test = load(args, source, env)
     batch_size = min(args.batch_size, len(dataset) // env.processes * env.processes)
     if batch_size == 0:

@@ -91,7 +91,7 @@ def system_name(args):
 
 def build(args):
     """The model with random weights, or with the encoder of --init, and what that file held."""
-    source, state, config = checkpoint.start(args)
+    source, state, config = run.once_a_node(checkpoint.start, args)
     try:
         decoder = decoder_of(config)
         encoder = MaskedAutoencoder(*decoder, **config) if args.mim_weight else VisionTransformer(

@@ -65,7 +65,7 @@ def system_name(args):
 
 def build(args):
     """The model with random weights, or with the encoder of --init, and what that file held."""
-    source, state, config = checkpoint.start(args)
+    source, state, config = run.once_a_node(checkpoint.start, args)
     try:
         net = MaskedAutoencoder(*decoder_of(config), args.norm_pix_loss, **config)
         if state is not None:

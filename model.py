@@ -508,11 +508,21 @@ def feature_stats(features, q, k, rank=0):
             "rank": torch.exp(-(share * share.log()).sum())}
 
 
-def knn_scores(queries, bank, labels, classes, k=20, temperature=0.07, chunk=1024):
+def nearest_of_all(similarity, votes, k):
+    """The k most similar (Q, k) of what each process found in its part of the bank, and their
+    votes."""
+    missing = k - similarity.shape[1]                       # of a part with fewer than k
+    similarity = gather(F.pad(similarity, (0, missing), value=-math.inf), 1)
+    similarity, index = similarity.topk(k, dim=1)
+    return similarity, gather(F.pad(votes, (0, missing)), 1).gather(1, index)
+
+
+def knn_scores(queries, bank, labels, classes, k=20, temperature=0.07, chunk=1024, shared=False):
     """DINO's weighted k-NN: (Q, classes) sums of exp(cos / temperature) over the k nearest.
 
     queries (Q, D), bank (N, D), labels (N,). In chunks of queries, so that memory is chunk x N and
-    not Q x N. k may be a list: then a list is returned.
+    not Q x N. k may be a list: then a list is returned. shared: bank and labels are this process's
+    part of them, and all processes ask the same queries.
     """
     ks = [k] if isinstance(k, int) else list(k)
     queries, bank = F.normalize(queries, dim=1), F.normalize(bank, dim=1)
@@ -520,7 +530,10 @@ def knn_scores(queries, bank, labels, classes, k=20, temperature=0.07, chunk=102
     for start in range(0, len(queries), chunk):
         similarity = queries[start:start + chunk] @ bank.T
         nearest, index = similarity.topk(min(max(ks), len(bank)), dim=1)
-        weights, votes = (nearest / temperature).exp(), labels[index]
+        votes = labels[index]
+        if shared:
+            nearest, votes = nearest_of_all(nearest, votes, max(ks))
+        weights = (nearest / temperature).exp()
         for score, n in zip(scores, ks):
             score[start:start + chunk].scatter_add_(1, votes[:, :n], weights[:, :n])
     return scores[0] if isinstance(k, int) else scores

@@ -35,6 +35,7 @@ import fcntl
 import inspect
 import json
 import math
+import pickle
 import platform
 import re
 import resource
@@ -617,6 +618,38 @@ def gather_objects(value):
     return [value] if peers is None else peers.ask("what they found", value)
 
 
+def once_a_node(function, *args, **options):
+    """What function(*args, **options) returns or raises, called by the first process of each
+    machine alone: the others get it through memory. A disk that a million names are listed from,
+    or gigabytes read, serves every machine once."""
+    alone = peers is None or os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
+    if alone or not hasattr(os, "memfd_create"):
+        return function(*args, **options)
+    local = int(os.environ["LOCAL_RANK"])
+    place = None
+    if local == 0:
+        try:
+            answer = function(*args, **options)
+        except Exception as error:
+            if not hasattr(error, "exit_code"):
+                raise
+            answer = error
+        memory = os.memfd_create("once a node")             # gone with this process, come what may
+        with open(memory, "wb", closefd=False) as f:
+            pickle.dump(answer, f, pickle.HIGHEST_PROTOCOL)
+        place = f"/proc/{os.getpid()}/fd/{memory}"
+    places = gather_objects(place)
+    if local > 0:
+        with open(places[peers.rank - local], "rb") as f:
+            answer = pickle.load(f)
+    gather_objects("read")
+    if local == 0:
+        os.close(memory)
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
 # ---------------------------------------------------------------------------------- what is written
 def commit():
     """The commit of this code, with + if it was changed since; None where git does not know."""
@@ -718,8 +751,8 @@ def training_images(args, config, source, env):
     """The dataset of a training stage. Statistics and range of the channels are those that the file
     of --init was trained with, unless others are asked for."""
     known = source["meta"] if source else {}
-    dataset = data.load(args.data, True, config["in_chans"], args.stats or "imagenet", args.max_bad,
-                        args.range or known.get("range"), args.labels_file)
+    dataset = once_a_node(data.load, args.data, True, config["in_chans"], args.stats or "imagenet",
+                          args.max_bad, args.range or known.get("range"), args.labels_file)
     if known.get("mean") and not args.stats:
         dataset.mean, dataset.std = tuple(known["mean"]), tuple(known["std"])
     same("numbers of images", len(dataset))
@@ -739,18 +772,25 @@ def about(args, system, dataset, source):
                 classes=dataset.classes, init=source and source["digest"], commit=commit())
 
 
+def own_rows(n, env):
+    """The indices, of n, that are this process's share."""
+    share = math.ceil(n / env.processes)
+    return torch.arange(n)[env.rank * share:(env.rank + 1) * share]
+
+
 @torch.no_grad()
 def extract(encoder, dataset, env, batch_size=256, workers=0, mean=None, std=None, function=None,
-            what=None, max_bad=0.01):
+            what=None, max_bad=0.01, shared=False):
     """(features (N, D) float32 of every image in order on the device, readable (N,) bool).
 
     Features: the class token of the centre crop, or function(encoder, images). Rows of images that
-    cannot be read are zeros. Several processes share the work and all get the whole. The encoder is
-    put into evaluation mode for it.
+    cannot be read are zeros. Several processes share the work and all get the whole, or with
+    `shared` the features of their `own_rows` alone. The encoder is put into evaluation mode.
     """
-    share = math.ceil(len(dataset) / env.processes)
-    mine = (torch.arange(share) + env.rank * share).clamp_max(len(dataset) - 1)     # or the last
-    part = dataset if env.processes == 1 else dataset.select(mine)
+    mine = own_rows(len(dataset), env)
+    share = math.ceil(len(dataset) / env.processes)         # equal ones, filled with the last image
+    filled = torch.cat([mine, torch.full((share - len(mine),), len(dataset) - 1)])
+    part = dataset if env.processes == 1 else dataset.select(filled)
     loader = data.Loader(part, [augment.TEST_VIEW], encoder.config["img_size"], batch_size, 0,
                          workers, env.device, shuffle=False, mean=mean, std=std, max_bad=max_bad)
     compute = env.autocast(function or (lambda net, images: net.forward_features(images)))
@@ -767,7 +807,7 @@ def extract(encoder, dataset, env, batch_size=256, workers=0, mean=None, std=Non
     encoder.train(training)
     features, readable = torch.cat(features), torch.cat(readable)
     if env.processes > 1:
-        features = gather(features)[:len(dataset)]
+        features = features[:len(mine)] if shared else gather(features)[:len(dataset)]
         readable = gather(readable.to(env.device))[:len(dataset)].cpu()
     return features, readable
 
@@ -777,8 +817,7 @@ def online_knn(encoder, dataset, env, workers, most=10000):
     others. Their labels are held out of pre-training; test images are not looked at."""
     chosen = dataset.select(augment.shuffled(len(dataset), 2, augment.SUBSET)[:most])
     with uncompiled():
-        features, readable = extract(encoder, chosen, Env(env.device, env.dtype), workers=workers,
-                                     max_bad=1.0)
+        features, readable = extract(encoder, chosen, env, workers=workers, max_bad=1.0)
     labels, readable = chosen.labels.to(env.device), readable.to(env.device)
     query = torch.arange(len(chosen), device=env.device) < len(chosen) // 10
     asked, bank = query & readable, ~query & readable
@@ -1031,7 +1070,7 @@ class Job:
             path = self.path(name)
             if os.path.exists(path):
                 try:
-                    state = checkpoint.read(path)
+                    state = once_a_node(checkpoint.read, path)
                     if not (isinstance(state, dict) and self.NEEDED <= set(state)
                             and isinstance(state["settings"], dict) and type(state["step"]) is int):
                         raise UsageError(f"{path}: not a checkpoint to resume from")

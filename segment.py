@@ -879,9 +879,9 @@ def load_pairs(args, in_chans, known):
 def train_and_test(args, env):
     """A row: (its result, the test pairs, labels for the images on the sheet)."""
     # ------------------------------------------------------------- 1. images, network
-    source, state, config = start(args)
+    source, state, config = run.once_a_node(start, args)
     known = source["meta"] if source else {}
-    pairs, how, test = load_pairs(args, config["in_chans"], known)
+    pairs, how, test = run.once_a_node(load_pairs, args, config["in_chans"], known)
     args.batch_size = min(args.batch_size, len(pairs) // env.processes * env.processes)
     if args.batch_size < 2:
         raise UsageError(f"--batch-size, of {len(pairs)} training images: the heads' BatchNorm "

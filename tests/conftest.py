@@ -141,7 +141,7 @@ def child(program, arguments, log, environment, prepare):
     os.environ.update(environment)
     small_world(lambda where, key, value: where.update({key: value}), setattr)
     sys.argv = [f"{program}.py", *arguments]
-    if prepare is not None:
+    if prepare:
         prepare()
     module = importlib.import_module(program)
     run.program(module.main, module.get_args)

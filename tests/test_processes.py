@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 
+import checkpoint
 import data
 import run
 from conftest import QUIET, ROOT, folder_of, log_of, options, saved
@@ -242,3 +243,40 @@ def test_a_reader_of_the_output_that_has_seen_enough_ends_it_without_a_traceback
                            stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(pipe[1])
     assert ended.returncode == 128 + signal.SIGPIPE and not ended.stderr, ended.stderr
+
+
+def only_the_first_reads():
+    """Two processes of one machine, of which the second has no disk."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    if os.environ["RANK"] == "1":
+        def nothing(*args, **options):
+            raise OSError("the second process reads")
+
+        data.load = checkpoint.read = checkpoint.read_encoder = nothing
+
+
+@pytest.mark.parametrize("program, more", [("graft_train", []), ("finetune", []),
+                                           ("evaluate", ["--mode", "knn", "--k", "5,100"])])
+def test_one_process_of_a_machine_reads_for_all(start, encoder, tmp_path, program, more):
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = ["--checkpoint", encoder, *QUIET, *more]
+    for out, n in ((one, 1), (two, 2)):
+        command = [*common, "--out", out] if program == "evaluate" else options(
+            program, encoder, out, "--epochs", "1")
+        for _ in range(2):                                  # the second goes on from the end
+            job = start(program, *command, processes=n, prepare=n == 2 and only_the_first_reads)
+            assert job.codes() == [0] * n, job.said()
+    if program == "evaluate":                               # each had half of the bank
+        results = [run.read_results(out / "results.jsonl")[-1]["by_k"] for out in (one, two)]
+        assert results[0] == results[1]
+    else:
+        first, same = (log_of(out)[0]["loss"] for out in (one, two))
+        assert first == pytest.approx(same, rel=1e-5) and "resumed" in job.said()
+
+
+def test_what_the_reading_process_meets_is_told_once(start, encoder, tmp_path):
+    command = options("mae_pretrain", encoder, tmp_path / "out", "--data", tmp_path / "none")
+    job = start("mae_pretrain", *command, processes=2, prepare=only_the_first_reads)
+    assert job.codes() == [2, 2], job.said()
+    error, = job.errors()
+    assert "none" in error
