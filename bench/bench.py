@@ -26,11 +26,12 @@ import statistics
 import tempfile
 import time
 from collections import namedtuple
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -340,8 +341,127 @@ def loop_times(path, batch_size):
     return Measured(seconds / images * batch_size, None, waited)
 
 
+def scale_case(b):
+    """What grows with images and processes: listing, drawing labels, votes, saves, epochs' ends."""
+    yield from (save_case(b), epoch_case(b), listing_case(b), labelled_case(), votes_case())
+
+
+def listing_case(b):
+    """Listing a folder of 64,000 empty files in 100 class folders: ImageNet has 20 times as many."""
+    def of(function):
+        place = tempfile.TemporaryDirectory()
+        for c in range(100):
+            os.mkdir(os.path.join(place.name, f"n{c:08}"))
+            for i in range(640):
+                open(os.path.join(place.name, f"n{c:08}", f"n{c:08}_{i}.JPEG"), "w").close()
+        return partial(function, place)                     # the folder lives as long as this
+
+    def torchvision():
+        from torchvision.datasets import folder
+        return of(lambda place: folder.make_dataset(
+            place.name, folder.find_classes(place.name)[1], folder.IMG_EXTENSIONS))
+
+    codes = {"ours": Code(partial(of, lambda place: data.list_files(place.name)))}
+    return Case("listing", 64000, None, codes | b.against("torchvision", torchvision))
+
+
+def labelled_case():
+    """The draw of 1 % of the labels of as many images and classes as ImageNet has."""
+    n = 1281167
+    labels = augment.shuffled(n, 0, 0) % 1000
+
+    def ours():
+        dataset = data.Dataset(data.FileSource("", [""] * n), labels=labels, classes=range(1000))
+        return lambda: data.labelled(dataset, "1%", 0)
+
+    codes = {"ours": Code(ours), "one stable sort": Code(lambda: lambda: labels.sort(stable=True))}
+    return Case("labels of 1 %", n, None, codes)
+
+
+def votes_case():
+    """64 processes, here threads, vote through the store of one of them."""
+    def of(function):
+        n, meet = 64, dict(host_name="127.0.0.1", wait_for_workers=False)
+        first = dist.TCPStore(port=0, is_master=True, **meet)
+        stores = [first] + [dist.TCPStore(port=first.port, **meet) for _ in range(n - 1)]
+        pool = ThreadPoolExecutor(n)
+        peers = [object.__new__(run.Peers) for _ in stores]
+        for rank, (each, store) in enumerate(zip(peers, stores)):
+            vars(each).update(store=store, rank=rank, n=n, questions=0, seconds=60)
+        return lambda: list(pool.map(function, peers))
+
+    def a_request_for_each(peer):
+        peer.questions += 1
+        peer.store.set(f"{peer.questions}/{peer.rank}", "0")
+        return [peer.store.get(f"{peer.questions}/{r}") for r in range(peer.n)]
+
+    codes = {"ours": Code(partial(of, lambda peer: peer.ask("a vote", 0))),
+             "a request for each": Code(partial(of, a_request_for_each))}
+    return Case("vote of 64 processes", 1, None, codes, "wall time, for the processor is shared")
+
+
+def save_case(b):
+    """A checkpoint of MoCo v3: how long training stands still, and how long the save takes."""
+    def of(whole):
+        args = graft_train.get_args(["--init", "none", "--arch", b.args.arch, "--device",
+                                     b.device.type, "--save-minutes", "1000"])
+        net, place = graft_train.build(args)[0].to(b.device), tempfile.TemporaryDirectory()
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        args.out = place.name
+        loader = b.loader([CROP], b.batch, b.side)
+        job = run.Job(args, b.env, net, optimizer, run.grad_scaler(b.env), loader, {})
+
+        def call():
+            job.written()
+            started = time.perf_counter()
+            job.save(1)
+            if whole:
+                job.written()
+            seconds = time.perf_counter() - started
+            job.written()
+            return Measured(seconds)
+        call.place = place                                  # which is there as long as its object
+        return call
+
+    codes = {"ours, training stands still": Code(partial(of, False)),
+             "until it is on the disk and read back": Code(partial(of, True))}
+    return Case("save", 1, None, codes, "MoCo v3 with its optimizer")
+
+
+def epoch_case(b):
+    """The time to the first batch of an epoch against that between the others: 32 images of 1,024
+    JPEGs a batch, read by two processes as fast as they can."""
+    def of(first):
+        place = tempfile.TemporaryDirectory()
+        for i, image in enumerate(data.draw(torch.arange(64), 320)):    # too large to be held
+            image = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+            for j in range(16):
+                image.save(os.path.join(place.name, f"{i}_{j}.jpg"))
+        loader = data.Loader(data.load(place.name), VIEWS["pair of views"], b.config["img_size"],
+                             32, workers=2, device=b.device)
+
+        def call():
+            waits, last = ([], []), None
+            for epoch in range(4):
+                for k, _ in enumerate(loader.epoch(epoch)):
+                    now = time.perf_counter()
+                    if epoch > 0:                           # the readers have started
+                        waits[k > 0].append(now - last)
+                    last = now
+            return Measured(statistics.mean(waits[0 if first else 1]))
+        call.place = place
+        return call
+
+    codes = {"first batch": Code(partial(of, True)), "the others": Code(partial(of, False))}
+    return Case("first batch of an epoch", 32, None, codes)
+
+
 CASES = dict(mae=mae_case, graft=graft_case, segment=segment_case, augment=augment_case,
-             reading=reading_case, linear=linear_case, fewshot=fewshot_case, loop=loop_case)
+             reading=reading_case, linear=linear_case, fewshot=fewshot_case, loop=loop_case,
+             scale=scale_case)
 
 
 # --------------------------------------------------------------------------------- a turn of a code
