@@ -62,8 +62,8 @@ PRESETS = {
         mae=dict(epochs=25, lr="3e-3"), contrastive=dict(epochs=10, lr="1.5e-3", hidden_dim=512),
         rates="5e-4,5e-4,1.5e-3", fine=dict(epochs=3), few_fine=dict(epochs=60),
         grid=(("1.5e-4", "5e-4", "1.5e-3"), ("5e-4",), ("1.5e-4", "5e-4", "1.5e-3")),
-        tuned={"MAE": (8, ("1e-3", "3e-3", "6e-3"), ("0.2", "0.4")),
-               "MoCo v3": (3, ("5e-4", "1.5e-3", "3e-3"), ("0.2", "0.4"))}),
+        tuned={"MAE": (25, ("1e-3", "3e-3"), ("0.2",)),
+               "MoCo v3": (3, ("5e-4", "1.5e-3", "3e-3"), ("0.2",))}),
     "cifar10-small": SMALL | dict(
         data="cifar10", common=dict(log_every=39, workers=0, batch_size=128, crop_min=0.2),
         arch=dict(arch="vit_mini", patch_size=8, img_size=32), short=10, few="1%", grid_epochs=2,
