@@ -716,10 +716,9 @@ def load_classifier(path):
     content = read(path)
     lacking = "not a classifier that finetune.py wrote"
     with naming(path, lacking):
-        state, config, head, classes, *statistics = (
-            content[k] for k in ("model", "config", "head", "classes", "mean", "std"))
-        if head["kind"] not in ("linear", "projector") or None in statistics or not all(
-                isinstance(name, str) for name in classes):
+        state, config, head, classes = (content[k] for k in ("model", "config", "head", "classes"))
+        if (head["kind"] not in ("linear", "projector") or None in (content["mean"], content["std"])
+                or not all(isinstance(name, str) for name in classes)):
             raise CheckpointError(lacking)
         check_config(config, state)
         check_meta(content, config)

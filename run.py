@@ -674,14 +674,13 @@ def write_per_class(out, name, confusion, classes):
     and, its rows as shares, confusion-NAME.png."""
     right, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     scores = torch.stack([right / predicted, right / support, 2 * right / (support + predicted)], 1)
-    rows = [["class", "support", "precision", "recall", "f1"]]
-    for each, n, values in zip(classes, support.tolist(), scores.tolist()):
-        rows.append([each, n, *("" if math.isnan(v) else f"{v:.4f}" for v in values)])
-    table = [["true class / predicted", *classes]]
-    table += ([each, *row] for each, row in zip(classes, confusion.tolist()))
+    rows = [[each, n, *("" if math.isnan(v) else f"{v:.4f}" for v in values)]
+            for each, n, values in zip(classes, support.tolist(), scores.tolist())]
+    table = [[each, *row] for each, row in zip(classes, confusion.tolist())]
     path = os.path.join(out, f"confusion-{name}")
-    write_csv(os.path.join(out, f"per-class-{name}.csv"), rows)
-    write_csv(f"{path}.csv", table)
+    write_csv(os.path.join(out, f"per-class-{name}.csv"),
+              [["class", "support", "precision", "recall", "f1"], *rows])
+    write_csv(f"{path}.csv", [["true class / predicted", *classes], *table])
     cell = torch.ones(2 * [math.ceil(480 / len(classes))], dtype=torch.uint8)           # pixels
     shades = (255 * (1 - confusion / support.clamp_min(1)[:, None])).round().to(torch.uint8)
     with atomic(f"{path}.png") as temporary:
@@ -784,7 +783,7 @@ class Job:
         self.settings = {k: v for k, v in vars(args).items() if k not in RUNTIME} | dict(
             source=source and source["digest"], files=getattr(loader.dataset, "digest", None))
         self.window, self.skipped, self.collapsed, self.warned = [], 0, 0, set()
-        self.entry, self.signal, self.lock, self.board = None, None, None, None
+        self.entry, self.lock, self.board, self.signal = None, None, None, 0
         self.writer, self.under_way = ThreadPoolExecutor(1), None
         self.started, self.before = time.perf_counter(), 0.0    # seconds before it was resumed
         # GradScaler tells a fused optimizer on the device whether to skip its step
@@ -919,11 +918,11 @@ class Job:
         now = time.perf_counter()
         due = now - self.saved > 60 * self.args.save_minutes
         if not peers:
-            return self.signal or 0, due
+            return self.signal, due
         if step < self.vote_at and step % self.args.log_every:
             return 0, False
         pace = (now - self.voted) / (step - self.last_vote)         # seconds a step
-        signals, dues, paces = zip(*peers.ask("signals", [self.signal or 0, due, pace]))
+        signals, dues, paces = zip(*peers.ask("signals", [self.signal, due, pace]))
         self.voted, self.last_vote = now, step
         self.vote_at = step + max(1, int(self.VOTE_SECONDS / max(*paces, 1e-6)))
         return max(signals), dues[0]
