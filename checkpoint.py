@@ -492,7 +492,7 @@ def check_config(config, state):
              if type(v) is not int or not 1 <= v <= LARGEST.get(k, 16384)]
     if not finite([config.get("mlp_ratio", 4.0)], 1e-3, 64):
         wrong.append(f"mlp_ratio {config['mlp_ratio']!r:.40}")
-    blocks, width = depth_of(state), state.get("norm.weight", torch.empty(0)).numel()
+    blocks, width = depth_of(state), state["cls_token"].numel() if "cls_token" in state else 0
     if config.get("depth", blocks) != blocks:
         wrong.append(f"{config['depth']} blocks and has {blocks}")
     if config.get("dim", width) != width:
