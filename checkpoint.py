@@ -20,7 +20,6 @@ import math
 import os
 import pickletools
 import re
-import shutil
 import struct
 import zipfile
 
@@ -48,36 +47,50 @@ class CheckpointError(ValueError):
 
 
 @contextlib.contextmanager
-def naming(path):
-    """What is wrong inside is said of this file."""
+def naming(path, lacking=None):
+    """What is wrong within is said of this file; `lacking`: what any other error shows."""
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}", error.exit_code) from None
+        raise CheckpointError(f"{path}: {error}") from None
+    except Exception:                                   # what is hostile fails in many ways
+        if lacking is None:
+            raise
+        raise CheckpointError(f"{path}: {lacking}") from None
 
 
 # ------------------------------------------------------------------------- writing and reading
-def save(obj, path, write=None):
-    """torch.save under a temporary name, flushed, renamed: `path` is whole, old or new."""
-    temporary = f"{path}.tmp"
-    folder = os.path.dirname(path) or "."
+@contextlib.contextmanager
+def atomic(path):
+    """A temporary name to write to, flushed and renamed: `path` is whole, old or new."""
+    temporary, folder = f"{path}.tmp", os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
     try:
-        with open(temporary, "wb") as f:
-            (write or torch.save)(obj, f)
-            f.flush()
-            os.fsync(f.fileno())
+        yield temporary
+        flush(temporary)
         os.replace(temporary, path)
-        opened = os.open(folder, os.O_RDONLY)
-        os.fsync(opened)                                # the new name too, should the power fail
-        os.close(opened)
-    except (OSError, RuntimeError) as error:
-        full = (getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-                or "file write failed" in str(error))
-        if "unexpected pos" in str(error):              # all that torch says of a short write
-            full = full or shutil.disk_usage(folder).free < 1 << 20
-        why = "the disk is full" if full else getattr(error, "strerror", None) or "the write fails"
-        if os.path.exists(temporary):
+        flush(folder)                                   # the new name too, should the power fail
+    finally:
+        with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def flush(path):
+    """Have a file or folder reach the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    os.fsync(opened)
+    os.close(opened)
+
+
+def save(obj, path, write=None):
+    """torch.save, or write(obj, file), as a whole or not at all; a CheckpointError says why not."""
+    try:
+        with atomic(path) as temporary, open(temporary, "wb") as f:
+            (write or torch.save)(obj, f)
+    except (OSError, RuntimeError) as error:            # torch's RuntimeError hides the system's
+        cause = error if isinstance(error, OSError) else error.__context__
+        full = getattr(cause, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT)
+        why = "the disk is full" if full else cause.strerror or cause
         kept = f"; the one before is intact: {path}" if os.path.exists(path) else ""
         raise CheckpointError(f"cannot write {path}: {why}{kept}", exit_code=1) from None
 
@@ -113,9 +126,8 @@ def read_safetensors(path):
                     or end - start != math.prod(part["shape"]) * dtype.itemsize):
                 raise CheckpointError(f"{name:.40} claims bytes that are not there")
             f.seek(8 + length + start)
-            content = bytearray(f.read(end - start))
-            tensor = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0)
-            state[name] = tensor.to(dtype).reshape(part["shape"])
+            tensor = torch.frombuffer(bytearray(f.read(end - start)), dtype=dtype)
+            state[name] = tensor.reshape(part["shape"])
     return state
 
 
@@ -158,7 +170,7 @@ def read(path):
             check_pickle(path)
             with torch.serialization.safe_globals(HARMLESS):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-            check_sizes(content, os.path.getsize(path))
+            check_sizes(content)
             return content
         except CheckpointError:
             raise
@@ -177,29 +189,26 @@ def read(path):
 
 def check_pickle(path):
     """Refuse, before it is read, what would unpack to more than the file or take minutes."""
-    with contextlib.ExitStack() as opened:
-        if zipfile.is_zipfile(path):
-            archive = opened.enter_context(zipfile.ZipFile(path))
+    with open(path, "rb") as f:
+        pickles = [f] * 5                               # torch before 1.6: five, then bytes
+        if zipfile.is_zipfile(f):
+            archive = zipfile.ZipFile(f)
             parts = archive.infolist()
             if sum(part.file_size for part in parts) > os.path.getsize(path):
                 raise CheckpointError("refused, its parts claim more bytes than the file has")
-            listed = [part for part in parts if part.filename.endswith("/data.pkl")]
-            streams = [opened.enter_context(archive.open(part)) for part in listed]
-        else:                                           # torch before 1.6: five pickles, then bytes
-            streams = [opened.enter_context(open(path, "rb"))] * 5
-        operations = itertools.chain.from_iterable(map(pickletools.genops, streams))
-        seen = 0
+            pickles = [archive.open(part) for part in parts if part.filename.endswith("/data.pkl")]
+        f.seek(0)
+        operations, longer = itertools.chain.from_iterable(map(pickletools.genops, pickles)), False
         with contextlib.suppress(Exception):            # damaged, or the bytes after the pickles
-            for seen, _ in enumerate(itertools.islice(operations, LONGEST + 1), start=1):
-                pass
-    if seen > LONGEST:
+            longer = any(True for _ in itertools.islice(operations, LONGEST, None))
+    if longer:
         raise CheckpointError("refused, its list of contents is longer than that of any model "
                               f"(over {LONGEST:,} operations)")
 
 
-def check_sizes(content, size):
-    """Refuse tensors that are not in the file: none of their bytes has been touched yet."""
-    todo, seen, storages = [content], set(), {}
+def check_sizes(content):
+    """Refuse tensors that are larger than their bytes in the file, before one is touched."""
+    todo, seen = [content], set()
     while todo:
         value = todo.pop()
         if id(value) in seen:                           # what is nested in itself ends here
@@ -209,19 +218,15 @@ def check_sizes(content, size):
             if value.layout is not torch.strided or value.device.type != "cpu":
                 raise CheckpointError("refused, it holds a tensor that is not dense or not stored")
             stored = value.untyped_storage().nbytes()
-            storages[value.untyped_storage().data_ptr()] = stored
             if value.numel() * value.element_size() > stored:
                 raise CheckpointError(f"refused, a tensor of shape {tuple(value.shape)} has only "
                                       f"{stored} bytes in the file")
         elif isinstance(value, dict):
-            todo += [*value.keys(), *value.values()]
+            todo += [*value, *value.values()]
         elif isinstance(value, (list, tuple, set)):
             todo += value
         elif isinstance(value, argparse.Namespace):
             todo.append(vars(value))
-    if sum(storages.values()) > size:
-        raise CheckpointError(f"refused, its tensors claim {sum(storages.values()):,} bytes, the "
-                              f"file has {size:,}")
 
 
 def digest(encoder, only=lambda name: True):
@@ -335,15 +340,14 @@ def find(content, weights):
     notes for `report`. place: the words before it, such as teacher.backbone."""
     found = {}                                          # place: (rank, kind, group, prefix, layout)
     for group, tensors in groups(content):
-        for key in tensors:
-            anchor = next((a for a in ANCHORS if f".{key}".endswith(f".{a}")), None)
-            if anchor:
+        for key, (anchor, layout) in itertools.product(tensors, ANCHORS.items()):
+            if f".{key}".endswith(f".{anchor}"):
                 prefix = key.removesuffix(anchor)
                 place = (group + prefix).strip(".")
                 words = set(re.split(r"[._]", place.lower()))
                 kind = next((k for k in ("ema", "momentum") if k in words), "base")
                 rank = {"ema": 2, "momentum": 3}.get(kind, "student" in words)
-                found[place] = (rank, kind, group, prefix, ANCHORS[anchor])
+                found[place] = (rank, kind, group, prefix, layout)
     if not found:
         keys = [k for k in content if isinstance(k, str)]
         raise CheckpointError("no ViT in it (no patch_embed.proj.weight or its like); its first "
@@ -353,13 +357,12 @@ def find(content, weights):
         what = {"momentum": "momentum encoder", "ema": "averaged weights (ema)"}[weights]
         raise CheckpointError(f"holds no {what}")
     place = min(fitting, key=lambda place: found[place][0])
-    _, taken, group, prefix, layout = found[place]
-    plain = not prefix and group in ("", "model.", "state_dict.")
-    notes = [] if plain and len(found) == 1 else [f"weights of {place or 'the top level'}"]
+    _, taken, group, prefix, layout = found.pop(place)
+    plain = not prefix and group in ("", "model.", "state_dict.") and not found
+    notes = [] if plain else [f"weights of {place or 'the top level'}"]
     for other, (_, kind, *_) in found.items():
-        if other != place:
-            way = "" if kind in ("base", taken) else f" (--weights {kind})"
-            notes.append(f"also there: {other or 'weights at the top level'}{way}")
+        way = "" if kind in ("base", taken) else f" (--weights {kind})"
+        notes.append(f"also there: {other or 'weights at the top level'}{way}")
     return place, group, prefix, layout, notes
 
 
@@ -432,10 +435,9 @@ def grid_of(pos, size, patch):
     return side, side
 
 
-def config_of(state, layout, known=(), heads=None, size=None):
+def config_of(state, layout, known, heads, size):
     """(VisionTransformer's arguments, notes) for a state dict: from its shapes, and from `known`,
     a transformers config, where there is one."""
-    known, notes = dict(known), []
     weight, pos = state["patch_embed.proj.weight"], state.get("pos_embed", torch.zeros(0))
     if (weight.ndim != 4 or pos.ndim != 3 or weight.shape[2] != weight.shape[3]
             or pos.shape[2] != weight.shape[0] or 0 in weight.shape or 0 in pos.shape):
@@ -452,53 +454,51 @@ def config_of(state, layout, known=(), heads=None, size=None):
         raise CheckpointError(f"a ViT with {unlike[0]}, unlike that of MAE and MoCo v3: its "
                               "features would be others")
     dim, in_chans, patch, _ = weight.shape
-    depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
-    hidden = state.get("blocks.0.mlp.fc1.bias", pos)
+    hidden = state.get("blocks.0.mlp.fc1.bias", torch.empty(4 * dim)).numel()
     if "image_size" in known:
         stated = known["image_size"]
         size = size or ([stated, stated] if type(stated) is int else stated)
         if not isinstance(size, (list, tuple)) or [type(side) for side in size] != [int, int]:
             raise CheckpointError(f"its image_size is {stated!r:.40}")
-    stated = known.get("num_attention_heads")
+    stated, notes = known.get("num_attention_heads"), []
     if stated is not None and heads not in (None, stated):
         raise CheckpointError(f"its config.json says {stated!r:.20} heads, not {heads}")
     heads = stated or heads
-    if heads is None:
-        # heads leave no trace in the shapes: 64 wide, but MoCo v3's ViT-S has 12, ViT-H 80 wide
-        heads = {1280: 16}.get(dim, max(dim // 64, 1))
-        heads = 12 if layout == "MoCo v3" and dim == 384 else heads
-        more = "; no published ViT has this width"
-        if dim in (192, 384, 768, 1024, 1280):
-            more = "; a ViT-S has 6, that of MoCo v3 12" if dim == 384 else ""
+    if heads is None:                                   # they leave no trace in the shapes
+        usual = {192: 3, 384: 12 if layout == "MoCo v3" else 6, 768: 12, 1024: 16, 1280: 16}
+        heads = usual.get(dim, max(dim // 64, 1))
+        more = "" if dim in usual else "; no published ViT has this width"
+        more = "; a ViT-S has 6, that of MoCo v3 12" if dim == 384 else more
         notes.append(f"heads: {heads} assumed ({dim // heads} wide{more}); --heads says otherwise")
     if known.get("layer_norm_eps", 1e-6) != 1e-6:
         notes.append(f"its norms add {known['layer_norm_eps']!r:.10} to the variance, here 1e-06")
-    grid = grid_of(pos, size, patch)
-    return dict(img_size=[side * patch for side in grid], patch_size=patch, in_chans=in_chans,
-                dim=dim, depth=depth, heads=heads,
-                mlp_ratio=(len(hidden) if hidden.ndim == 1 else 0) / dim), notes
+    return dict(img_size=[side * patch for side in grid_of(pos, size, patch)], patch_size=patch,
+                in_chans=in_chans, dim=dim, depth=depth_of(state), heads=heads,
+                mlp_ratio=hidden / dim), notes
 
 
-def check_config(config, state, path):
+def depth_of(state, blocks="blocks."):
+    """How many blocks there are."""
+    return len({key.split(".")[1] for key in state if key.startswith(blocks)})
+
+
+def check_config(config, state):
     """Refuse what no ViT is, before one of that size is made: a file may claim any width."""
     sides = config.get("img_size")
-    sides = sides if isinstance(sides, (list, tuple)) else [sides, sides]
-    claims = [("img_size", side) for side in sides]
+    pair = isinstance(sides, (list, tuple)) and len(sides) == 2
+    claims = [("img_size", side) for side in (sides if pair else [sides])]
     claims += [(k, v) for k, v in config.items() if k in LARGEST]
     wrong = [f"{k} {v!r:.40}" for k, v in claims
              if type(v) is not int or not 1 <= v <= LARGEST.get(k, 16384)]
-    if len(sides) != 2:
-        wrong.append(f"img_size {sides!r:.40}")
     if not finite([config.get("mlp_ratio", 4.0)], 1e-3, 64):
         wrong.append(f"mlp_ratio {config['mlp_ratio']!r:.40}")
-    blocks = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+    blocks, width = depth_of(state), state["cls_token"].numel() if "cls_token" in state else 0
     if config.get("depth", blocks) != blocks:
         wrong.append(f"{config['depth']} blocks and has {blocks}")
-    for n in (state[k].numel() for k in ("cls_token", "norm.weight") if k in state):
-        if config.get("dim", n) != n:
-            wrong.append(f"a width of {config['dim']} and has {n}")
+    if config.get("dim", width) != width:
+        wrong.append(f"a width of {config['dim']} and has {width}")
     if wrong:
-        raise CheckpointError(f"{path}: refused, it claims a ViT with {wrong[0]}")
+        raise CheckpointError(f"refused, it claims a ViT with {wrong[0]}")
 
 
 def finite(values, low, high):
@@ -506,20 +506,18 @@ def finite(values, low, high):
         isinstance(v, (int, float)) and low <= v <= high for v in values)
 
 
-def check_meta(meta, config, path):
+def check_meta(meta, config):
     """Mean, std (a number a channel) and range (low, high) that a file gives for its images."""
     channels = config.get("in_chans", 3)
-    wrong = [name for name, low, high, n in (("mean", -1e4, 1e4, channels),
-                                             ("std", 1e-6, 1e4, channels),
-                                             ("range", -1e30, 1e30, 2))
-             if meta.get(name) is not None
+    limits = dict(mean=(-1e4, 1e4, channels), std=(1e-6, 1e4, channels), range=(-1e30, 1e30, 2))
+    wrong = [name for name, (low, high, n) in limits.items() if meta.get(name) is not None
              and not (finite(meta[name], low, high) and len(meta[name]) == n)]
     if not wrong and meta.get("range") is not None and meta["range"][0] >= meta["range"][1]:
         wrong = ["range"]
     if not isinstance(meta.get("system", ""), str):
         wrong.append("system")
     if wrong:
-        raise CheckpointError(f"{path}: refused, its {wrong[0]} is {meta[wrong[0]]!r:.60}")
+        raise CheckpointError(f"refused, its {wrong[0]} is {meta[wrong[0]]!r:.60}")
 
 
 def check_weights(state):
@@ -531,22 +529,19 @@ def check_weights(state):
 
 def check_linear(content, path, width=None):
     """Refuse a classifier-*.pt that evaluate.py did not write, or not for features of `width`."""
-    try:
+    lacking = "not a classifier that evaluate.py wrote"
+    with naming(path, lacking):
         head, classes, channels = content["classifier"], content["classes"], len(content["mean"])
         texts = [*classes, content["checkpoint"], content["encoder_digest"]]
-        good = (head["weight"].ndim == 2 and len(classes) > 0 and len(content["std"]) == channels
+        if not (head["weight"].ndim == 2 and len(classes) > 0 and len(content["std"]) == channels
                 and head["bias"].shape == head["weight"].shape[:1] == (len(classes),)
                 and isinstance(head["normalise"], bool)
-                and all(isinstance(text, str) for text in texts))
-    except (KeyError, TypeError, AttributeError):
-        good = False
-    if not good:
-        raise CheckpointError(f"{path}: not a classifier that evaluate.py wrote")
-    with naming(path):
+                and all(isinstance(text, str) for text in texts)):
+            raise CheckpointError(lacking)
         if width not in (None, head["weight"].shape[1]):
             raise CheckpointError(f"for features {head['weight'].shape[1]} wide, not {width}")
         check_weights({k: head[k] for k in ("weight", "bias")})
-    check_meta(content, dict(in_chans=channels), path)
+        check_meta(content, dict(in_chans=channels))
 
 
 def read_encoder(path, weights="base", heads=None, size=None):
@@ -574,10 +569,9 @@ def read_encoder(path, weights="base", heads=None, size=None):
             config, more = config_of(state, layout, known, heads, size)
             notes += more
             meta = foreign_meta(known, beside(path, "preprocessor_config.json"))
-    check_config(config, state, path)
-    check_meta(meta, config, path)
-    encoder = {k: v for k, v in state.items() if is_encoder(k)}
-    with naming(path):
+        check_config(config, state)
+        check_meta(meta, config)
+        encoder = {k: v for k, v in state.items() if is_encoder(k)}
         match(encoder, config)
         check_weights(encoder)
     with open(path, "rb") as f:
@@ -594,13 +588,12 @@ def match(encoder, config):
             expected = VisionTransformer(**config).state_dict()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"not a ViT that can be rebuilt ({error})") from None
-    missing = sorted(set(expected) - set(encoder))
-    surplus = sorted(set(encoder) - set(expected))
+    missing, surplus = sorted(set(expected) - set(encoder)), sorted(set(encoder) - set(expected))
     wrong = [k for k in expected if k in encoder and encoder[k].shape != expected[k].shape]
     if missing or surplus or wrong:
         raise CheckpointError(f"{len(missing)} encoder tensors missing, {len(surplus)} unknown, "
                               f"{len(wrong)} of another shape; first: "
-                              f"{(missing or surplus or wrong)[0]}")
+                              f"{(missing + surplus + wrong)[0]}")
 
 
 def foreign_meta(known, shown):
@@ -673,17 +666,16 @@ def decoder_config(source, norm_pix_loss=None):
     layouts: False unless given.
     """
     rest, known = source["rest"], source["meta"].get("decoder") or {}
-    dim = rest["decoder_embed.weight"].shape[0]
-    blocks = {k.split(".")[1] for k in rest if k.startswith("decoder_blocks.")}
+    dim, depth = rest["decoder_embed.weight"].shape[0], depth_of(rest, "decoder_blocks.")
     # heads leave no trace in the shapes; MAE's have a width of 32
     heads = known.get("decoder_heads", max(dim // 32, 1)) if isinstance(known, dict) else 0
     if (type(heads) is not int or not 0 < heads <= LARGEST["heads"] or dim % heads
-            or len(blocks) > LARGEST["depth"]):
-        raise CheckpointError(f"{source['path']}: refused, it claims a decoder of {len(blocks)} "
-                              f"blocks, width {dim} and {heads!r:.20} heads")
+            or depth > LARGEST["depth"]):
+        raise CheckpointError(f"{source['path']}: refused, it claims a decoder of {depth} blocks, "
+                              f"width {dim} and {heads!r:.20} heads")
     if norm_pix_loss is None:
         norm_pix_loss = known.get("norm_pix_loss", source["layout"] == "ours")
-    return dict(decoder_dim=dim, decoder_depth=len(blocks), decoder_heads=heads,
+    return dict(decoder_dim=dim, decoder_depth=depth, decoder_heads=heads,
                 norm_pix_loss=norm_pix_loss)
 
 
@@ -722,34 +714,19 @@ def load_classifier(path):
     """
     path = in_folder(path, "classifier.pt")
     content = read(path)
-    found = content if isinstance(content, dict) else {}
-    kinds = dict(model=dict, config=dict, head=dict, classes=(list, tuple), mean=(list, tuple),
-                 std=(list, tuple))
-    wrong = [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]
-    if not wrong:
+    lacking = "not a classifier that finetune.py wrote"
+    with naming(path, lacking):
         state, config, head, classes = (content[k] for k in ("model", "config", "head", "classes"))
-        if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
-            wrong = ["model"]
-        elif not all(isinstance(name, str) for name in classes):
-            wrong = ["classes"]
-    if wrong:
-        raise CheckpointError(f"{path}: not a classifier that finetune.py wrote ({wrong[0]})")
-    check_config(config, state, path)
-    check_meta(content, config, path)
-    widest = max((n for v in state.values() for n in v.shape), default=0)
-    claims = [head.get("width", 1), len(classes)]
-    if head.get("kind") not in ("linear", "projector") or not all(
-            type(n) is int and 0 < n <= widest for n in claims):
-        raise CheckpointError(f"{path}: refused, it claims a head {head!r:.80}")
-    try:
-        net = Classifier(config, head, len(classes))
-        net.load_state_dict(state)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a classifier that finetune.py wrote "
-                              f"({str(error).splitlines()[0]})") from None
-    with naming(path):
+        if (head["kind"] not in ("linear", "projector") or None in (content["mean"], content["std"])
+                or not all(isinstance(name, str) for name in classes)):
+            raise CheckpointError(lacking)
+        check_config(config, state)
+        check_meta(content, config)
         check_weights(state)
-    return net.eval(), content
+        with torch.device("meta"):                      # a file may claim any width
+            net = Classifier(config, head, len(classes))
+        net.load_state_dict(state, assign=True)
+    return net.float().eval(), content
 
 
 # ------------------------------------------------------------------------------ use and export
@@ -809,10 +786,6 @@ def export(source, kind, path):
             "onnx: torch's exporter needs another package (pip install onnxscript); with it: "
             "torch.onnx.export(checkpoint.load(FILE), (images,), 'encoder.onnx', dynamo=True, "
             "dynamic_shapes=({0: 'n'},))")
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot make {path}: {error.strerror}", exit_code=1) from None
     for name, content in zip(("config.json", "preprocessor_config.json"), hf_settings(source)):
         text = json.dumps(content, indent=1).encode()
         save(text, os.path.join(path, name), lambda content, f: f.write(content))

@@ -43,6 +43,7 @@ import socket
 import subprocess
 import time
 from argparse import ArgumentTypeError
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -82,27 +83,24 @@ class Stopped(Exception):
 
 
 # ------------------------------------------------------------------------------------------ options
-MOST = 1e6      # where an option gives no bound of its own: beyond, a number is a slip of the hand
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, from the first process alone. No option may be empty.
 
     small, paper: the defaults without and with --data, by option.
     """
 
-    def __init__(self, doc, small=None, paper=None, **more):
+    def __init__(self, doc, small=(), paper=(), **more):
         super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False, **more)
-        self.small, self.paper = small or {}, paper or {}
+        self.small, self.paper = dict(small), dict(paper)
 
     def format_help(self):
         """The help with every default, but those of which an option's own help tells."""
         for action in self._actions:
             default = self.paper.get(action.dest, action.default)
-            told = default in (None, "", argparse.SUPPRESS) or default is False
+            told = default is False or default in (None, "", argparse.SUPPRESS)
             if action.option_strings and not told and "default" not in (action.help or "default"):
-                small = shown(self.small.get(action.dest, default))
-                also = f", embedded {small}" if small != shown(default) else ""
+                small = self.small.get(action.dest, default)
+                also = f", embedded {shown(small)}" if small != default else ""
                 action.help += f" (default: {shown(default)}{also})"
         return super().format_help()
 
@@ -132,7 +130,7 @@ def shown(value):
     return ",".join(v if isinstance(v, str) else f"{v:g}" for v in value)
 
 
-def number(kind=float, low=0.0, high=MOST, above=False):
+def number(kind=float, low=0.0, high=1e6, above=False):
     """An argparse type: a finite number in [low, high], or (low, high] with above=True."""
     def parse(text):
         try:
@@ -141,9 +139,8 @@ def number(kind=float, low=0.0, high=MOST, above=False):
             what = "a whole" if kind is int else "a"
             raise ArgumentTypeError(f"{text!r} is not {what} number") from None
         if not low <= value <= high or (above and value == low):        # NaN is not either
-            least = f"above {low:g}" if above else f"at least {low:g}"
-            raise ArgumentTypeError(f"{text} is out of range, it must be {least} and at most "
-                                    f"{high:g}")
+            least = "above" if above else "at least"
+            raise ArgumentTypeError(f"{text} is not {least} {low:g} and at most {high:g}")
         return value
     return parse
 
@@ -169,13 +166,13 @@ OPTIONS = {
     "data": dict(help="folder, list, tar, cifar10, cifar100 (default: $DATA, else embedded)"),
     "img-size": dict(type=image_size, help="224 or HEIGHTxWIDTH (default: the checkpoint's)"),
     "in-chans": dict(type=int, choices=(1, 3, 4), help="grey, RGB, RGBA (default: --init's or 3)"),
-    "stats": dict(choices=("imagenet", "data"), help="mean and deviation of the channels (default: "
-                  "the checkpoint's, else imagenet)"),
+    "stats": dict(choices=("imagenet", "data"),
+                  help="of the channels (default: the checkpoint's, else imagenet)"),
     "range": dict(type=value_range, metavar="LOW,HIGH|auto", help="black and white of 16-bit and "
                   "float images (default: the checkpoint's, or by type)"),
     "labels-file": dict(metavar="CSV", help="instead of class folders: columns file, label, split"),
-    "val-share": dict(type=number(float, 0, 0.9), default=0.0, help="share of each class to test "
-                      "on, where there is no val/ or test/"),
+    "val-share": dict(type=number(float, 0, 0.9), default=0.0,
+                      help="share of each class to test on, where there is no val/ or test/"),
     "workers": dict(type=number(int, 0, 256), default=min(os.cpu_count(), 10),
                     help="reading processes per device"),
     "max-bad": dict(type=SHARE, default=0.01, help="stop at this share of unreadable files"),
@@ -212,8 +209,8 @@ RUNTIME = ("out", "resume", "device", "workers", "compile", "micro_batch", "log_
 def add_options(add, names, **defaults):
     """Add options of the table above; `defaults` by their names with underscores."""
     for name in names.split():
-        entry, default = OPTIONS[name], name.replace("-", "_")
-        add(f"--{name}", **entry | ({"default": defaults[default]} if default in defaults else {}))
+        key = name.replace("-", "_")
+        add(f"--{name}", **OPTIONS[name] | ({"default": defaults[key]} if key in defaults else {}))
 
 
 def parse(parser, argv):
@@ -254,55 +251,51 @@ def check(parser, args):
     source, epochs = asked.get("data"), asked.get("epochs")
     if source and source not in data.DOWNLOADS and "{" not in source and not os.path.exists(source):
         parser.error(f"--data {source}: no such folder or list file")
-    if asked.get("device") == "cpu" and asked.get("amp") == "fp16":
+    if asked.get("amp") == "fp16" and (args.device == "cpu" or not torch.cuda.is_available()):
         parser.error("--amp fp16 needs a GPU; on a CPU use bf16 or off")
     if epochs and asked.get("warmup_epochs", 0) > epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {epochs}")
     for name in ("out", "results"):
-        folder = asked.get(name)
-        while isinstance(folder, str) and folder and not os.path.lexists(folder):
+        folder = asked.get(name) if isinstance(asked.get(name), str) else ""
+        while folder and not os.path.lexists(folder):
             folder = os.path.dirname(folder)
-        if isinstance(folder, str) and folder and not os.path.isdir(folder):
+        if folder and not os.path.isdir(folder):
             parser.error(f"--{name} {asked[name]}: cannot write there ({folder} is a file)")
 
 
 def program(main, get_args):
     """Run a stage from the command line. What the user can mend ends in one line and the exit code
     that its exception carries; a signal that asked for a stop ends in 128 + its number."""
-    code = 0
+    code, said = 0, None
     try:
         main(get_args())
     except Stopped as stopped:
         print(f"stopped by {stopped.signal.name}; the same command goes on from here", flush=True)
         code = stopped.exit_code
     except KeyboardInterrupt:
-        code = complain("interrupted", 128 + signal.SIGINT)
+        code, said = 128 + signal.SIGINT, "interrupted"
     except BrokenPipeError:                                             # `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except Exception as error:
+        said = error
         if str(error).startswith("DataLoader worker (pid"):     # raised wherever the program is
-            error = RunError(f"{error} (fewer --workers need less memory)")
-        if not hasattr(error, "exit_code"):
-            error = peers.blame(error) if peers is not None else None
-            if error is None:
+            said = RunError(f"{error} (fewer --workers need less memory)")
+        elif not hasattr(error, "exit_code"):
+            said = peers and peers.blame(error)
+            if said is None:
                 raise
-        code = complain(error, error.exit_code)
-    if peers is not None:
+        code = said.exit_code
+    if said and (peers.speaks() if peers else os.environ.get("RANK", "0") == "0"):
+        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(said).split())}",
+              file=sys.stderr, flush=True)
+    if peers:
         sys.stdout.flush()
         if code in (1, 2, 128 + signal.SIGPIPE):
             peers.leave()
             os._exit(code)                              # to leave the group would be to wait
         peers.part()
     sys.exit(code)
-
-
-def complain(error, code):
-    """Print an error in one line, from one process, and return the exit code."""
-    if peers.speaks() if peers is not None else os.environ.get("RANK", "0") == "0":
-        line = " ".join(str(error).split())
-        print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
-    return code
 
 
 # ------------------------------------------------------------------------------- device, precision
@@ -315,8 +308,7 @@ class Env(NamedTuple):
 
     def autocast(self, function):
         """The function (or module) with its matrix products in self.dtype."""
-        enabled = self.dtype is not None
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled)(function)
+        return torch.autocast(self.device.type, self.dtype, self.dtype is not None)(function)
 
     def share(self, batch_size):
         """This process's part of a global batch."""
@@ -335,41 +327,33 @@ def setup(args):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read as cuBLAS starts
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, False
-    cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise UsageError(f"--device {args.device}: no CUDA device here")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    rank, processes, local = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        raise UsageError("--device cuda: no CUDA device here")
+    device = torch.device("cuda", local if processes > 1 else 0) if cuda else torch.device("cpu")
     if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if processes > 1 else 0)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     else:
-        device = torch.device("cpu")
-        keep_memory()
+        with contextlib.suppress(OSError, AttributeError):              # another C library
+            libc = ctypes.CDLL("libc.so.6")     # keep what a step frees: given back, it is zeroed
+            libc.mallopt(-3, 1 << 30)                                   # M_MMAP_THRESHOLD
+            libc.mallopt(-1, -1)                                        # M_TRIM_THRESHOLD
     if processes > 1 and not dist.is_initialized():
         peers = Peers("nccl" if cuda else "gloo", getattr(args, "timeout_minutes", 10.0))
-    dtype = precision(getattr(args, "amp", "off"), device)
-    return Env(device, dtype, int(os.environ.get("RANK", 0)), processes)
-
-
-def keep_memory():
-    """Have glibc keep the memory that a step frees: given back, it is zeroed anew at every step."""
-    with contextlib.suppress(OSError, AttributeError):                  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)                                       # M_MMAP_THRESHOLD
-        libc.mallopt(-1, -1)                                            # M_TRIM_THRESHOLD
+    return Env(device, precision(getattr(args, "amp", "off"), device), rank, processes)
 
 
 def precision(choice, device):
     """The autocast type for --amp, or None: bf16 where the hardware has it, fp16 on older GPUs."""
-    if choice == "auto" and device.type == "cuda":
+    if choice != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
+    if device.type == "cuda":
         ampere = torch.cuda.get_device_capability(device)[0] >= 8
         return torch.bfloat16 if ampere else torch.float16
-    if choice == "auto":                                                # AMX or AVX-512 BF16
-        return torch.bfloat16 if linux_says("cpuinfo", "(amx|avx512)_bf16") else None
-    if choice == "fp16" and device.type == "cpu":
-        raise UsageError("--amp fp16 needs a GPU; on a CPU use bf16 or off")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
+    return torch.bfloat16 if linux_says("cpuinfo", "(amx|avx512)_bf16") else None
 
 
 def linux_says(name, pattern):
@@ -382,10 +366,8 @@ def linux_says(name, pattern):
 def grad_scaler(env):
     """Loss scaling for fp16. Otherwise the scale is a power of two, which is exact; what is used
     then is that a step with a non-finite gradient is skipped on the device."""
-    if env.dtype == torch.float16:
-        return torch.amp.GradScaler(env.device.type)
-    return torch.amp.GradScaler(env.device.type, init_scale=1.0, backoff_factor=0.5,
-                                growth_interval=1 << 30)
+    exact = dict(init_scale=1.0, growth_interval=1 << 30)
+    return torch.amp.GradScaler(env.device.type, **{} if env.dtype == torch.float16 else exact)
 
 
 def distribute(net, env, bf16_gradients=False):
@@ -406,7 +388,7 @@ def slices(model, n, size):
     for start in range(0, n, size):
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = start + size >= n        # what its no_sync() sets
-        yield slice(start, min(start + size, n))
+        yield slice(start, start + size)
 
 
 def micro_batch(asked, step, n, env, params=()):
@@ -439,9 +421,6 @@ def micro_batch(asked, step, n, env, params=()):
     return math.ceil(n / math.ceil(n / most))                           # in equal parts
 
 
-GRAPHS = 32     # that torch.compile may keep of a block: by role, gradient and shape; 8 are too few
-
-
 def compile_blocks(net, choice, device, dynamic=None):
     """torch.compile every block of a network: with --compile on, or auto on a GPU if it can.
 
@@ -451,14 +430,15 @@ def compile_blocks(net, choice, device, dynamic=None):
     if choice == "off" or (choice == "auto" and device.type != "cuda"):
         return
     try:
-        torch._dynamo.config.cache_size_limit = GRAPHS                  # its name in torch 2.6
+        # graphs of a block: by role, gradient and shape; torch's 8 are too few
+        torch._dynamo.config.cache_size_limit = 32                      # its name in torch 2.6
         torch.compile(torch.nn.functional.gelu)(torch.ones(2, device=device))
     except Exception as error:                                          # no Triton, no compiler
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         says = f"torch.compile does not work here ({reason})"
         if choice == "on":
             raise RunError(f"--compile on: {says}; go without: --compile off") from None
-        if peers is None or peers.speaks():
+        if not peers or peers.speaks():
             print(f"warning: {says}: the run goes on without it", flush=True)
         return
     for module in net.modules():
@@ -491,7 +471,7 @@ class Peers:
     def __init__(self, backend, minutes):
         """Join the other processes, whom torchrun's environment names."""
         self.rank, self.n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.seconds, self.questions, self.gone = 60 * minutes, 0, set()
+        self.seconds, self.questions = 60 * minutes, 0
         # torchrun's agent keeps its store from one attempt to the next
         attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         # NCCL's own watchdog ends a process without naming who is missing: it gets more time
@@ -555,7 +535,6 @@ class Peers:
         for word in ("alive", "waiting"):
             lost = [r for r in range(self.n) if not self.store.check([f"{word}/{r}"])]
             if lost:
-                self.gone.update(lost)
                 return RunError(f"{ranks(lost)} of {self.n} died or hangs, the others went on "
                                 "waiting for it. What was saved is intact; the same command goes "
                                 "on from it")
@@ -586,8 +565,7 @@ class Peers:
         with contextlib.suppress(RuntimeError):
             self.store.set(f"left/{self.rank}", "")
             if self.rank == 0:
-                others = [f"left/{r}" for r in range(self.n) if r not in self.gone]
-                self.arrived(others, SIGN_IN_SECONDS)
+                self.arrived([f"left/{r}" for r in range(self.n)], SIGN_IN_SECONDS)
 
     def speaks(self):
         """Whether this process is to print what several may have to say: the first to come."""
@@ -604,18 +582,17 @@ def ranks(found):
 
 def same(what, value):
     """Every process must see the same value; a UsageError names those that do not."""
-    seen = {}
-    for r, answer in enumerate(gather_objects(value)):
-        seen.setdefault(answer, []).append(r)
-    if len(seen) > 1:
-        found = "; ".join(f"{answer} on {ranks(who)}" for answer, who in seen.items())
+    answers = gather_objects(value)
+    if len(set(answers)) > 1:
+        found = "; ".join(f"{a} on {ranks([r for r, b in enumerate(answers) if a == b])}"
+                          for a in dict.fromkeys(answers))
         raise UsageError(f"the processes see different {what}: {found}. Give all of them the same "
                          "files")
 
 
 def gather_objects(value):
     """The value (JSON) of every process, by rank."""
-    return [value] if peers is None else peers.ask("what they found", value)
+    return peers.ask("what they found", value) if peers else [value]
 
 
 def once_a_node(function, *args, **options):
@@ -661,48 +638,47 @@ def commit():
 
 
 @contextlib.contextmanager
-def atomic(path):
-    """A temporary name to write to, renamed to `path` at the end: always whole, old or new."""
-    temporary = f"{path}.tmp"
+def writing(path):
+    """What the system refuses within ends the run in a line."""
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        yield
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A temporary name to write to, renamed to `path` at the end: always whole, old or new."""
+    with writing(path), checkpoint.atomic(path) as temporary:
+        yield temporary
 
 
 def write_result(out, entry):
     """Print a result as one JSON line and append it to results.jsonl in the folder `out`, unless
     the same is there already, but for the time it took: a finished run was started again."""
     line, path = json.dumps(entry), os.path.join(out, "results.jsonl")
+    print(line, flush=True)
 
     def essence(result):
         return {k: v for k, v in result.items() if k not in ("seconds", "commit")}
 
-    try:
+    with writing(path):
         os.makedirs(out, exist_ok=True)
         there = read_results(path) if os.path.exists(path) else []
         if essence(json.loads(line)) not in map(essence, there):
             with open(path, "a+b") as f:
                 torn = f.tell() and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n"
                 f.write(b"\n" * bool(torn) + line.encode() + b"\n")
-    except OSError as error:
-        raise RunError(f"cannot write {path} ({error.strerror}); the result was {line}") from None
-    print(line, flush=True)
 
 
 def read_results(path):
     """The entries of a results.jsonl. A line that a kill has torn is passed over with a warning."""
+    entries = []
     try:
         with open(path, encoding="utf-8", errors="replace") as f:
             lines = [line for line in f if line.strip()]
     except OSError as error:
         raise UsageError(f"{path}: cannot be read as results ({error.strerror})") from None
-    entries = []
     for i, line in enumerate(lines, start=1):
         try:
             entries.append(json.loads(line))
@@ -731,14 +707,13 @@ def write_per_class(out, name, confusion, classes):
     and, its rows as shares, confusion-NAME.png."""
     right, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     scores = torch.stack([right / predicted, right / support, 2 * right / (support + predicted)], 1)
-    rows = [["class", "support", "precision", "recall", "f1"]]
-    for each, n, values in zip(classes, support.tolist(), scores.tolist()):
-        rows.append([each, n, *("" if math.isnan(v) else f"{v:.4f}" for v in values)])
-    table = [["true class / predicted", *classes]]
-    table += ([each, *row] for each, row in zip(classes, confusion.tolist()))
+    rows = [[each, n, *("" if math.isnan(v) else f"{v:.4f}" for v in values)]
+            for each, n, values in zip(classes, support.tolist(), scores.tolist())]
+    table = [[each, *row] for each, row in zip(classes, confusion.tolist())]
     path = os.path.join(out, f"confusion-{name}")
-    write_csv(os.path.join(out, f"per-class-{name}.csv"), rows)
-    write_csv(f"{path}.csv", table)
+    write_csv(os.path.join(out, f"per-class-{name}.csv"),
+              [["class", "support", "precision", "recall", "f1"], *rows])
+    write_csv(f"{path}.csv", [["true class / predicted", *classes], *table])
     cell = torch.ones(2 * [math.ceil(480 / len(classes))], dtype=torch.uint8)           # pixels
     shades = (255 * (1 - confusion / support.clamp_min(1)[:, None])).round().to(torch.uint8)
     with atomic(f"{path}.png") as temporary:
@@ -794,14 +769,12 @@ def extract(encoder, dataset, env, batch_size=256, workers=0, mean=None, std=Non
     loader = data.Loader(part, [augment.TEST_VIEW], encoder.config["img_size"], batch_size, 0,
                          workers, env.device, shuffle=False, mean=mean, std=std, max_bad=max_bad)
     compute = env.autocast(function or (lambda net, images: net.forward_features(images)))
-    training = encoder.training
-    encoder.eval()
     progress = Progress(what or f"features of {dataset.name}", len(part), quiet=env.rank > 0)
-    features, readable = [], []
+    features, readable, training = [], [], encoder.training
+    encoder.eval()
     for batch in loader.epoch(0):
         x = compute(encoder, batch.view(0)).float()
-        good = batch.readable.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
-        features.append(x * good)
+        features.append(x * batch.readable.to(x.device).reshape(-1, *[1] * (x.ndim - 1)))
         readable.append(batch.readable)
         progress.step(len(batch))
     encoder.train(training)
@@ -812,10 +785,10 @@ def extract(encoder, dataset, env, batch_size=256, workers=0, mean=None, std=Non
     return features, readable
 
 
-def online_knn(encoder, dataset, env, workers, most=10000):
+def online_knn(encoder, dataset, env, workers):
     """k-NN accuracy (percent) while training: a tenth of at most 10,000 training images against the
     others. Their labels are held out of pre-training; test images are not looked at."""
-    chosen = dataset.select(augment.shuffled(len(dataset), 2, augment.SUBSET)[:most])
+    chosen = dataset.select(augment.shuffled(len(dataset), 2, augment.SUBSET)[:10000])
     with uncompiled():
         features, readable = extract(encoder, chosen, env, workers=workers, max_bad=1.0)
     labels, readable = chosen.labels.to(env.device), readable.to(env.device)
@@ -826,11 +799,6 @@ def online_knn(encoder, dataset, env, workers, most=10000):
 
 
 # --------------------------------------------------------------------------------------- the job
-LOCKS = set()
-# a process forked to read images outlives a killed run by seconds and must not keep the lock
-os.register_at_fork(after_in_child=lambda: [lock.close() for lock in LOCKS])
-
-
 class Job:
     """The folder of a run: lock, signals, log.jsonl, args.json, last.pt, previous.pt, encoder.pt.
 
@@ -839,11 +807,12 @@ class Job:
     guessing has, which should be left behind after `warmup` steps.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     VOTE_SECONDS = 1.0                                      # between votes of several processes
     PATIENCE = 3                                            # lines of the log that show a collapse
     MOST_SKIPPED = 5                                        # steps that were not finite
     NEEDED = {"model", "optimizer", "scaler", "step", "settings", "skipped"}
+
+    SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
     def __init__(self, args, env, net, optimizer, scaler, loader, meta, source=None, warmup=0,
                  chance=None, encoder_file=True):
@@ -856,7 +825,8 @@ class Job:
         self.settings = {k: v for k, v in vars(args).items() if k not in RUNTIME} | dict(
             source=source and source["digest"], files=getattr(loader.dataset, "digest", None))
         self.window, self.skipped, self.collapsed, self.warned = [], 0, 0, set()
-        self.entry, self.signal, self.lock, self.writer, self.board = None, None, None, None, None
+        self.entry, self.lock, self.board, self.signal, self.copies = None, None, None, 0, ()
+        self.writer, self.under_way = ThreadPoolExecutor(1), None
         self.started, self.before = time.perf_counter(), 0.0    # seconds before it was resumed
         # GradScaler tells a fused optimizer on the device whether to skip its step
         self.overflow = torch.zeros((), device=env.device)
@@ -865,15 +835,11 @@ class Job:
     def path(self, name):
         return os.path.join(self.out, name)
 
-    def say(self, line):
-        if self.env.rank == 0:
+    def say(self, line, once=None):
+        """Print a line from one process; those of the same kind `once` in a run."""
+        if self.env.rank == 0 and once not in self.warned:
             print(line, flush=True)
-
-    def warn(self, kind, line):
-        """Say something once in a run."""
-        if kind not in self.warned:
-            self.warned.add(kind)
-            self.say(f"warning: {line}")
+            self.warned.update({once} - {None})
 
     def report(self, groups, scale, at_once, taken=(), title=""):
         """What the run will do: what was loaded, images, batch, steps, precision, rates."""
@@ -898,8 +864,8 @@ class Job:
             step = self.vote_at = self.last_vote = self.resume()
             self.describe()
             while step < self.total:
-                start = step % self.epoch_steps
-                for batch in self.loader.epoch(step // self.epoch_steps, start=start):
+                epoch, start = divmod(step, self.epoch_steps)
+                for batch in self.loader.epoch(epoch, start=start):
                     self.step = step
                     if self.board is not None and step == 0:
                         self.show(batch)
@@ -911,17 +877,15 @@ class Job:
 
     def show(self, batch):
         """The views of the first images of a batch as tensorboard's picture, a row a view."""
-        rows = []
-        for k in range(len(self.loader.views)):
-            images = (batch.view(k)[:8] * self.loader.std + self.loader.mean).clamp(0, 1)
-            images = images.expand(-1, max(images.shape[1], 3), -1, -1)[:, :3]
-            rows.append(torch.cat(list(images), 2))
-        self.board.add_image("views", torch.cat(rows, 1), 0)
+        views = torch.stack([batch.view(k)[:8] for k in range(len(self.loader.views))])
+        views = (views * self.loader.std + self.loader.mean).clamp(0, 1)
+        views = views.expand(-1, -1, max(views.shape[2], 3), -1, -1)[:, :, :3]
+        rows = views.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)    # (3, views * H, n * W)
+        self.board.add_image("views", rows, 0)
 
     def ends_epoch(self, every):
         """Whether the step under way ends an epoch that is a multiple of `every` (0: never)."""
-        epoch, rest = divmod(self.step + 1, self.epoch_steps)
-        return bool(every) and rest == 0 and epoch % every == 0
+        return bool(every) and (self.step + 1) % (every * self.epoch_steps) == 0
 
     def record(self, loss, batch, rates, **log):
         """Note a step: its loss, its rates, and what else the log shows, read when it is written.
@@ -930,7 +894,7 @@ class Job:
         self.rates, self.noted = rates, {k: torch.as_tensor(v).detach() for k, v in log.items()}
 
     def after(self, step):
-        if self.writer is not None and not self.writer.is_alive():
+        if self.under_way is not None and self.under_way.done():
             self.written()                                  # what went wrong is told at once
         stop, due = self.vote(step)
         keep = self.ends_epoch(getattr(self.args, "every_epochs", 0))
@@ -960,7 +924,8 @@ class Job:
             try:
                 os.makedirs(self.out, exist_ok=True)
                 self.lock = open(self.path("lock"), "a+")
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # not flock's lock: processes forked to read images outlive a killed run by seconds
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.lock.seek(0)
                 raise UsageError(f"--out {self.out} is in use by {self.lock.read()}") from None
@@ -970,7 +935,6 @@ class Job:
             self.lock.truncate(0)
             self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             self.lock.flush()
-            LOCKS.add(self.lock)
         main = threading.current_thread() is threading.main_thread()    # no other gets signals
         self.handlers = {s: signal.signal(s, self.on_signal) for s in self.SIGNALS if main}
         self.marked = self.saved = self.voted = time.perf_counter()
@@ -978,13 +942,10 @@ class Job:
     def leave(self):
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
-        if self.writer is not None:
-            self.writer.join()
-        if self.board is not None:
-            self.board.close()
-        if self.lock is not None:
-            LOCKS.discard(self.lock)
-            self.lock.close()
+        self.writer.shutdown()
+        for opened in (self.board, self.lock):
+            if opened is not None:
+                opened.close()
 
     def on_signal(self, number, frame):
         if self.signal == number == signal.SIGINT:
@@ -998,12 +959,12 @@ class Job:
         """
         now = time.perf_counter()
         due = now - self.saved > 60 * self.args.save_minutes
-        if peers is None:
-            return self.signal or 0, due
+        if not peers:
+            return self.signal, due
         if step < self.vote_at and step % self.args.log_every:
             return 0, False
         pace = (now - self.voted) / (step - self.last_vote)         # seconds a step
-        signals, dues, paces = zip(*peers.ask("signals", [self.signal or 0, due, pace]))
+        signals, dues, paces = zip(*peers.ask("signals", [self.signal, due, pace]))
         self.voted, self.last_vote = now, step
         self.vote_at = step + max(1, int(self.VOTE_SECONDS / max(*paces, 1e-6)))
         return max(signals), dues[0]
@@ -1018,51 +979,57 @@ class Job:
         """
         self.written()
         weights = self.net.state_dict()
-        broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+        broken = [name for name, tensor in weights.items()
+                  if not torch.stack(tensor.aminmax()).isfinite().all()]
         if broken:
             raise RunError(f"{broken[0]} is not finite at step {step}; {self.way_out()}")
-        if self.env.rank == 0:
-            encoder, epoch = getattr(self.net, "base_encoder", self.net), step // self.epoch_steps
-            # what rebuilds the model, and what a run is resumed from
-            kept = dict(model=weights, config=encoder.config, meta=self.meta,
-                        settings=self.settings, step=step)
-            state = kept | dict(optimizer=self.optimizer.state_dict(), skipped=self.skipped,
-                                scaler=self.scaler.state_dict(), seconds=self.seconds())
-            # ahead of last.pt: a kill between them leaves them newer, and they are written again
-            files = {}
-            if self.encoder_file:
-                meta = self.meta | dict(step=step)
-                files["encoder.pt"] = checkpoint.encoder_file(self.net, meta)
-            if keep:
-                files[f"epoch{epoch:04}.pt"] = kept | dict(epoch=epoch)
-            self.failure, files = None, tree_map_only(
-                torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True),
-                files | {"fresh.pt": state})
-            self.writer = threading.Thread(target=self.write, args=(files,))
-            self.writer.start()
         self.saved = time.perf_counter()
+        if self.env.rank:
+            return
+        encoder, epoch = getattr(self.net, "base_encoder", self.net), step // self.epoch_steps
+        # what rebuilds the model, and what a run is resumed from
+        kept = dict(model=weights, config=encoder.config, meta=self.meta, settings=self.settings,
+                    step=step)
+        # ahead of last.pt: a kill between them leaves them newer, and they are written again
+        files = {}
+        if self.encoder_file:
+            files["encoder.pt"] = checkpoint.encoder_file(self.net, self.meta | dict(step=step))
+        if keep:
+            files[f"epoch{epoch:04}.pt"] = kept | dict(epoch=epoch)
+        files["fresh.pt"] = kept | dict(
+            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+            skipped=self.skipped, seconds=self.seconds())
+        self.under_way = self.writer.submit(self.write, self.copied(files))
+
+    def copied(self, content):
+        """The content with its tensors copied to the host, into the memory of the last copy: new
+        memory costs five times the copying."""
+        before, self.copies = iter(self.copies), []
+
+        def copy(tensor):
+            place = next(before, None)
+            if place is None or (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
+                place = torch.empty_like(tensor, device="cpu")
+            self.copies.append(place)
+            return place.copy_(tensor.detach())
+
+        return tree_map_only(torch.Tensor, copy, content)
 
     def write(self, files):
         fresh, last, previous = map(self.path, ("fresh.pt", "last.pt", "previous.pt"))
-        try:
-            for name, content in files.items():
-                checkpoint.save(content, self.path(name))
-            checkpoint.read(fresh)
+        for name, content in files.items():
+            checkpoint.save(content, self.path(name))
+        checkpoint.read(fresh)
+        with writing(last):
             if os.path.exists(last):
                 os.replace(last, previous)
             os.replace(fresh, last)
-        except OSError as error:
-            self.failure = RunError(f"cannot write {last}: {error.strerror}")
-        except BaseException as error:                      # raised by `written`, in the main one
-            self.failure = error
 
     def written(self):
         """Wait until the last checkpoint is on the disk; what went wrong with it is raised here."""
-        if self.writer is not None:
-            self.writer.join()
-            self.writer = None
-            if self.failure is not None:
-                raise self.failure
+        save, self.under_way = self.under_way, None
+        if save is not None:
+            save.result()
 
     def find(self):
         """(path, content) of last.pt, or of previous.pt if that is damaged, or of none."""
@@ -1105,26 +1072,27 @@ class Job:
         return step
 
     def refuse_changes(self, path, settings):
-        for k in (k for k, v in self.settings.items() if k in settings and settings[k] != v):
-            told = f"{path} was written with {k} {settings[k]}, now {k} is {self.settings[k]}"
+        for k, now in self.settings.items():
+            if settings.get(k, now) == now:
+                continue
+            told = f"{path} was written with {k} {settings[k]}, now {k} is {now}"
             if k != "epochs":
                 raise UsageError(f"{told}: use another --out, or --resume never to start over")
-            stage = os.path.basename(sys.argv[0])
-            option = "--checkpoint" if stage.startswith(("finetune", "evaluate")) else "--init"
+            option = "--checkpoint" if "checkpoint" in self.args else "--init"
             raise UsageError(f"{told}: its rates followed the other schedule. Go on from its "
-                             f"weights with python {stage} {option} {self.out} --out "
-                             f"{self.out}-longer, or start over with --resume never")
+                             f"weights with python {os.path.basename(sys.argv[0])} {option} "
+                             f"{self.out} --out {self.out}-longer, or start over with --resume "
+                             "never")
 
     def describe(self):
         """args.json: what was asked, what was filled in, which code, versions and hardware."""
-        if self.env.rank:
+        env = self.env
+        if env.rank:
             return
-        cuda = self.env.device.type == "cuda"
+        gpu = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else None
         about = dict(command=sys.argv, options=vars(self.args), commit=commit(),
-                     torch=torch.__version__, python=platform.python_version(),
-                     machine=platform.platform(), cpus=os.cpu_count(),
-                     gpu=torch.cuda.get_device_name(self.env.device) if cuda else None,
-                     processes=self.env.processes)
+                     torch=torch.__version__, python=platform.python_version(), gpu=gpu,
+                     machine=platform.platform(), cpus=os.cpu_count(), processes=env.processes)
         with atomic(self.path("args.json")) as name, open(name, "w") as f:
             json.dump(about, f, indent=1, default=str)
         if getattr(self.args, "tensorboard", False):
@@ -1137,24 +1105,17 @@ class Job:
 
     # -- log
     def cut_log(self, step):
-        """Drop what log.jsonl says of steps after `step`: they are run again."""
-        path = self.path("log.jsonl")
+        """Drop what log.jsonl says of steps after `step`, which are run again, and a torn end."""
+        path, kept = self.path("log.jsonl"), []
         if self.env.rank or not os.path.exists(path):
             return
-
-        def step_of(line):
-            """The step that a line is of; no step is as late as that of half a line."""
-            try:
-                return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-            except (ValueError, KeyError, TypeError):
-                return math.inf
-
         with atomic(path) as name, open(path, errors="replace") as f, open(name, "w") as new:
-            lines = [line for line in f if step_of(line) <= step]
-            new.writelines(lines)
-            new.flush()
-            os.fsync(new.fileno())
-        self.entry = json.loads(lines[-1]) if lines else None
+            for line in f:
+                with contextlib.suppress(ValueError, KeyError, TypeError):      # half a line
+                    entry = json.loads(line)
+                    if entry["step"] <= step and line.endswith("\n"):
+                        self.entry = entry
+                        new.write(line)
 
     def log(self, step):
         """Write a line of log.jsonl and the progress line: means since the last, over processes."""
@@ -1167,16 +1128,16 @@ class Job:
         loss, more = losses[losses.isfinite()].mean().item(), dict(self.noted)
         if env.dtype == torch.float16:
             more["scale"] = self.check_scale()
-        tensors = [more.pop(name, None) for name in ("features", "q", "k")]
-        if env.rank == 0 and tensors[0] is not None:        # an eigendecomposition: once is enough
-            more = feature_stats(*tensors, env.rank) | more
+        features, q, k = (more.pop(name, None) for name in ("features", "q", "k"))
+        if env.rank == 0 and features is not None:          # an eigendecomposition: once is enough
+            more = feature_stats(features, q, k, env.rank) | more
         more = {k: float(v) for k, v in more.items()}
         self.check_collapse(step, loss, more)
         now = time.perf_counter()                           # the device has been waited for
-        took = now - self.marked
+        took, epoch = now - self.marked, step / self.epoch_steps
         pace = took / len(self.window)
         rate, wait = self.images / pace, min(self.loader.waited / took, 1.0)
-        entry = dict(step=step, epoch=round(step / self.epoch_steps, 4), loss=loss, lr=self.rates,
+        entry = dict(step=step, epoch=round(epoch, 4), loss=loss, lr=self.rates,
                      images_per_second=round(rate, 1), seconds=round(took, 3),
                      data_wait=round(wait, 4), **more)
         # JSON has no word for what is not a number
@@ -1185,11 +1146,9 @@ class Job:
         self.marked, self.loader.waited, self.window = now, 0.0, []
         if env.rank:
             return
-        try:
-            with open(self.path("log.jsonl"), "a") as f:
-                f.write(json.dumps(self.entry) + "\n")
-        except OSError as error:
-            raise RunError(f"cannot write {self.path('log.jsonl')}: {error.strerror}") from None
+        path = self.path("log.jsonl")
+        with writing(path), open(path, "a") as f:
+            f.write(json.dumps(self.entry) + "\n")
         if self.board is not None:
             lrs = {f"lr/{i}": lr for i, lr in enumerate(self.rates, start=1)}
             shown = dict(loss=loss, images_per_second=rate, data_wait=wait) | more | lrs
@@ -1197,10 +1156,10 @@ class Job:
                 self.board.add_scalar(k, v, step)
         extra = "".join(f" {k} {v:.3g}" for k, v in more.items())
         lrs = ",".join(f"{lr:.2g}" for lr in self.rates)
-        print(f"epoch {step / self.epoch_steps:.2f} step {step}/{self.total} loss {loss:.4f} "
-              f"lr {lrs}{extra} {rate:.0f} images/s wait {100 * wait:.0f}% peak "
-              f"{peak_memory(env.device) / 2 ** 30:.1f} GiB left "
-              f"{duration((self.total - step) * pace)}", flush=True)
+        peak, left = peak_memory(env.device) / 2 ** 30, duration((self.total - step) * pace)
+        print(f"epoch {epoch:.2f} step {step}/{self.total} loss {loss:.4f} lr {lrs}{extra} "
+              f"{rate:.0f} images/s wait {100 * wait:.0f}% peak {peak:.1f} GiB left {left}",
+              flush=True)
 
     def check_finite(self, losses):
         """Stop when more than a few losses or gradients since the start were not finite (their
@@ -1228,8 +1187,9 @@ class Job:
             raise RunError(f"the loss scale of fp16 has collapsed to {scale:.2g}, no step is "
                            f"taken; {self.way_out()}")
         if scale < 1:
-            self.warn("scale", f"the loss scale of fp16 has fallen below 1: it is {scale:.2g}, "
-                      "gradients overflow again and again. Try --amp bf16 or off, or a lower --lr")
+            self.say("warning: the loss scale of fp16 has fallen below 1: it is "
+                     f"{scale:.2g}, gradients overflow again and again. Try --amp bf16 or off, or "
+                     "a lower --lr", once="scale")
         return scale
 
     def check_collapse(self, step, loss, more):
@@ -1243,13 +1203,12 @@ class Job:
             signs.append(f"the spread of the embeddings is {more['std']:.1e}")
         self.collapsed = self.collapsed + 1 if signs and step > self.warmup else 0
         if self.collapsed == self.PATIENCE:
-            self.warn("collapse", f"the features may have collapsed: {' and '.join(signs)} at step "
-                      f"{step}. Try a lower --lr, a longer --warmup-epochs or a larger "
-                      "--batch-size, and see that the images differ")
+            self.say(f"warning: the features may have collapsed: {' and '.join(signs)} at step "
+                     f"{step}. Try a lower --lr, a longer --warmup-epochs or a larger "
+                     "--batch-size, and see that the images differ", once="collapse")
 
     def way_out(self):
         """What to do when a run has gone wrong."""
-        last, kept = self.path("last.pt"), "nothing saved yet"
-        if os.path.exists(last):
-            kept = f"the last good checkpoint is {last}"
+        last = self.path("last.pt")
+        kept = f"the last good checkpoint is {last}" if os.path.exists(last) else "nothing is saved"
         return f"{kept}. Try a lower --lr, a longer warm-up or --amp off"

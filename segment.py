@@ -355,8 +355,9 @@ def load_segmenter(path):
         if not isinstance(content, dict) or not isinstance(content.get(name), kind):
             raise UsageError(f"{path}: not a segmenter that segment.py wrote ({name})")
     state, config, head = content["model"], content["config"], content["head"]
-    checkpoint.check_config(config, state, path)
-    checkpoint.check_meta(content, config, path)
+    with checkpoint.naming(path):
+        checkpoint.check_config(config, state)
+        checkpoint.check_meta(content, config)
     widest = max((n for v in state.values() for n in v.shape), default=0)
     claims = [head.get(k, 0) for k in ("classes", "channels", "fcn_channels")]
     if not all(type(n) is int and 0 <= n <= widest for n in claims):
