@@ -811,7 +811,6 @@ class Job:
     PATIENCE = 3                                            # lines of the log that show a collapse
     MOST_SKIPPED = 5                                        # steps that were not finite
     NEEDED = {"model", "optimizer", "scaler", "step", "settings", "skipped"}
-
     SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
     def __init__(self, args, env, net, optimizer, scaler, loader, meta, source=None, warmup=0,
