@@ -53,9 +53,8 @@ def get_args(argv=None):
     add = parser.group("data")
     add("--data", help="folder with train/images, train/labels, val/images and val/labels, or "
         "ADE20K's, Cityscapes' or VOC's folders as they are unpacked (default: $DATA)")
-    add("--classes", metavar="FILE", help="names of the classes, one a line (default: those of the "
-        "known folders, else numbers)")
-    add("--ignore", type=number(int, 0, 65535), action="append", metavar="ID",
+    add("--classes", metavar="FILE", help="their names, one a line (default: known, or numbers)")
+    add("--ignore", type=number(int, 0, 65535), action="append", metavar="ID", default=[],
         help="a further id that counts for nothing, as 255 does; may be repeated")
     add("--reduce-zero-label", action=argparse.BooleanOptionalAction,
         help="id 0 counts for nothing, k becomes k - 1 (default: in ADE20K's own folders)")
@@ -78,15 +77,14 @@ def get_args(argv=None):
     add = parser.group("images")
     add("--crop-size", type=run.image_size, default=[512, 512], help="512 or HEIGHTxWIDTH; also "
         "of the windows in the test")
-    add("--short-side", type=number(int, 1, 8192), help="short side of the images, before the "
-        "random resize and in the test (default: the crop's)")
+    add("--short-side", type=number(int, 1, 8192), help="of the images, before the random resize "
+        "and in the test (default: the crop's)")
     add("--stride", type=number(int, 1, 8192), help="of the windows (default: 2/3 of the crop)")
     add("--show", type=number(int, 0, 64), default=4, help="test images on the sheet")
     add = parser.group("optimisation")
     add("--iterations", type=number(int, 1, 10 ** 7), help="default 160000; linear 40000")
     add("--batch-size", type=number(int, 1), default=16, help="global, of all devices")
-    add("--lr", type=number(above=True), help="for any batch (default 1e-4; linear 1e-3; linear4 "
-        "8e-5)")
+    add("--lr", type=number(above=True), help="default 1e-4; linear 1e-3; linear4 8e-5")
     add("--layer-decay", type=number(float, 0, 1, above=True), help="rate of a layer / rate of the "
         "layer above (default 0.65)")
     add("--weight-decay", type=number(), help="not on 1-D parameters (default 0.05; linear 1e-4)")
@@ -107,7 +105,7 @@ def get_args(argv=None):
     args.data = args.data or os.environ.get("DATA")
     side = min(args.crop_size)
     run.fill(args, DEFAULTS[args.protocol])
-    run.fill(args, dict(short_side=side, stride=max(side * 2 // 3, 1), ignore=[]))
+    run.fill(args, dict(short_side=side, stride=max(side * 2 // 3, 1)))
     run.fill(args, dict(warmup_iterations=min(1500, int(0.15 * args.iterations))))
     if args.stride > side:
         parser.error(f"--stride {args.stride} is more than the crop's {side}: it leaves pixels out")
@@ -423,21 +421,19 @@ def lines_of(path):
         return [line.strip() for line in f if line.strip()]
 
 
-def stems(root, folder, ending=None):
-    """{name without its ending: path below root} of the images in a folder of root.
+def stems(root, folder, ending=""):
+    """{name without its ending: path below root} of the images in a folder of root, if it is there.
 
     ending: "_x.png" for these alone. DataError: two files of one name.
     """
-    found = {}
-    for name in data.list_files(os.path.join(root, folder)):
-        key, path = os.path.splitext(name)[0], os.path.join(folder, name)
-        if ending:
-            if not name.endswith(ending):
-                continue
-            key = name.removesuffix(ending)
-        if key in found:
-            raise DataError(f"{root}: two files of one name, {found[key]} and {path}")
-        found[key] = path
+    place, found = os.path.join(root, folder), {}
+    for name in data.list_files(place) if os.path.isdir(place) else ():
+        if name.endswith(ending):
+            key = name.removesuffix(ending) if ending else os.path.splitext(name)[0]
+            path = os.path.join(folder, name)
+            if key in found:
+                raise DataError(f"{root}: two files of one name, {found[key]} and {path}")
+            found[key] = path
     return found
 
 
@@ -757,17 +753,18 @@ def label_map(logits, size, together=32):
 
 
 class Tester:
-    """Labels whole images: resized to `short_side`, in windows, at their own size in the end."""
+    """Labels whole images: resized to the short side of `content`, what segmenter.pt holds, in
+    windows, at their own size in the end."""
 
-    def __init__(self, net, env, mean, std, short_side, stride):
-        self.net, self.forward, self.env = net, env.autocast(net), env
-        self.short, self.stride = short_side, stride
-        self.mean, self.std = statistics(mean, std, env.device)
+    def __init__(self, net, env, content):
+        self.forward, self.env, self.size = env.autocast(net.eval()), env, net.config["img_size"]
+        self.short, self.stride = content["short_side"], content["stride"]
+        self.mean, self.std = statistics(content["mean"], content["std"], env.device)
 
     def label(self, image, size):
         """uint8 (C, h, w) -> class ids uint8 (H, W) of `size`, on the device."""
         x = (augment.upload(image, self.env.device).float() / 255 - self.mean) / self.std
-        return label_map(slide(self.forward, x, self.net.config["img_size"], self.stride), size)
+        return label_map(slide(self.forward, x, self.size, self.stride), size)
 
     def label_picture(self, image):
         """PIL image -> class ids uint8 (H, W) as an array."""
@@ -776,7 +773,6 @@ class Tester:
     def confusion(self, pairs, workers=0, max_bad=0.01):
         """(confusion matrix over all images, their number): each is read by one process."""
         env, classes, tested = self.env, len(pairs.classes), 0
-        self.net.eval()
         matrix = torch.zeros(classes, classes, dtype=torch.long, device=env.device)
         mine = range(env.rank, len(pairs), env.processes)
         reader = torch.utils.data.DataLoader(Whole(pairs, self.short), batch_size=None,
@@ -911,24 +907,24 @@ def train_and_test(args, env):
     if net.frozen:
         now = checkpoint.digest(net, checkpoint.is_encoder)
         assert now == fixed, "training changed frozen weights"
-    tester = Tester(net, env, pairs.mean, pairs.std, args.short_side, args.stride)
+    content = dict(model={k: v.cpu() for k, v in net.state_dict().items()}, config=net.config,
+                   head=head, classes=list(pairs.classes), mean=list(pairs.mean),
+                   std=list(pairs.std), short_side=args.short_side, stride=args.stride, meta=meta)
+    tester = Tester(net, env, content)
     matrix, tested = tester.confusion(test, args.workers, args.max_bad)
     found = measures(matrix)
+    asked = ("seed", "iterations", "batch_size", "lr", "layer_decay", "weight_decay", "crop_size",
+             "short_side", "stride")
     told = ("epochs", "step", "seed", "data", "commit")
     result = dict(system=system, protocol=args.protocol, miou=found["miou"],
                   accuracy=found["accuracy"], iou=dict(zip(pairs.classes, found["iou"])),
                   checkpoint=args.init, digest=source and source["digest"], data=pairs.name,
-                  part=test.part, labels=how, labelled=len(pairs), tested=tested, seed=args.seed,
-                  iterations=args.iterations, batch_size=args.batch_size, lr=args.lr,
-                  layer_decay=args.layer_decay, weight_decay=args.weight_decay,
-                  crop_size=list(args.crop_size), short_side=args.short_side, stride=args.stride,
-                  head=head, pretraining={k: known.get(k) for k in told},
+                  part=test.part, labels=how, labelled=len(pairs), tested=tested,
+                  **{k: getattr(args, k) for k in asked}, head=head,
+                  pretraining={k: known.get(k) for k in told},
                   seconds=round(job.seconds(), 1), commit=run.commit())
     if env.rank > 0:
         return result, {}
-    content = dict(model={k: v.cpu() for k, v in net.state_dict().items()}, config=net.config,
-                   head=head, classes=list(pairs.classes), mean=list(pairs.mean),
-                   std=list(pairs.std), short_side=args.short_side, stride=args.stride, meta=meta)
     checkpoint.save(content, job.path("segmenter.pt"))
     job.say(f"wrote {job.path('segmenter.pt')}")
     run.write_result(args.results or args.out, result)
@@ -957,8 +953,7 @@ def predict(args):
         raise DataError(f"{args.predict}: no images in this folder")
     images = data.Dataset(data.FileSource(args.predict, list(files.values())),
                           in_chans=net.config["in_chans"], name=args.predict)
-    tester = Tester(net.to(env.device), env, *(content[k] for k in ("mean", "std", "short_side",
-                                                                    "stride")))
+    tester = Tester(net.to(env.device), env, content)
     out, classes = os.path.join(args.out, "predict"), len(content["classes"])
     progress = run.Progress("images", len(images))
     for i, name in enumerate(files):
