@@ -258,9 +258,9 @@ def linear(frozen, train, test, args, seed):
     order = augment.shuffled(len(train), augment.SUBSET, 4, seed)
     held = min(len(train) // 10, 10000)
     crossed = held < FEWEST
-    fit, chooser = train, train
-    folds = folds_of(train.labels, order)
-    if not crossed:
+    if crossed:
+        fit, chooser, folds = train, train, folds_of(train.labels, order)
+    else:
         fit, chooser = train.select(order[held:]), train.select(order[:held])
         folds = torch.zeros(len(fit), dtype=torch.long)
     batch_size = min(args.batch_size, len(fit))
@@ -519,8 +519,6 @@ def predict(args, env):
     net, logits, content = saved_classifier(args, env)
     value_range = args.range or content.get("range")
     dataset = data.every_image(args.input, net.config["in_chans"], value_range)
-    if not len(dataset):
-        raise UsageError(f"--input {args.input}: no images found there")
     scores, readable = run.extract(net, dataset, env, workers=args.workers, mean=content["mean"],
                                    std=content["std"], function=logits, max_bad=1.0)
     classes, path = content["classes"], os.path.join(args.out, "predictions.csv")

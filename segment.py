@@ -54,7 +54,7 @@ def get_args(argv=None):
     add("--data", help="folder with train/images, train/labels, val/images and val/labels, or "
         "ADE20K's, Cityscapes' or VOC's folders as they are unpacked (default: $DATA)")
     add("--classes", metavar="FILE", help="their names, one a line (default: known, or numbers)")
-    add("--ignore", type=number(int, 0, 65535), action="append", metavar="ID", default=[],
+    add("--ignore", type=number(int, 0, 65535), action="append", metavar="ID",
         help="a further id that counts for nothing, as 255 does; may be repeated")
     add("--reduce-zero-label", action=argparse.BooleanOptionalAction,
         help="id 0 counts for nothing, k becomes k - 1 (default: in ADE20K's own folders)")
@@ -105,7 +105,7 @@ def get_args(argv=None):
     args.data = args.data or os.environ.get("DATA")
     side = min(args.crop_size)
     run.fill(args, DEFAULTS[args.protocol])
-    run.fill(args, dict(short_side=side, stride=max(side * 2 // 3, 1)))
+    run.fill(args, dict(short_side=side, stride=max(side * 2 // 3, 1), ignore=[]))
     run.fill(args, dict(warmup_iterations=min(1500, int(0.15 * args.iterations))))
     if args.stride > side:
         parser.error(f"--stride {args.stride} is more than the crop's {side}: it leaves pixels out")
