@@ -147,8 +147,8 @@ class RelativeAttention(Attention):
         patches = self.offsets.to(dtype).unfold(1, h, 1).unfold(2, w, 1).flip(1, 2)
         patches = patches.permute(0, 3, 4, 1, 2).reshape(self.heads, h * w, h * w)
         bias = F.pad(patches, (1, 0, 1, 0))
-        to_patches, to_class, bias[:, 0, 0] = self.class_bias.to(dtype).unbind(1)
-        bias[:, :1, 1:], bias[:, 1:, :1] = to_patches[:, None, None], to_class[:, None, None]
+        to_patches, to_class, own = self.class_bias.to(dtype)[..., None].unbind(1)     # (h, 1)
+        bias[:, 0, 1:], bias[:, 1:, 0], bias[:, 0, :1] = to_patches, to_class, own
         return bias
 
     def forward(self, x, attention=None, first=None):
