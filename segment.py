@@ -833,7 +833,8 @@ def load_pairs(args, in_chans, known):
             raise UsageError(f"--labels {args.labels}: neither a number of the {len(train)} "
                              "training images nor a share of them, 10%")
         drawn = augment.shuffled(len(train), augment.SUBSET, 3, args.seed)[:n]
-        used, how = train.select(sorted(drawn.tolist())), f"{args.labels}, drawn by seed {args.seed}"
+        used = train.select(sorted(drawn.tolist()))
+        how = f"{args.labels}, drawn by seed {args.seed}"
     for pairs in (used, test):
         pairs.range = known.get("range")
         pairs.mean, pairs.std = (tuple(known.get(k) or getattr(pairs, k)) for k in ("mean", "std"))

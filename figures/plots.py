@@ -59,7 +59,7 @@ def panels(n, width, height, **more):
 
 
 def saved(draw):
-    """Turns draw(...) -> figure into a function (path, ...) that writes it, if matplotlib is there."""
+    """Turns draw(...) -> figure into a function (path, ...) that writes it, with matplotlib."""
     @functools.wraps(draw)
     def write(path, *args, **more):
         try:
