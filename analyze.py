@@ -36,82 +36,66 @@ from run import UsageError, number
 
 
 # ---------------------------------------------------------------------------------------- options
+OPTIONS = run.OPTIONS | {
+    "out": dict(default="out/analysis", help="folder for numbers and figures"),
+    "checkpoint": dict(nargs="+", default=["out/mae", "out/graft"],
+                       help="folders of runs, or files that --init reads"),
+    "split": dict(choices=("train", "test"), default="train", help="which images of it"),
+    "images": dict(type=number(int, 2), help="how many, a random subset"),
+    "batch-size": dict(type=number(int, 1), help="images at once: sets the memory only"),
+    "batches": dict(type=number(int, 2), default=32, help="batches: the values in each box"),
+    "files": dict(nargs="+", help="image files or folders to show (default: of the dataset)"),
+    "show": dict(type=number(int, 1, 64), default=8, help="how many of the dataset"),
+    "crop-min": dict(type=number(float, 0, 1, above=True),
+                     help="smallest crop of a view (default .08; embedded .2)"),
+    "block": dict(type=number(int, 1), help="the maps' block (default: the last)"),
+    "classes": dict(type=number(int, 2, 40), default=10, help="the first K classes"),
+    "per-class": dict(type=number(int, 2), default=100, help="images of each, for all the same"),
+    "mask-ratio": dict(type=number(float, 0, 0.99, above=True), default=0.75,
+                       help="share of patches removed"),
+    "norm-pix-loss": dict(action=argparse.BooleanOptionalAction, help="whether the decoder was "
+                          "trained on patches normalised one by one (default: as our files say; "
+                          "others: no, as mae_visualize_vit_*.pth)"),
+    "in-chans": dict(type=int, choices=(1, 3, 4), default=3, help="1 grey, 3 RGB, 4 RGBA"),
+    "results": dict(nargs="+", default=["out/demo"], help="results.jsonl, or folders with one")}
+
+
 def get_args(argv=None):
     parser = run.Parser(__doc__)
     commands = parser.add_subparsers(dest="analysis", required=True, metavar="ANALYSIS")
 
-    def command(name, function, help):
+    def command(name, function, help, options, **other):
+        """An analysis with some of OPTIONS; other: what is not as there, by option."""
         sub = commands.add_parser(name, help=help, doc=function.__doc__)
         sub.set_defaults(function=function)
-        sub.add_argument("--out", default="out/analysis", help="folder for numbers and figures")
-        return sub.add_argument
+        for option in ("out", *options.split()):
+            entry = OPTIONS[option] | other.get(option.replace("-", "_"), {})
+            sub.add_argument(f"--{option}", **entry)
 
-    def of_data(add):
-        run.add_options(add, "data")
-        add("--split", choices=("train", "test"), default="train", help="which images of it")
-
-    def of_encoders(add, images, batch_size):
-        add("--checkpoint", nargs="+", default=["out/mae", "out/graft"],
-            help="folders of runs, or files that --init reads")
-        run.add_options(add, "device workers seed")
-        of_data(add)
-        if images:
-            add("--images", type=number(int, 2), default=images, help="how many, a random subset")
-        add("--batch-size", type=number(int, 1), default=batch_size,
-            help="images at once: sets the memory only")
-
-    def of_sheet(add, show):
-        add("--files", nargs="+", help="image files or folders to show (default: of the dataset)")
-        add("--show", type=number(int, 1, 64), default=show, help="how many of the dataset")
-
-    def crop(add):
-        add("--crop-min", type=number(float, 0, 1, above=True),
-            help="smallest crop of a view (default .08; embedded .2)")
-
-    add = command("gradients", gradients, "Figures 1, 8: cosine between the losses' gradients")
-    add("--checkpoint", nargs="+", default=["out/mtl"],
-        help="MTL runs (their last.pt) or kept epochNNNN.pt of one")
-    add("--batches", type=number(int, 2), default=32, help="batches: the values in each box")
-    add("--batch-size", type=number(int, 2), help="default: as the run was trained")
-    run.add_options(add, "device workers seed")
-    of_data(add)
-    add = command("vic", vic, "Figure 6: variance, invariance, covariance of each block's features")
-    of_encoders(add, 2048, 128)
-    crop(add)
-    add = command("attention", attention, "Figure 7: attention distance; maps of the class token")
-    of_encoders(add, 512, 32)
-    of_sheet(add, 4)
-    add("--block", type=number(int, 1), help="the maps' block (default: the last)")
-    add = command("tsne", tsne, "Figure 3: t-SNE of the class tokens of some classes")
-    of_encoders(add, 0, 256)
-    add("--classes", type=number(int, 2, 40), default=10, help="the first K classes")
-    add("--per-class", type=number(int, 2), default=100, help="images of each, for all the same")
-    add = command("reconstruct", sheets.reconstruct, "image, masked, filled in by a MAE")
-    add("--checkpoint", nargs="+", default=["out/mae"], help="MAE runs or files with its decoder")
-    add("--mask-ratio", type=number(float, 0, 0.99, above=True), default=0.75,
-        help="share of patches removed")
-    add("--norm-pix-loss", action=argparse.BooleanOptionalAction,
-        help="whether the decoder was trained on patches normalised one by one (default: as our "
-        "files say; others: no, as mae_visualize_vit_*.pth)")
-    run.add_options(add, "seed")
-    of_data(add)
-    of_sheet(add, 8)
-    add = command("augment", sheets.augment, "the views of a dataset, as the training sees them")
-    run.add_options(add, "seed img-size")
-    of_data(add)
-    of_sheet(add, 8)
-    add("--in-chans", type=int, choices=(1, 3, 4), default=3, help="1 grey, 3 RGB, 4 RGBA")
-    crop(add)
-    for name, function, help in (
-            ("lr-grid", plots.lr_grid, "Figure 4: accuracy by the rates of three stages"),
-            ("partial", plots.partial, "Figure 5: fine-tuning with the first blocks fixed"),
-            ("depth", plots.depth, "Table 5: new blocks on frozen features")):
-        command(name, function, help)("--results", nargs="+", default=["out/demo"],
-                                      help="results.jsonl, or folders with one")
-    command("curves", plots.curves, "loss, k-NN accuracy, rates, rank and speed of runs")(
-        "--checkpoint", nargs="+", default=["out/mae", "out/graft"],
-        help="folders of runs, or their log.jsonl")
-
+    encoders = "checkpoint device workers seed data split batch-size"
+    command("gradients", gradients, "Figures 1, 8: cosine between the losses' gradients",
+            f"{encoders} batches",
+            checkpoint=dict(default=["out/mtl"], help="MTL runs (their last.pt) or kept "
+                            "epochNNNN.pt of one"),
+            batch_size=dict(type=number(int, 2), help="default: as the run was trained"))
+    command("vic", vic, "Figure 6: variance, invariance, covariance of each block's features",
+            f"{encoders} images crop-min", images=dict(default=2048), batch_size=dict(default=128))
+    command("attention", attention, "Figure 7: attention distance; maps of the class token",
+            f"{encoders} images files show block", images=dict(default=512),
+            batch_size=dict(default=32), show=dict(default=4))
+    command("tsne", tsne, "Figure 3: t-SNE of the class tokens of some classes",
+            f"{encoders} classes per-class", batch_size=dict(default=256))
+    command("reconstruct", sheets.reconstruct, "image, masked, filled in by a MAE",
+            "checkpoint mask-ratio norm-pix-loss seed data split files show",
+            checkpoint=dict(default=["out/mae"], help="MAE runs or files with its decoder"))
+    command("augment", sheets.augment, "the views of a dataset, as the training sees them",
+            "seed img-size data split files show in-chans crop-min")
+    command("lr-grid", plots.lr_grid, "Figure 4: accuracy by the rates of three stages", "results")
+    command("partial", plots.partial, "Figure 5: fine-tuning with the first blocks fixed",
+            "results")
+    command("depth", plots.depth, "Table 5: new blocks on frozen features", "results")
+    command("curves", plots.curves, "loss, k-NN accuracy, rates, rank and speed of runs",
+            "checkpoint", checkpoint=dict(help="folders of runs, or their log.jsonl"))
     args = parser.parse_args(argv)
     if hasattr(args, "data"):
         args.data = args.data or os.environ.get("DATA")
@@ -220,15 +204,14 @@ def gradients(args):
     """Figures 1 and 8: per block, over batches, the cosine between the gradients of both losses."""
     env = run.setup(args)
     torch.backends.cuda.matmul.allow_tf32 = False       # small cosines: float32 throughout
-    loaded = [load_two_losses(path) for path in args.checkpoint]
-    names = []
-    for _, content in loaded:
-        names.append(content["meta"].get("system"))
-        if "epoch" in content:
-            names[-1] = f"{names[-1]}, epoch {content['epoch']}"
-    rows = []
-    for label, path, (net, content) in zip(plots.labelled(args.checkpoint, names), args.checkpoint,
-                                           loaded):
+    loaded, names, rows = [], [], []
+    for path in args.checkpoint:
+        loaded.append(load_two_losses(path))
+        content = loaded[-1][1]
+        system = content["meta"].get("system")
+        names.append(f"{system}, epoch {content['epoch']}" if "epoch" in content else system)
+    labels = plots.labelled(args.checkpoint, names)
+    for label, path, (net, content) in zip(labels, args.checkpoint, loaded):
         settings, encoder = content["settings"], net.to(env.device).base_encoder
         dataset = load_images(args, encoder.config["in_chans"]).hold(env.device)
         size = args.batch_size or min(settings["batch_size"], len(dataset))
@@ -256,12 +239,12 @@ def gradient_summary(rows):
     """Per system and block: quartiles of the cosine, share of negative ones, and the regression
     line of the medians."""
     summary = []
-    for system in plots.unique(r["system"] for r in rows):
-        own = [r for r in rows if r["system"] == system]
-        blocks = sorted({r["block"] for r in own})
-        cosines = [np.array([r["cosine"] for r in own if r["block"] == b]) for b in blocks]
+    for system, own in plots.by(rows, "system").items():
+        blocks = plots.by(own, "block")
+        cosines = [np.array(plots.column(of_block, "cosine")) for of_block in blocks.values()]
         medians = [np.median(c) for c in cosines]
-        slope, offset = np.polyfit(blocks, medians, 1) if len(blocks) > 1 else (0.0, medians[0])
+        # of a single block the line is level
+        slope, offset = np.polyfit(list(blocks), medians, 1) if len(blocks) > 1 else (0, *medians)
         for block, median, c in zip(blocks, medians, cosines):
             lower, upper = np.quantile(c, [0.25, 0.75])
             numbers = dict(median=median, lower_quartile=lower, upper_quartile=upper,
@@ -272,6 +255,9 @@ def gradient_summary(rows):
 
 
 # ------------------------------------------------------------------------------- vic (Figure 6)
+VIC = ("variance", "invariance", "covariance")
+
+
 def block_means(encoder, images):
     """Images (N, C, H, W) -> (N, blocks, D): the tokens after each block, averaged."""
     return torch.stack([tokens.mean(1) for tokens in encoder.intermediate(images)], 1)
@@ -312,11 +298,11 @@ def vic(args):
                  for batch in loader.epoch(0)]
         x, y = (torch.cat(view) for view in zip(*means))            # (N, blocks, D) each
         for block in range(encoder.depth):
-            terms = vic_terms(x[:, block], y[:, block])
-            rows.append(dict(system=label, block=block + 1)
-                        | dict(zip(("variance", "invariance", "covariance"), terms)))
+            terms = zip(VIC, vic_terms(x[:, block], y[:, block]))
+            rows.append(dict(system=label, block=block + 1) | dict(terms))
     plots.write_csv(os.path.join(args.out, "vic.csv"), rows)
-    plots.draw_vic(os.path.join(args.out, "vic.png"), rows)
+    parts = [(term, rows, term) for term in VIC]
+    plots.draw_lines(os.path.join(args.out, "vic.png"), parts, "block", "block")
     return rows
 
 

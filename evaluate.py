@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,12 +28,16 @@ import augment
 import checkpoint
 import data
 from model import (BatchNorm1d, VisionTransformer, accuracies, confusion_matrix, gather,
-                   knn_scores)
+                   knn_scores, lr_factor)
 from run import RunError, UsageError, number, numbers
 
 # {1, 3, 5, 7, 9} x 10^{-5..1}, times batch / 256: the released sweep
 SWEEP = [m * 10.0 ** e for e in range(-5, 2) for m in (1, 3, 5, 7, 9)]
-MODES = ("linear", "knn", "fewshot", "features", "predict", "finetune", "probe")
+PROTOCOLS = ("linear", "knn", "fewshot")
+MODES = (*PROTOCOLS, "features", "predict", "finetune", "probe")
+# what goes with some of them alone
+MODES_OF = dict(block=(*PROTOCOLS, "features"), classifier=("predict",), per_class=PROTOCOLS,
+                all_probabilities=("predict",), input=("features", "predict"))
 FEWEST = 50             # held-out images that may choose a rate; fewer: cross-validation
 FOLDS = 5
 # where no option is given: without --data, and with it
@@ -82,7 +87,6 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     args.data = args.data or os.environ.get("DATA")
     run.fill(args, PAPER if args.data else SMALL)
-    args.seeds = [int(seed) for seed in args.seeds]
     if args.mode == "fewshot":
         run.fill(args, dict(labels="1%"))
     if args.mode in ("finetune", "probe"):
@@ -95,14 +99,9 @@ def get_args(argv=None):
         parser.error("--export and --table: one at a time")
     if args.export and len(args.checkpoint) > 1:
         parser.error("--export writes one encoder: give one --checkpoint")
-    for option, value, modes in (
-            ("--block", args.block, ("linear", "knn", "fewshot", "features")),
-            ("--classifier", args.classifier, ("predict",)),
-            ("--all-probabilities", args.all_probabilities, ("predict",)),
-            ("--per-class", args.per_class, ("linear", "knn", "fewshot")),
-            ("--input", args.input, ("features", "predict"))):
-        if value and args.mode not in modes:
-            parser.error(f"{option} goes with --mode {' or '.join(modes)}")
+    for name, modes in MODES_OF.items():
+        if getattr(args, name) and args.mode not in modes:
+            parser.error(f"--{name.replace('_', '-')} goes with --mode {' or '.join(modes)}")
     for path in [] if args.table or args.mode == "predict" else args.checkpoint:
         if not checkpoint.there(path):
             parser.error(f"no checkpoint {path}: run `python mae_pretrain.py` and "
@@ -112,46 +111,35 @@ def get_args(argv=None):
 
 
 # ----------------------------------------------------------------------------------------- encoders
-def read(path, args):
-    return run.once_a_node(checkpoint.read_encoder, path, args.weights, args.heads, args.init_size)
-
-
-def load_encoder(path, args, env):
-    """The frozen encoder of a checkpoint on the device, and what its file said of itself."""
-    source = read(path, args)
-    state, config = checkpoint.fit(source, args.img_size)
-    try:
-        encoder = VisionTransformer(**config)
-    except ValueError as error:
-        raise UsageError(error) from None
-    if args.block and args.block > encoder.depth:
-        raise UsageError(f"--block {args.block}: the encoder has {encoder.depth} blocks")
-    encoder.load_state_dict(state)
-    encoder.to(env.device).eval().requires_grad_(False)
-    run.compile_blocks(encoder, args.compile, env.device)
-    return encoder, source
-
-
-def feature(block=None):
-    """function(encoder, images) -> (n, D): the class token (of a block) after the final norm."""
-    def of_block(encoder, images):
-        return encoder.norm(encoder.intermediate(images, [block])[0][:, 0])
-
-    return of_block if block else lambda encoder, images: encoder.forward_features(images)
-
-
 class Frozen:
     """A frozen encoder, and how it gets its images: statistics, range, processes, workers."""
 
     def __init__(self, path, args, env):
-        self.encoder, source = load_encoder(path, args, env)
+        source = run.once_a_node(checkpoint.read_encoder, path, args.weights, args.heads,
+                                 args.init_size)
+        state, config = checkpoint.fit(source, args.img_size)
+        try:
+            self.encoder = VisionTransformer(**config)
+        except ValueError as error:
+            raise UsageError(error) from None
+        if args.block and args.block > self.encoder.depth:
+            raise UsageError(f"--block {args.block}: the encoder has {self.encoder.depth} blocks")
+        self.encoder.load_state_dict(state)
+        self.encoder.to(env.device).eval().requires_grad_(False)
+        run.compile_blocks(self.encoder, args.compile, env.device)
         self.args, self.env, self.path, self.meta = args, env, path, source["meta"]
-        self.digest, self.function = checkpoint.digest(self.encoder), feature(args.block)
+        self.digest = checkpoint.digest(self.encoder)
         own = {} if args.stats else self.meta
         self.mean, self.std = own.get("mean"), own.get("std")
         self.unreadable = 0                                 # images met so far
         if env.rank == 0:
             print("\n".join(checkpoint.report(source)), flush=True)
+
+    def feature(self, encoder, images):
+        """(n, D): the class token (of --block) after the final norm."""
+        if self.args.block:
+            return encoder.norm(encoder.intermediate(images, [self.args.block])[0][:, 0])
+        return encoder.forward_features(images)
 
     def load(self, source, train=True):
         """The images of `source` with the channels and the range that the encoder has seen."""
@@ -170,7 +158,7 @@ class Frozen:
         """(features (N, D), readable (N,)) of every image, or of this process's share; rows that
         cannot be read are zeros."""
         return run.extract(self.encoder, dataset, self.env, workers=self.args.workers,
-                           mean=self.mean, std=self.std, function=function or self.function,
+                           mean=self.mean, std=self.std, function=function or self.feature,
                            max_bad=self.args.max_bad, shared=shared)
 
     def labelled(self, dataset, shared=False):
@@ -216,17 +204,9 @@ class LinearSweep:
         norm = BatchNorm1d(dim, eps=1e-6, affine=False) if batchnorm else torch.nn.Identity()
         self.norm = norm.to(device)
 
-    def state(self):
-        """Its tensors, to go on from: all that a step changes."""
-        return dict(weight=self.weight, bias=self.bias, velocity=self.velocity,
-                    norm=self.norm.state_dict())
-
-    def restore(self, state):
-        self.weight.copy_(state["weight"])
-        self.bias.copy_(state["bias"])
-        for own, kept in zip(self.velocity, state["velocity"]):
-            own.copy_(kept)
-        self.norm.load_state_dict(state["norm"])
+    def tensors(self):
+        """All that a step changes."""
+        return [self.weight, self.bias, *self.velocity, *self.norm.buffers()]
 
     def logits(self, x):
         """(n, D) -> (n, R, C)."""
@@ -277,41 +257,42 @@ def folds_of(labels, order):
     return folds
 
 
-def step_all(sweeps, x, labels, folds, factor):
-    """A step of the first sweep on all of x (n, D), of the k-th after it on all but fold k."""
-    sweeps[0].step(x, labels, factor)
-    for k, sweep in enumerate(sweeps[1:]):
-        sweep.step(x[folds != k], labels[folds != k], factor)
-
-
 def linear(frozen, train, test, args, seed):
     """The linear protocol: (fields of the result, classifier). The rate is chosen on held-out
     training images, or by cross-validation where a tenth of them are fewer than FEWEST."""
     env, classes = frozen.env, len(train.classes)
     order = augment.shuffled(len(train), augment.SUBSET, 4, seed)
     held = min(len(train) // 10, 10000)
-    fit, chooser, folds = train.select(order[held:]), train.select(order[:held]), None
-    if held < FEWEST:
+    crossed = held < FEWEST
+    if crossed:
         fit, chooser, folds = train, train, folds_of(train.labels, order)
+    else:
+        fit, chooser = train.select(order[held:]), train.select(order[:held])
+        folds = torch.zeros(len(fit), dtype=torch.long)
     batch_size = min(args.batch_size, len(fit))
     batch_size -= 0 if args.cache_features else batch_size % env.processes
     if batch_size == 0:
         raise UsageError(f"--batch-size {args.batch_size} and {len(fit)} labelled images are too "
                          f"few for {env.processes} processes: each needs an image at a time")
     test_x, test_labels, _ = frozen.labelled(test)
-    x, labels, readable = frozen.labelled(chooser)
+    x, labels, readable = choosing = frozen.labelled(chooser)
     rates = [lr * batch_size / 256 for lr in args.lr]
     sweeps = [LinearSweep(rates, x.shape[1], classes, x.device, args.batchnorm, seed)
-              for _ in range(1 if folds is None else 2 + int(folds.max()))]
-    fit_on = fit_on_features if args.cache_features else fit_on_crops
-    fit_on(sweeps, frozen, fit, folds, batch_size, seed)
-    if folds is None:
-        on_held_out, chosen_on = sweeps[0].accuracies(x, labels), f"{held} held-out training images"
+              for _ in range(2 + int(folds.max()) if crossed else 1)]
+    if args.cache_features:
+        known = choosing if crossed else frozen.labelled(fit)
+        fit_on_features(sweeps, frozen, *known, folds, batch_size, seed)
     else:
-        fold = folds[readable].to(x.device)
-        on_held_out = sum(sweep.accuracies(x[fold == k], labels[fold == k]) * (fold == k).sum()
-                          for k, sweep in enumerate(sweeps[1:]) if (fold == k).any()) / len(x)
-        chosen_on = f"{len(sweeps) - 1}-fold cross-validation of {len(x)} training images"
+        bad = fit_on_crops(sweeps, frozen, fit, folds, batch_size, seed)
+        frozen.unreadable += 0 if crossed else bad          # the images that choose are counted
+    if crossed:
+        folds = folds[readable].to(x.device)
+        own = [(sweep, folds == k) for k, sweep in enumerate(sweeps[1:])]
+        on_held_out = sum(sweep.accuracies(x[fold], labels[fold]) * fold.sum()
+                          for sweep, fold in own if fold.any()) / len(x)
+        chosen_on = f"{len(own)}-fold cross-validation of {len(x)} training images"
+    else:
+        on_held_out, chosen_on = sweeps[0].accuracies(x, labels), f"{held} held-out training images"
     chosen = int(on_held_out.argmax())
     protocol = "linear" + (f", block {args.block}" if args.block else "")
     protocol += " (cached features)" if args.cache_features else ""
@@ -326,63 +307,69 @@ def linear(frozen, train, test, args, seed):
     return fields, dict(weight=weight, bias=bias, normalise=False)
 
 
-def fit_on_features(sweeps, frozen, fit, folds, batch_size, seed):
-    """Train on features of the centre crops, computed once: the same work in every process."""
-    seen = frozen.unreadable
-    x, labels, readable = frozen.labelled(fit)
-    if folds is not None:                               # the images that choose: counted already
-        folds, frozen.unreadable = folds[readable].to(x.device), seen
-    batch_size = min(batch_size, len(x))
-    epoch_steps = len(x) // batch_size
-    steps = frozen.args.epochs * epoch_steps
-    progress = run.Progress("linear", steps, "steps", quiet=frozen.env.rank > 0)
-    for step in range(steps):
-        epoch, place = divmod(step, epoch_steps)
-        if place == 0:
-            order = augment.shuffled(len(x), augment.ORDER, seed, epoch).to(x.device)
-        ids = order[place * batch_size:(place + 1) * batch_size]
-        factor = 0.5 * (1 + math.cos(math.pi * step / steps))
-        step_all(sweeps, x[ids], labels[ids], None if folds is None else folds[ids], factor)
+def train_on(batches, sweeps, step, steps, quiet):
+    """The steps from `step` on, each on (features (n, D), labels (n,), folds (n,)): of the first
+    sweep on all of them, of the k-th after it on all but fold k."""
+    progress = run.Progress("linear", steps, "steps", quiet)
+    progress.done = step
+    for step, (x, labels, folds) in enumerate(batches, step):
+        factor = lr_factor(step, steps, 0)
+        sweeps[0].step(x, labels, factor)
+        for k, sweep in enumerate(sweeps[1:]):
+            sweep.step(x[folds != k], labels[folds != k], factor)
         progress.step()
 
 
+def fit_on_features(sweeps, frozen, x, labels, readable, folds, batch_size, seed):
+    """Train on features of the centre crops, computed once: the same work in every process."""
+    folds, batch_size = folds[readable].to(x.device), min(batch_size, len(x))
+    used, epochs = len(x) // batch_size * batch_size, frozen.args.epochs
+
+    def batches():
+        for epoch in range(epochs):
+            order = augment.shuffled(len(x), augment.ORDER, seed, epoch).to(x.device)
+            for ids in order[:used].split(batch_size):
+                yield x[ids], labels[ids], folds[ids]
+
+    train_on(batches(), sweeps, 0, epochs * used // batch_size, frozen.env.rank > 0)
+
+
 def fit_on_crops(sweeps, frozen, fit, folds, batch_size, seed):
-    """Train on a new random crop of each image in each epoch. What is done is kept in --out after
-    each epoch, and the same evaluation goes on from it."""
+    """Train on a new random crop of each image in each epoch; the number of images that cannot be
+    read. What is done is kept in --out after each epoch, and the same evaluation goes on from
+    it."""
     env, encoder, args = frozen.env, frozen.encoder, frozen.args
     size, local = encoder.config["img_size"], env.share(batch_size)
     loader = data.Loader(fit, [augment.TRAIN_VIEW], size, local, seed, args.workers, env.device,
                          env.rank, env.processes, max_bad=args.max_bad, mean=frozen.mean,
                          std=frozen.std)
-    features, labels = env.autocast(frozen.function), fit.labels.to(env.device)
-    folds, bad = None if folds is None else folds.to(env.device), torch.zeros_like(labels)
+    features, labels = env.autocast(frozen.feature), fit.labels.to(env.device)
+    folds, bad = folds.to(env.device), torch.zeros_like(labels)
     path = os.path.join(args.out, f"linear-{frozen.digest}-seed{seed}.part.pt")
     asked = dict(lr=args.lr, epochs=args.epochs, batch_size=batch_size, batchnorm=args.batchnorm,
                  labels=args.labels, draw=args.draw, data=args.data, images=len(fit),
                  block=args.block, sweeps=len(sweeps))
     first = resume_linear(sweeps, path, asked)
-    steps, step = args.epochs * len(loader), first * len(loader)
-    progress = run.Progress("linear", steps, "steps", quiet=env.rank > 0)
-    progress.done = step
-    for epoch in range(first, args.epochs):
-        for batch in loader.epoch(epoch):
-            with torch.no_grad():
-                x = gather(features(encoder, batch.view(0)).float())
-            ids = gather(augment.upload(batch.ids, env.device))
-            if env.processes > 1 or not batch.readable.all():
-                good = gather(augment.upload(batch.readable, env.device))
-                bad[ids[~good]] = 1
-                x, ids = x[good], ids[good]
-            factor = 0.5 * (1 + math.cos(math.pi * step / steps))
-            step_all(sweeps, x, labels[ids], None if folds is None else folds[ids], factor)
-            step += 1
-            progress.step()
-        if env.rank == 0:
-            state = [sweep.state() for sweep in sweeps]
-            checkpoint.save(dict(asked=asked, epoch=epoch + 1, sweeps=state), path)
-    frozen.unreadable += int(bad.sum()) if folds is None else 0
+
+    def batches():
+        for epoch in range(first, args.epochs):
+            for batch in loader.epoch(epoch):
+                with torch.no_grad():
+                    x = gather(features(encoder, batch.view(0)).float())
+                ids = gather(augment.upload(batch.ids, env.device))
+                if env.processes > 1 or not batch.readable.all():
+                    good = gather(augment.upload(batch.readable, env.device))
+                    bad[ids[~good]] = 1
+                    x, ids = x[good], ids[good]
+                yield x, labels[ids], folds[ids]
+            if env.rank == 0:
+                state = [sweep.tensors() for sweep in sweeps]
+                checkpoint.save(dict(asked=asked, epoch=epoch + 1, sweeps=state), path)
+
+    train_on(batches(), sweeps, first * len(loader), args.epochs * len(loader), env.rank > 0)
     if env.rank == 0:
         os.remove(path)
+    return int(bad.sum())
 
 
 def resume_linear(sweeps, path, asked):
@@ -393,7 +380,8 @@ def resume_linear(sweeps, path, asked):
             content = checkpoint.read(path)
             if content["asked"] == asked:
                 for sweep, state in zip(sweeps, content["sweeps"]):
-                    sweep.restore(state)
+                    for own, kept in zip(sweep.tensors(), state, strict=True):
+                        own.copy_(kept)
                 epoch = content["epoch"]
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             print(f"warning: {path} is damaged, linear evaluation starts over "
@@ -404,20 +392,19 @@ def resume_linear(sweeps, path, asked):
 
 def knn(frozen, train, test, args, seed):
     """DINO's weighted k-NN, at several k at once. Every process has its share of the bank."""
-    env, ks = frozen.env, [int(k) for k in args.k]
+    env = frozen.env
     shared = env.processes > 1
     bank, bank_labels, _ = frozen.labelled(train, shared)
     queries, labels, _ = frozen.labelled(test)
     progress = run.Progress("k-NN", len(queries), quiet=env.rank > 0)
     parts = []
     for part in queries.split(1024):
-        scores = knn_scores(part, bank, bank_labels, len(train.classes), ks, shared=shared)
+        scores = knn_scores(part, bank, bank_labels, len(train.classes), args.k, shared=shared)
         parts.append(torch.stack([likeliest(score) for score in scores], 1))            # (n, ks, 5)
         progress.step(len(part))
-    ranked = torch.cat(parts)
-    found = [scored(ranked[:, i], labels, len(train.classes)) for i in range(len(ks))]
-    by_k = {str(k): each["top1"] for k, each in zip(ks, found)}
-    return dict(protocol=f"{ks[0]}-NN", **found[0], chosen_on="nothing", by_k=by_k), None
+    found = [scored(of_k, labels, len(train.classes)) for of_k in torch.cat(parts).unbind(1)]
+    by_k = {str(k): each["top1"] for k, each in zip(args.k, found)}
+    return dict(protocol=f"{args.k[0]}-NN", **found[0], chosen_on="nothing", by_k=by_k), None
 
 
 def centre_and_normalise(x):
@@ -425,54 +412,24 @@ def centre_and_normalise(x):
     return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
 
-def logistic_objective(z, labels, penalty, metric=None):
-    """function(v) -> (mean cross-entropy of z v + penalty / 2 v^T metric v, its gradient in v)."""
-    rows = torch.arange(len(z), device=z.device)
-
-    def function(v):
-        logits, pull = z @ v, v if metric is None else metric @ v
-        log_sum = logits.logsumexp(1, keepdim=True)
-        value = (log_sum[:, 0] - logits[rows, labels]).mean() + penalty / 2 * (v * pull).sum()
-        error = (logits - log_sum).exp_()
-        error[rows, labels] -= 1
-        return value, z.T @ error / len(z) + penalty * pull
-
-    return function
-
-
-def minimise(function, v, converged, most, memory=10):
-    """L-BFGS (Nocedal and Wright, algorithm 7.5) on a convex function(v) -> (value, gradient), from
-    v until converged(gradient), `most` steps are done or rounding lets the value fall no more."""
-    value, gradient = function(v)
-    pairs, values = [], []
+def minimise(objective, start, tolerance, most):
+    """L-BFGS from `start` until no entry of the gradient exceeds `tolerance`, `most` steps are done
+    or rounding lets the objective fall no more."""
+    v = start.clone().requires_grad_()
+    solver = torch.optim.LBFGS([v], max_iter=most, max_eval=2 * most, tolerance_grad=tolerance,
+                               tolerance_change=torch.finfo(v.dtype).eps / 100, history_size=10,
+                               line_search_fn="strong_wolfe")
     progress = run.Progress("logistic regression", None, "steps")
-    for _ in range(most):
-        values.append(value.item())
-        least = 10 * torch.finfo(v.dtype).eps * values[-1]
-        if converged(gradient) or (len(values) > 10 and values[-11] - values[-1] < least):
-            break
-        step, alphas = gradient.clone(), []
-        for s, y, rho in reversed(pairs):
-            alphas.append(rho * (s * step).sum())
-            step -= alphas[-1] * y
-        if pairs:
-            s, y, rho = pairs[-1]
-            step /= rho * y.square().sum()
-        for (s, y, rho), alpha in zip(pairs, reversed(alphas)):
-            step += s * (alpha - rho * (y * step).sum())
-        fall, length = (gradient * step).sum(), 1.0
-        while True:                                     # Armijo's rule
-            new = v - length * step
-            new_value, new_gradient = function(new)
-            if new_value <= value - 1e-4 * length * fall or length < 1e-6:
-                break
-            length /= 2
-        s, y = new - v, new_gradient - gradient
-        v, value, gradient = new, new_value, new_gradient
-        if (s * y).sum() > 0:
-            pairs = [*pairs, (s, y, 1 / (s * y).sum())][-memory:]
+
+    def closure():
+        solver.zero_grad()
+        value = objective(v)
+        value.backward()
         progress.step()
-    return v
+        return value
+
+    solver.step(closure)
+    return v.detach()
 
 
 def logistic_regression(x, labels, classes, penalty, tolerance=1e-6, most=5000):
@@ -482,23 +439,24 @@ def logistic_regression(x, labels, classes, penalty, tolerance=1e-6, most=5000):
     all that classes far apart need, then in coordinates in which the Hessian at W = 0 is about the
     identity, for features of uneven spread; at the end in float64.
     """
-    def small(gradient):
-        return gradient.abs().max() <= tolerance
+    def objective(v, x, basis=None):
+        weight = v if basis is None else basis @ v
+        return F.cross_entropy(x @ weight, labels) + penalty / 2 * weight.square().sum()
 
-    x, x64 = x.float(), x.double()
+    x = x.double()
     weight = torch.zeros(x.shape[1], classes, device=x.device)                          # (D, C)
-    weight = minimise(logistic_objective(x, labels, penalty), weight, small, 40).double()
-    if small(logistic_objective(x64, labels, penalty)(weight)[1]):
+    weight = minimise(partial(objective, x=x.float()), weight, tolerance, 40).double()
+    gradient = torch.func.grad(objective)(weight, x)
+    if gradient.abs().max() <= tolerance:
         return weight.T
-    identity = torch.eye(len(weight), dtype=x64.dtype, device=x.device)
-    root = torch.linalg.cholesky(x64.T @ x64 / (len(x) * classes) + penalty * identity)
-    to_weight = torch.linalg.inv(root).T            # weight = to_weight v, dL/dweight = root dL/dv
-    v, z, metric = root.T @ weight, x64 @ to_weight, to_weight.T @ to_weight
+    identity = torch.eye(len(weight), dtype=x.dtype, device=x.device)
+    root = torch.linalg.cholesky(x.T @ x / (len(x) * classes) + penalty * identity)
+    basis, v = torch.linalg.inv(root).T, root.T @ weight
+    tolerance /= root.abs().sum(1).max().item()                 # dL/dweight = root dL/dv
     for dtype in (torch.float32, torch.float64):
-        function = logistic_objective(z.to(dtype), labels, penalty, metric.to(dtype))
-        back = root.to(dtype)
-        v = minimise(function, v.to(dtype), lambda gradient: small(back @ gradient), most)
-    return (to_weight @ v).T
+        of_v = partial(objective, x=x.to(dtype), basis=basis.to(dtype))
+        v = minimise(of_v, v.to(dtype), tolerance, most)
+    return (basis @ v).T
 
 
 def fewshot(frozen, train, test, args, seed):
@@ -546,20 +504,18 @@ def saved_classifier(args, env):
     weight, bias = (content["classifier"][k].to(env.device) for k in ("weight", "bias"))
     args.block, args.weights = content.get("block"), content.get("weights", args.weights)
     args.heads, args.img_size = args.heads or content.get("heads"), content.get("img_size")
-    given = args.checkpoint != ["out/graft"]
-    trained_on = content["checkpoint"]
-    encoder, source = load_encoder(args.checkpoint[0] if given else trained_on, args, env)
-    if checkpoint.digest(encoder) != content["encoder_digest"]:
+    trained_on, given = content["checkpoint"], args.checkpoint != ["out/graft"]
+    frozen = Frozen(args.checkpoint[0] if given else trained_on, args, env)
+    if frozen.digest != content["encoder_digest"]:
         raise UsageError(f"{path} was trained on the features of another encoder ({trained_on}, "
-                         f"{content['encoder_digest']}) than {source['path']}")
-    function = feature(args.block)
+                         f"{content['encoder_digest']}) than {frozen.path}")
 
-    def logits(net, images):
-        x = function(net, images).float()
+    def logits(encoder, images):
+        x = frozen.feature(encoder, images).float()
         x = centre_and_normalise(x) if normalise else x
         return x @ weight.T + bias
 
-    return encoder, logits, content
+    return frozen.encoder, logits, content
 
 
 def predict(args, env):
@@ -567,8 +523,6 @@ def predict(args, env):
     net, logits, content = saved_classifier(args, env)
     value_range = args.range or content.get("range")
     dataset = data.every_image(args.input, net.config["in_chans"], value_range)
-    if not len(dataset):
-        raise UsageError(f"--input {args.input}: no images found there")
     scores, readable = run.extract(net, dataset, env, workers=args.workers, mean=content["mean"],
                                    std=content["std"], function=logits, max_bad=1.0)
     classes, path = content["classes"], os.path.join(args.out, "predictions.csv")
@@ -656,7 +610,8 @@ def main(args):
         return print_table(args)
     if args.export:
         make_folder("--export", os.path.dirname(args.export[1]) or ".")
-        source = read(args.checkpoint[0], args)
+        source = checkpoint.read_encoder(args.checkpoint[0], args.weights, args.heads,
+                                         args.init_size)
         print(checkpoint.export(source, *args.export))
         return []
     make_folder("--out", args.out)

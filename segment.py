@@ -14,6 +14,7 @@ test images as one line of results.jsonl. Settings are those of MAE's ADE20K run
 import run  # first: a Ctrl-C while torch is imported ends in one line
 
 import argparse
+import contextlib
 import math
 import os
 import time
@@ -31,8 +32,8 @@ import checkpoint
 import data
 from data import DataError
 from figures import segmentation as figures
-from model import (ARCHS, Attention, BatchNorm1d, Block, VisionTransformer, drop_path, full,
-                   init_mae_, param_groups, set_rates, world)
+from model import (ARCHS, Attention, BatchNorm1d, Block, VisionTransformer, confusion_matrix,
+                   drop_path, full, init_mae_, param_groups, set_rates, world)
 from run import UsageError, number
 
 IGNORED = 255               # the label of pixels that count for nothing
@@ -52,8 +53,7 @@ def get_args(argv=None):
     add = parser.group("data")
     add("--data", help="folder with train/images, train/labels, val/images and val/labels, or "
         "ADE20K's, Cityscapes' or VOC's folders as they are unpacked (default: $DATA)")
-    add("--classes", metavar="FILE", help="names of the classes, one a line (default: those of the "
-        "known folders, else numbers)")
+    add("--classes", metavar="FILE", help="their names, one a line (default: known, or numbers)")
     add("--ignore", type=number(int, 0, 65535), action="append", metavar="ID",
         help="a further id that counts for nothing, as 255 does; may be repeated")
     add("--reduce-zero-label", action=argparse.BooleanOptionalAction,
@@ -77,15 +77,14 @@ def get_args(argv=None):
     add = parser.group("images")
     add("--crop-size", type=run.image_size, default=[512, 512], help="512 or HEIGHTxWIDTH; also "
         "of the windows in the test")
-    add("--short-side", type=number(int, 1, 8192), help="short side of the images, before the "
-        "random resize and in the test (default: the crop's)")
+    add("--short-side", type=number(int, 1, 8192), help="of the images, before the random resize "
+        "and in the test (default: the crop's)")
     add("--stride", type=number(int, 1, 8192), help="of the windows (default: 2/3 of the crop)")
     add("--show", type=number(int, 0, 64), default=4, help="test images on the sheet")
     add = parser.group("optimisation")
     add("--iterations", type=number(int, 1, 10 ** 7), help="default 160000; linear 40000")
     add("--batch-size", type=number(int, 1), default=16, help="global, of all devices")
-    add("--lr", type=number(above=True), help="for any batch (default 1e-4; linear 1e-3; linear4 "
-        "8e-5)")
+    add("--lr", type=number(above=True), help="default 1e-4; linear 1e-3; linear4 8e-5")
     add("--layer-decay", type=number(float, 0, 1, above=True), help="rate of a layer / rate of the "
         "layer above (default 0.65)")
     add("--weight-decay", type=number(), help="not on 1-D parameters (default 0.05; linear 1e-4)")
@@ -147,10 +146,10 @@ class RelativeAttention(Attention):
         # [y', x', y, x] holds the offset (y - y', x - x')
         patches = self.offsets.to(dtype).unfold(1, h, 1).unfold(2, w, 1).flip(1, 2)
         patches = patches.permute(0, 3, 4, 1, 2).reshape(self.heads, h * w, h * w)
-        to_patches, to_class, own = self.class_bias.to(dtype)[..., None, None].unbind(1)
-        first = torch.cat([own, to_patches.expand(-1, 1, h * w)], 2)
-        rest = torch.cat([to_class.expand(-1, h * w, 1), patches], 2)
-        return torch.cat([first, rest], 1)
+        bias = F.pad(patches, (1, 0, 1, 0))
+        to_patches, to_class, own = self.class_bias.to(dtype)[..., None].unbind(1)     # (h, 1)
+        bias[:, 0, 1:], bias[:, 1:, 0], bias[:, 0, :1] = to_patches, to_class, own
+        return bias
 
     def forward(self, x, attention=None, first=None):
         q, k, v = self.qkv(x).chunk(3, -1)
@@ -190,20 +189,17 @@ class BatchNorm2d(BatchNorm1d):
     """
 
     def forward(self, x):
-        x = full(x)
-        mean, var = self.running_mean, self.running_var
-        if not self.training:
-            return F.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps)
-        n, _, h, w = x.shape
-        if world()[1] > 1:
+        x, running = full(x), (self.running_mean, self.running_var)
+        if self.training and world()[1] > 1:
+            n, _, h, w = x.shape
             y = super().forward(x.permute(0, 2, 3, 1).flatten(0, 2))
             return y.unflatten(0, (n, h, w)).permute(0, 3, 1, 2)
-        new = mean.clone(), var.clone()
-        y = F.batch_norm(x, *new, self.weight, self.bias, True, self.momentum, self.eps)
-        with torch.no_grad():
+        new = [value.clone() for value in running]
+        y = F.batch_norm(x, *new, self.weight, self.bias, self.training, self.momentum, self.eps)
+        if self.training:
             self.num_batches_tracked += 1
-            for running, value in zip((mean, var), new):
-                running.copy_(torch.where(value.isfinite(), value, running))
+            for kept, value in zip(running, new):
+                kept.copy_(value.where(value.isfinite(), kept))
         return y
 
 
@@ -332,17 +328,13 @@ def build(config, head, state=None, drop_path=0.0):
 
     UsageError: sizes that do not fit each other.
     """
-    grid = [side // config["patch_size"] for side in config["img_size"]]
-    if min(grid) < 2:
-        raise UsageError(f"--crop-size: {grid[0]}x{grid[1]} patches are too few, 2x2 at least")
     try:
         net = Segmenter(config, head, drop_path)
     except ValueError as error:
         raise UsageError(str(error).replace("--img-size", "--crop-size")) from None
-    own = net.state_dict()
-    unused = [k for k in state or {} if k not in own]
-    net.load_state_dict(own | {k: v for k, v in (state or {}).items() if k in own})
-    return net, unused
+    if min(net.grid) < 2:
+        raise UsageError("--crop-size: {}x{} patches are too few, 2x2 at least".format(*net.grid))
+    return net, net.load_state_dict(state or {}, strict=False).unexpected_keys
 
 
 def load_segmenter(path):
@@ -351,25 +343,24 @@ def load_segmenter(path):
     content = checkpoint.read(path)
     wanted = dict(model=dict, config=dict, head=dict, classes=list, mean=list, std=list,
                   short_side=int, stride=int)
-    for name, kind in wanted.items():
-        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
-            raise UsageError(f"{path}: not a segmenter that segment.py wrote ({name})")
-    state, config, head = content["model"], content["config"], content["head"]
-    with checkpoint.naming(path):
+    try:
+        wrong = [name for name, kind in wanted.items() if not isinstance(content[name], kind)]
+        if wrong:
+            raise ValueError(wrong[0])
+        state, config, head = content["model"], content["config"], content["head"]
         checkpoint.check_config(config, state)
         checkpoint.check_meta(content, config)
-    widest = max((n for v in state.values() for n in v.shape), default=0)
-    claims = [head.get(k, 0) for k in ("classes", "channels", "fcn_channels")]
-    if not all(type(n) is int and 0 <= n <= widest for n in claims):
-        raise UsageError(f"{path}: refused, it claims a head {head!r:.80}")
-    try:
+        widest = max((n for v in state.values() for n in v.shape), default=0)
+        claims = [head.get(k, 0) for k in ("classes", "channels", "fcn_channels")]
+        if not all(type(n) is int and 0 <= n <= widest for n in claims):
+            raise ValueError(f"it claims a head {head!r:.80}")
         net = Segmenter(config, head)
         net.load_state_dict(state)
+        if len(content["classes"]) != head["classes"]:
+            raise ValueError(f"{len(content['classes'])} names for {head['classes']} classes")
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         why = str(error).splitlines()[0]
         raise UsageError(f"{path}: not a segmenter that segment.py wrote ({why})") from None
-    if len(content["classes"]) != head["classes"]:
-        raise UsageError(f"{path}: {len(content['classes'])} names for {head['classes']} classes")
     return net.eval(), content
 
 
@@ -399,10 +390,8 @@ def linear_factor(step, steps, warmup):
 
 def confusion(labels, predicted, classes):
     """(classes, classes) pixel counts, truth by row, prediction by column, without IGNORED ones."""
-    labels, predicted = labels.flatten().long(), predicted.flatten().long()
     valid = labels != IGNORED
-    pairs = labels[valid] * classes + predicted[valid]
-    return pairs.bincount(minlength=classes ** 2).reshape(classes, classes)
+    return confusion_matrix(predicted[valid].long(), labels[valid].long(), classes)
 
 
 def measures(matrix):
@@ -424,88 +413,82 @@ CITYSCAPES = ["road", "sidewalk", "building", "wall", "fence", "pole", "traffic 
               "bus", "train", "motorcycle", "bicycle"]
 
 
-def stems(root, folder, ending=None):
-    """{name without its ending: path below root} of the images in a folder of root.
+def lines_of(path):
+    """The lines of a text file, but blank ones; none where there is no such file."""
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        return [line.strip() for line in f if line.strip()]
+
+
+def stems(root, folder, ending=""):
+    """{name without its ending: path below root} of the images in a folder of root, if it is there.
 
     ending: "_x.png" for these alone. DataError: two files of one name.
     """
-    found = {}
-    for name in data.list_files(os.path.join(root, folder)):
-        key = name.removesuffix(ending) if ending else os.path.splitext(name)[0]
-        if ending and key == name:
-            continue
-        path = os.path.join(folder, name)
-        if key in found:
-            raise DataError(f"{root}: two files of one name, {found[key]} and {path}")
-        found[key] = path
+    place, found = os.path.join(root, folder), {}
+    for name in data.list_files(place) if os.path.isdir(place) else ():
+        if name.endswith(ending):
+            key = name.removesuffix(ending) if ending else os.path.splitext(name)[0]
+            path = os.path.join(folder, name)
+            if key in found:
+                raise DataError(f"{root}: two files of one name, {found[key]} and {path}")
+            found[key] = path
     return found
 
 
 def find(root, part):
-    """(images, labels, layout, class names or None) of a part: train, val or test.
-
-    images, labels: {name: path below root}.
-    """
+    """({name: path below root} of the images of a part, train, val or test; of its labels; whether
+    their id 0 counts for nothing; names of the classes or None)."""
     def there(folder):
         return os.path.isdir(os.path.join(root, folder))
 
     if there("JPEGImages"):
         path = os.path.join(root, "ImageSets", "Segmentation", f"{part}.txt")
-        names = []
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8-sig", errors="replace") as f:
-                names = f.read().split()
         images, labels = stems(root, "JPEGImages"), stems(root, "SegmentationClass")
-        missing = [name for name in names if name not in images and name not in labels]
+        names = lines_of(path)
+        missing = set(names) - images.keys() - labels.keys()
         if missing:
-            raise DataError(f"{path}: no image {missing[0]} in JPEGImages")
+            raise DataError(f"{path}: no image {min(missing)} in JPEGImages")
         images, labels = ({k: of[k] for k in names if k in of} for of in (images, labels))
-        return images, labels, "voc", VOC
+        return images, labels, False, VOC
     if there("images/training"):
         folder = dict(train="training", val="validation", test="testing")[part]
-        images, labels = stems(root, f"images/{folder}"), stems(root, f"annotations/{folder}")
-        return images, labels, "ade20k", ade20k_names(root)
+        # each line begins with the class id and ends with the synonyms of its name
+        lines = lines_of(os.path.join(root, "objectInfo150.txt"))[1:]
+        names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
+        return (stems(root, f"images/{folder}"), stems(root, f"annotations/{folder}"), True,
+                names or [str(i + 1) for i in range(150)])
     if there("leftImg8bit"):
         images = stems(root, f"leftImg8bit/{part}", "_leftImg8bit.png")
         labels = stems(root, f"gtFine/{part}", "_gtFine_labelTrainIds.png")
         if images and not labels:
             raise DataError(f"{root}: no *_gtFine_labelTrainIds.png in gtFine/{part}; "
                             "cityscapesscripts' createTrainIdLabelImgs makes them")
-        return images, labels, "cityscapes", CITYSCAPES
-    return stems(root, f"{part}/images"), stems(root, f"{part}/labels"), "folders", None
-
-
-def ade20k_names(root):
-    """The 150 names in objectInfo150.txt, each the first of its line's synonyms; else numbers."""
-    path = os.path.join(root, "objectInfo150.txt")
-    if not os.path.isfile(path):
-        return [str(i + 1) for i in range(150)]
-    with open(path, encoding="utf-8", errors="replace") as f:
-        lines = [line for line in f.read().splitlines()[1:] if line.strip()]
-    return [line.split("\t")[-1].split(",")[0].strip() for line in lines]
+        return images, labels, False, CITYSCAPES
+    return stems(root, f"{part}/images"), stems(root, f"{part}/labels"), False, None
 
 
 class Pairs(data.Dataset):
-    """Images with labels: `targets`, paths below `root`; `classes`, names.
+    """Images with labels: `targets`, the paths of the labels; `classes`, their names.
 
     Every image must have its label and the reverse, the label one channel and the image's size: a
     DataError names the first that has not. Ids are looked at when they are read.
     """
 
     def __init__(self, root, part, in_chans=3, classes=None, ignore=(), reduce_zero=None):
-        images, labels, layout, names = find(root, part)
+        images, labels, no_zero, names = find(root, part)
         for what, have, lack in (("label", images, labels), ("image", labels, images)):
-            alone = sorted(set(have) - set(lack))
+            alone = sorted(have.keys() - lack.keys())
             if alone:
-                more = f" ({len(alone)} such files)" if len(alone) > 1 else ""
-                first = os.path.join(root, have[alone[0]])
-                raise DataError(f"{first}: no {what} goes with it{more}")
+                raise DataError(f"{os.path.join(root, have[alone[0]])}: no {what} goes with it "
+                                f"(so with {len(alone)} of {len(have)} files)")
         keys = sorted(images)
         source = data.FileSource(root, [images[k] for k in keys])
         super().__init__(source, in_chans=in_chans, name=root)
-        self.root, self.part, self.targets = root, part, [labels[k] for k in keys]
-        self.ignore, self.classes = tuple(ignore), classes or names
-        self.reduce_zero = layout == "ade20k" if reduce_zero is None else reduce_zero
+        self.part, self.targets = part, [os.path.join(root, labels[k]) for k in keys]
+        self.ignored, self.classes = [IGNORED, *ignore], classes or names
+        self.reduce_zero = no_zero if reduce_zero is None else reduce_zero
         progress = run.Progress(f"headers of {part}", len(keys))
         for i in range(len(keys)):
             self.check_headers(i)
@@ -519,11 +502,11 @@ class Pairs(data.Dataset):
 
     def check_headers(self, i):
         """Refuse a label that cannot be its image's. What is no image at all is found when read."""
-        path = os.path.join(self.root, self.targets[i])
+        path = self.targets[i]
         try:
             with data.open_image(path) as label:
                 mode, size = label.mode, label.size
-            with data.open_image(os.path.join(self.root, self.file(i))) as image:
+            with data.open_image(os.path.join(self.name, self.file(i))) as image:
                 turned = image.getexif().get(0x0112, 1) > 4
                 shown = image.size[::-1] if turned else image.size
         except data.BadFile:
@@ -535,21 +518,17 @@ class Pairs(data.Dataset):
             raise DataError(f"{path}: a label of {size[0]}x{size[1]} pixels for an image of "
                             f"{shown[0]}x{shown[1]}")
 
-    def label(self, i, classes=None):
-        """uint8 (H, W) of class ids below `classes`, by default all, or IGNORED."""
-        path, classes = os.path.join(self.root, self.targets[i]), classes or len(self.classes)
-        with data.or_bad_file(), data.open_image(path) as image:
+    def label(self, i):
+        """uint8 (H, W) of class ids, or IGNORED; without names any ids below IGNORED."""
+        with data.or_bad_file(), data.open_image(self.targets[i]) as image:
             ids = np.array(image).astype(np.int64)
-        ignored = (ids == IGNORED) | np.isin(ids, self.ignore)
-        if self.reduce_zero:
-            ignored |= ids == 0
-            ids = ids - 1
-        wrong = ids[~ignored & ((ids < 0) | (ids >= classes))]
+        first, classes = int(self.reduce_zero), len(self.classes or range(IGNORED))
+        ignored = np.isin(ids, self.ignored) | (self.reduce_zero & (ids == 0))
+        wrong = ids[~ignored & ((ids < first) | (ids >= first + classes))]
         if len(wrong):
-            first = int(self.reduce_zero)
-            raise DataError(f"{path}: class id {wrong[0] + first}, and the {classes} classes are "
-                            f"{first} to {classes - 1 + first}")
-        return np.where(ignored, IGNORED, ids).astype(np.uint8)
+            raise DataError(f"{self.targets[i]}: class id {wrong[0]}, and the {classes} classes "
+                            f"are {first} to {classes - 1 + first}")
+        return np.where(ignored, IGNORED, ids - first).astype(np.uint8)
 
     def pair(self, i):
         """(image, label) as PIL images."""
@@ -561,11 +540,9 @@ class Pairs(data.Dataset):
             return
         progress, largest = run.Progress("class ids", len(self), "labels"), 0
         for i in range(len(self)):
-            try:
-                ids = self.label(i, IGNORED)
+            with contextlib.suppress(data.BadFile):
+                ids = self.label(i)
                 largest = max(largest, int(ids[ids != IGNORED].max(initial=0)))
-            except data.BadFile:
-                pass
             progress.step()
         self.classes = [str(i) for i in range(largest + 1)]
 
@@ -614,60 +591,60 @@ def photometric(x, ids, *key):
     """mmsegmentation's distortion of x (N, C, h, w) in [0, 1], each part with probability .5:
     brightness +-32 / 255; contrast .5 to 1.5, before or after saturation .5 to 1.5 and hue +-.1
     turns, which are of RGB alone."""
-    u = augment.uniform(ids, 9, SEGMENT, 1, *key)
-    on, spread, first = u[:, :4] < 0.5, 2 * u[:, 4:8] - 1, u[:, 8] < 0.5
-
-    def each(values):
-        return augment.upload(values, x.device)[:, None, None, None]
-
-    contrast = torch.where(on[:, 1], 1 + spread[:, 1] / 2, 1.0)
-    x = (x + each(torch.where(on[:, 0], spread[:, 0] * 32 / 255, 0.0))).clamp(0, 1)
-    x = (x * each(torch.where(first, contrast, 1.0))).clamp(0, 1)
+    u = augment.upload(augment.uniform(ids, 9, SEGMENT, 1, *key), x.device)
+    on, spread = u[:, :4, None, None, None] < 0.5, 2 * u[:, 4:8, None, None, None] - 1
+    brightness, contrast, saturation, hue = (on * spread).unbind(1)             # (N, 1, 1, 1)
+    first = u[:, 8, None, None, None] < 0.5
+    x = (x + brightness * 32 / 255).clamp(0, 1)
+    x = (x * (1 + first * contrast / 2)).clamp(0, 1)
     if x.shape[1] == 3:
         value = x.amax(1, keepdim=True)
-        saturation = (value - x.amin(1, keepdim=True)) / value.clamp_min(1e-6)
-        factor = each(torch.where(on[:, 2], 1 + spread[:, 2] / 2, 1.0))
-        x = value - (value - x) * torch.minimum(factor, 1 / saturation.clamp_min(1e-6))
-        x = augment.turn_hue_(x, each(torch.where(on[:, 3], 0.1 * spread[:, 3], 0.0)))
-    return (x * each(torch.where(first, 1.0, contrast))).clamp(0, 1)
+        present = (value - x.amin(1, keepdim=True)) / value.clamp_min(1e-6)
+        factor = torch.minimum(1 + saturation / 2, 1 / present.clamp_min(1e-6))
+        x = augment.turn_hue_(value - (value - x) * factor, 0.1 * hue)
+    return (x * (1 + ~first * contrast / 2)).clamp(0, 1)
 
 
-class Crops(torch.utils.data.Dataset):
-    """What a worker does with (turn, i): read image i and its label, crop, pad to the crop.
+class Whole(torch.utils.data.Dataset):
+    """(image uint8 (C, h, w) with `short` as its short side, label uint8 (H, W) as it is, what is
+    wrong or None), read by a worker."""
 
-    -> ((turn, i), uint8 (C, h, w), label uint8 (h, w), size (2,) without the padding, what is wrong
-    or None). What cannot be read is a crop without a pixel that counts.
-    """
-
-    def __init__(self, pairs, crop, short, seed):
-        self.pairs, self.crop, self.short, self.seed = pairs, crop, short, seed
-
-    def __getitem__(self, key):
-        turn, i = key
-        image = np.zeros((*self.crop, self.pairs.in_chans), np.uint8)
-        label = np.full(self.crop, IGNORED, np.uint8)
-        size, wrong = (0, 0), None
-        try:
-            pair = self.pairs.pair(i)
-            pixels, ids = random_crop(*pair, self.crop, self.short, i, self.seed, turn)
-            size = ids.shape
-            image[:size[0], :size[1]] = pixels.reshape(*size, -1)
-            label[:size[0], :size[1]] = ids
-        except ValueError as error:
-            wrong = error
-        image = torch.from_numpy(image).permute(2, 0, 1)
-        return key, image, torch.from_numpy(label), torch.tensor(size), wrong
-
-
-class Whole(Crops):
-    """As Crops with i, but the whole image, `short` on its short side, and its label as it is."""
+    def __init__(self, pairs, short):
+        self.pairs, self.short = pairs, short
 
     def __getitem__(self, i):
         try:
             image, label = self.pairs.pair(i)
-            return shrunk(image, self.short), torch.from_numpy(np.array(label)), None
         except ValueError as error:
             return None, None, error
+        return shrunk(image, self.short), torch.from_numpy(np.array(label)), None
+
+
+class Crops(torch.utils.data.Dataset):
+    """A batch of random crops, read by a worker, for its [(turn, i), ...]: (uint8 (n, C, h, w),
+    labels uint8 (n, h, w), where there is an image and no padding (n, 1, h, w), {i: what is wrong
+    with it}). What cannot be read is padding alone."""
+
+    def __init__(self, pairs, crop, short, seed):
+        self.pairs, self.crop, self.short, self.seed = pairs, tuple(crop), short, seed
+
+    def __getitems__(self, keys):
+        images = torch.zeros(len(keys), self.pairs.in_chans, *self.crop, dtype=torch.uint8)
+        labels = torch.full((len(keys), *self.crop), IGNORED, dtype=torch.uint8)
+        inside = torch.zeros(len(keys), 1, *self.crop, dtype=torch.bool)
+        wrong = {}
+        for row, (turn, i) in enumerate(keys):
+            try:
+                pair = self.pairs.pair(i)
+            except ValueError as error:
+                wrong[i] = error
+                continue
+            image, label = random_crop(*pair, self.crop, self.short, i, self.seed, turn)
+            image = torch.from_numpy(image.reshape(*label.shape, -1).copy()).permute(2, 0, 1)
+            place = row, ..., slice(label.shape[0]), slice(label.shape[1])
+            images[place], labels[place] = image, torch.from_numpy(label.copy())
+            inside[place] = True
+        return images, labels, inside, wrong
 
 
 class Batch(NamedTuple):
@@ -688,8 +665,7 @@ class Loader:
         self.batch_size, self.env, self.workers, self.waited = batch_size, env, workers, 0.0
         self.turn = len(pairs) // (batch_size * env.processes)      # batches with each image once
         self.crops = Crops(pairs, crop, short, seed)
-        self.mean, self.std = (torch.tensor(v, device=env.device)[:, None, None]
-                               for v in (pairs.mean, pairs.std))
+        self.mean, self.std = statistics(pairs.mean, pairs.std, env.device)
 
     def __len__(self):
         return self.iterations
@@ -705,50 +681,42 @@ class Loader:
             yield [(turn, i) for i in order[first:first + self.batch_size].tolist()]
 
     def epoch(self, epoch=0, start=0):
-        device, seen = self.env.device, 0
+        device = self.env.device
         reader = torch.utils.data.DataLoader(
             self.crops, batch_sampler=self.plan(start), num_workers=self.workers,
-            collate_fn=collated, pin_memory=device.type == "cuda")
-        items = iter(reader)
-        while True:
-            before = time.perf_counter()
-            item = next(items, None)
+            collate_fn=data.whole, pin_memory=device.type == "cuda")
+        before = time.perf_counter()
+        for keys, (images, labels, inside, wrong) in zip(self.plan(start), reader):
             self.waited += time.perf_counter() - before
-            if item is None:
-                return
-            keys, images, labels, sizes, wrong = item
-            for (_, i), error in zip(keys, wrong):
-                seen = note(self.dataset, i, error, self.max_bad, seen)
-            ids, turn = torch.tensor([i for _, i in keys]), keys[0][0]
+            note(self.dataset, wrong, self.max_bad)
+            ids = torch.tensor([i for _, i in keys])
             x = augment.upload(images, device).float() / 255
-            x = (photometric(x, ids, self.seed, turn) - self.mean) / self.std
-            sizes = augment.upload(sizes, device)
-            down, across = (torch.arange(side, device=device) < size[:, None]
-                            for side, size in zip(x.shape[2:], sizes.unbind(1)))
-            inside = (down[:, :, None] & across[:, None])[:, None]
-            yield Batch(ids, x * inside, augment.upload(labels, device).long())
+            x = (photometric(x, ids, self.seed, keys[0][0]) - self.mean) / self.std
+            yield Batch(ids, x * augment.upload(inside, device),
+                        augment.upload(labels, device).long())
+            before = time.perf_counter()
 
 
-def collated(items):
-    keys, images, labels, sizes, wrong = zip(*items)
-    return keys, torch.stack(images), torch.stack(labels), torch.stack(sizes), wrong
+def statistics(mean, std, device):
+    """Mean and deviation of the channels as tensors (C, 1, 1)."""
+    return [torch.tensor(values, device=device)[:, None, None] for values in (mean, std)]
 
 
-def note(pairs, i, error, max_bad, seen):
-    """Take note of a file that cannot be read. Any other fault, as of a label, ends the run."""
-    if error is None:
-        return seen
-    if not isinstance(error, data.BadFile):
-        raise error
-    pairs.bad.setdefault(i, str(error))
-    return data.report_bad(pairs, max_bad, seen)
+def note(dataset, wrong, max_bad):
+    """Take note of files that cannot be read, {i: error}. Any other fault, as of a label, ends the
+    run."""
+    known = len(dataset.bad)
+    for i, error in wrong.items():
+        if not isinstance(error, data.BadFile):
+            raise error
+        dataset.bad.setdefault(i, str(error))
+    data.report_bad(dataset, max_bad, known)
 
 
 # ----------------------------------------------------------------------------------------- the test
 def corners(length, size, stride):
     """Where windows of `size` start: every `stride`, the last moved inward to end with the side."""
-    count = max(length - size + stride - 1, 0) // stride + 1
-    return [min(i * stride, length - size) for i in range(count)]
+    return [*range(0, length - size, stride), length - size]
 
 
 @torch.no_grad()
@@ -757,71 +725,73 @@ def slide(forward, x, size, stride, at_once=8):
     smaller image is padded by 0. forward: (n, C, *size) -> (logits, anything)."""
     height, width = x.shape[1:]
     x = F.pad(x, (0, max(size[1] - width, 0), 0, max(size[0] - height, 0)))
-    boxes = [(slice(top, top + size[0]), slice(left, left + size[1]))
+    boxes = [(slice(None), slice(top, top + size[0]), slice(left, left + size[1]))
              for top in corners(x.shape[1], size[0], stride)
              for left in corners(x.shape[2], size[1], stride)]
     total, count = 0, torch.zeros_like(x[:1])
     for start in range(0, len(boxes), at_once):
         some = boxes[start:start + at_once]
-        logits = forward(torch.stack([x[:, rows, columns] for rows, columns in some]))[0]
-        logits = resized(full(logits), size)
+        logits = resized(full(forward(torch.stack([x[box] for box in some]))[0]), size)
         if start == 0:
             total = logits.new_zeros(logits.shape[1], *x.shape[1:])
-        for (rows, columns), window in zip(some, logits):
-            total[:, rows, columns] += window
-            count[:, rows, columns] += 1
+        for box, window in zip(some, logits):
+            total[box] += window
+            count[box] += 1
     return (total / count)[:, :height, :width]
 
 
 def label_map(logits, size, together=32):
     """Logits (K, h, w) -> uint8 (H, W), the likeliest class at that size; `together` classes at
     once, since 150 of them at the size of a photograph fill a memory."""
-    best = chosen = None
-    for first in range(0, len(logits), together):
-        value, index = resized(logits[None, first:first + together], size)[0].max(0)
-        index += first
-        if best is not None:
-            index = torch.where(value > best, index, chosen)
-            value = torch.maximum(value, best)
-        best, chosen = value, index
-    return chosen.to(torch.uint8)
+    values, ids = [], []
+    for first, part in enumerate(logits.split(together)):
+        value, index = resized(part[None], size)[0].max(0)
+        values.append(value)
+        ids.append((index + first * together).to(torch.uint8))
+    best = torch.stack(values).argmax(0, keepdim=True)
+    return torch.stack(ids).gather(0, best)[0]
 
 
 class Tester:
-    """Labels whole images: resized to `short_side`, in windows, at their own size in the end."""
+    """Labels whole images: resized to the short side of `content`, what segmenter.pt holds, in
+    windows, at their own size in the end."""
 
-    def __init__(self, net, env, mean, std, short_side, stride):
-        self.net, self.forward, self.env = net, env.autocast(net), env
-        self.short, self.stride = short_side, stride
-        self.mean, self.std = (torch.tensor(v, device=env.device)[:, None, None]
-                               for v in (mean, std))
+    def __init__(self, net, env, content):
+        self.forward, self.env, self.size = env.autocast(net.eval()), env, net.config["img_size"]
+        self.short, self.stride = content["short_side"], content["stride"]
+        self.mean, self.std = statistics(content["mean"], content["std"], env.device)
 
     def label(self, image, size):
         """uint8 (C, h, w) -> class ids uint8 (H, W) of `size`, on the device."""
         x = (augment.upload(image, self.env.device).float() / 255 - self.mean) / self.std
-        return label_map(slide(self.forward, x, self.net.config["img_size"], self.stride), size)
+        return label_map(slide(self.forward, x, self.size, self.stride), size)
+
+    def label_picture(self, image):
+        """PIL image -> class ids uint8 (H, W) as an array."""
+        return self.label(shrunk(image, self.short), image.size[::-1]).cpu().numpy()
 
     def confusion(self, pairs, workers=0, max_bad=0.01):
         """(confusion matrix over all images, their number): each is read by one process."""
-        env, classes, seen = self.env, len(pairs.classes), 0
-        self.net.eval()
-        matrix = torch.zeros(classes ** 2 + 1, dtype=torch.long, device=env.device)
+        env, classes, tested = self.env, len(pairs.classes), 0
+        matrix = torch.zeros(classes, classes, dtype=torch.long, device=env.device)
         mine = range(env.rank, len(pairs), env.processes)
-        reader = torch.utils.data.DataLoader(Whole(pairs, None, self.short, 0), batch_size=None,
+        reader = torch.utils.data.DataLoader(Whole(pairs, self.short), batch_size=None,
                                              sampler=mine, num_workers=workers)
         progress = run.Progress("test images", len(mine), quiet=env.rank > 0)
         for i, (image, label, wrong) in zip(mine, reader):
-            seen = note(pairs, i, wrong, max_bad, seen)
-            if wrong is None:
+            if wrong is not None:
+                note(pairs, {i: wrong}, max_bad)
+            else:
                 predicted = self.label(image, label.shape)
-                found = confusion(augment.upload(label, env.device), predicted, classes)
-                matrix += F.pad(found.flatten(), (0, 1), value=1)
+                matrix += confusion(augment.upload(label, env.device), predicted, classes)
+                tested += 1
             progress.step()
         if env.processes > 1:
             dist.all_reduce(matrix)
-        if not matrix[-1]:
+        tested = sum(run.gather_objects(tested))
+        if not tested:
             raise DataError(f"{pairs.name}: none of the test images can be read", 1)
-        return matrix[:-1].reshape(classes, classes).cpu(), int(matrix[-1])
+        return matrix.cpu(), tested
 
 
 # -------------------------------------------------------------------------------------------- a run
@@ -832,41 +802,36 @@ def start(args):
         return None, None, dict(img_size=args.crop_size, patch_size=args.patch_size or patch,
                                 in_chans=3, dim=dim, depth=depth, heads=args.heads or heads)
     source = checkpoint.read_encoder(args.init, args.weights, args.heads)
-    patch, (height, width) = source["config"]["patch_size"], args.crop_size
-    if height % patch or width % patch:
-        raise UsageError(f"--crop-size {height}x{width} is not a multiple of the patch, {patch}")
     return source, *checkpoint.fit(source, args.crop_size)
 
 
 def load_pairs(args, in_chans, known):
     """(training pairs in use, how they were chosen, test pairs); known: the encoder's meta."""
-    names = None
-    if args.classes:
-        with open(args.classes, encoding="utf-8-sig", errors="replace") as f:
-            names = [line.strip() for line in f if line.strip()]
-    train = Pairs(args.data, "train", in_chans, names, args.ignore, args.reduce_zero_label)
+    def pairs_of(part, classes):
+        return Pairs(args.data, part, in_chans, classes, args.ignore, args.reduce_zero_label)
+
+    train = pairs_of("train", lines_of(args.classes) if args.classes else None)
     if not len(train):
         raise DataError(f"{args.data}: no training images (looked for train/images and "
                         "train/labels, and for ADE20K's, Cityscapes' and VOC's folders)")
     train.name_classes()
     if not 2 <= len(train.classes) <= IGNORED:
         raise DataError(f"{args.data}: {len(train.classes)} classes; there must be 2 to {IGNORED}")
-    for part in [args.test_part] if args.test_part else ["val", "test"]:
-        test = Pairs(args.data, part, in_chans, train.classes, args.ignore, args.reduce_zero_label)
-        if len(test):
-            break
-    else:
+    test = pairs_of(args.test_part or "val", train.classes)
+    if not len(test) and not args.test_part:
+        test = pairs_of("test", train.classes)
+    if not len(test):
         raise DataError(f"{args.data}: no images to test on ({args.test_part or 'val or test'})")
     used, how = train, "all"
     if args.labels:
         text = args.labels.removesuffix("%")
         try:
             n = int(text) if text == args.labels else round(len(train) * float(text) / 100)
-        except ValueError:
-            raise UsageError(f"--labels {args.labels!r}: neither a number of images nor a share, "
-                             "10%") from None
+        except (ValueError, OverflowError):
+            n = 0
         if not 0 < n <= len(train):
-            raise UsageError(f"--labels {args.labels}: of {len(train)} training images")
+            raise UsageError(f"--labels {args.labels}: neither a number of the {len(train)} "
+                             "training images nor a share of them, 10%")
         drawn = augment.shuffled(len(train), augment.SUBSET, 3, args.seed)[:n]
         used = train.select(sorted(drawn.tolist()))
         how = f"{args.labels}, drawn by seed {args.seed}"
@@ -878,7 +843,7 @@ def load_pairs(args, in_chans, known):
 
 
 def train_and_test(args, env):
-    """A row: (its result, the test pairs, labels for the images on the sheet)."""
+    """A row: (its result, the sheet's columns {title: images})."""
     # ------------------------------------------------------------- 1. images, network
     source, state, config = run.once_a_node(start, args)
     known = source["meta"] if source else {}
@@ -943,38 +908,41 @@ def train_and_test(args, env):
     if net.frozen:
         now = checkpoint.digest(net, checkpoint.is_encoder)
         assert now == fixed, "training changed frozen weights"
-    tester = Tester(net, env, pairs.mean, pairs.std, args.short_side, args.stride)
+    content = dict(model={k: v.cpu() for k, v in net.state_dict().items()}, config=net.config,
+                   head=head, classes=list(pairs.classes), mean=list(pairs.mean),
+                   std=list(pairs.std), short_side=args.short_side, stride=args.stride, meta=meta)
+    tester = Tester(net, env, content)
     matrix, tested = tester.confusion(test, args.workers, args.max_bad)
     found = measures(matrix)
+    asked = ("seed", "iterations", "batch_size", "lr", "layer_decay", "weight_decay", "crop_size",
+             "short_side", "stride")
     told = ("epochs", "step", "seed", "data", "commit")
     result = dict(system=system, protocol=args.protocol, miou=found["miou"],
                   accuracy=found["accuracy"], iou=dict(zip(pairs.classes, found["iou"])),
                   checkpoint=args.init, digest=source and source["digest"], data=pairs.name,
-                  part=test.part, labels=how, labelled=len(pairs), tested=tested, seed=args.seed,
-                  iterations=args.iterations, batch_size=args.batch_size, lr=args.lr,
-                  layer_decay=args.layer_decay, weight_decay=args.weight_decay,
-                  crop_size=list(args.crop_size), short_side=args.short_side, stride=args.stride,
-                  head=head, pretraining={k: known.get(k) for k in told},
+                  part=test.part, labels=how, labelled=len(pairs), tested=tested,
+                  **{k: getattr(args, k) for k in asked}, head=head,
+                  pretraining={k: known.get(k) for k in told},
                   seconds=round(job.seconds(), 1), commit=run.commit())
-    shown = []
-    if env.rank == 0:
-        content = dict(model={k: v.cpu() for k, v in net.state_dict().items()}, config=net.config,
-                       head=head, classes=list(pairs.classes), mean=list(pairs.mean),
-                       std=list(pairs.std), short_side=args.short_side, stride=args.stride,
-                       meta=meta)
-        checkpoint.save(content, job.path("segmenter.pt"))
-        job.say(f"wrote {job.path('segmenter.pt')}")
-        run.write_result(args.results or args.out, result)
-        for image, label in sheet_pairs(test, args.show):
-            labels = tester.label(shrunk(image, args.short_side), label.size[::-1])
-            shown.append(labels.cpu().numpy())
-    return result, test, shown
+    if env.rank > 0:
+        return result, {}
+    checkpoint.save(content, job.path("segmenter.pt"))
+    job.say(f"wrote {job.path('segmenter.pt')}")
+    run.write_result(args.results or args.out, result)
+    return result, sheet_columns(tester, test, args.show, f"{system}: {found['miou']:.1f}")
 
 
-def sheet_pairs(pairs, n):
-    """n pairs, chosen by hash among those that can be read."""
+def sheet_columns(tester, pairs, n, title):
+    """{title: RGB images} of n pairs, chosen by hash among those that can be read: the images, the
+    true and the predicted classes."""
     order = augment.shuffled(len(pairs), augment.SUBSET, 5).tolist()
-    return [pairs.pair(i) for i in sorted([i for i in order if i not in pairs.bad][:n])]
+    chosen = sorted([i for i in order if i not in pairs.bad][:n])
+    images, labels = zip(*map(pairs.pair, chosen)) if chosen else ((), ())
+    found = [tester.label_picture(image) for image in images]
+    columns = dict(image=[np.asarray(image.convert("RGB")) for image in images])
+    for name, maps in (("truth", labels), (title, found)):
+        columns[name] = [figures.coloured(np.asarray(ids), len(pairs.classes)) for ids in maps]
+    return columns
 
 
 def predict(args):
@@ -986,18 +954,17 @@ def predict(args):
         raise DataError(f"{args.predict}: no images in this folder")
     images = data.Dataset(data.FileSource(args.predict, list(files.values())),
                           in_chans=net.config["in_chans"], name=args.predict)
-    tester = Tester(net.to(env.device), env, content["mean"], content["std"], content["short_side"],
-                    content["stride"])
-    out, classes, seen = os.path.join(args.out, "predict"), len(content["classes"]), 0
+    tester = Tester(net.to(env.device), env, content)
+    out, classes = os.path.join(args.out, "predict"), len(content["classes"])
     progress = run.Progress("images", len(images))
     for i, name in enumerate(files):
         progress.step()
         try:
             image = picture(images.read(i))
         except data.BadFile as error:
-            seen = note(images, i, error, args.max_bad, seen)
+            note(images, {i: error}, args.max_bad)
             continue
-        labels = tester.label(shrunk(image, content["short_side"]), image.size[::-1]).cpu().numpy()
+        labels = tester.label_picture(image)
         over = figures.overlay(np.asarray(image.convert("RGB")), labels, classes)
         drawn = {"": figures.label_image(labels, classes), "-overlay": Image.fromarray(over)}
         for ending, page in drawn.items():
@@ -1020,17 +987,12 @@ def main(args):
         row = argparse.Namespace(**vars(args) | dict(init=init))
         if len(names) > 1:
             row.out, row.results = os.path.join(args.out, name), args.results or args.out
-        result, test, shown = train_and_test(row, env)
+        result, shown = train_and_test(row, env)
         results.append(result)
-        columns[f"{result['system']}: {result['miou']:.1f}"] = shown
+        columns |= shown
     if env.rank == 0 and args.show:
-        drawn, classes = sheet_pairs(test, args.show), len(test.classes)
-        sheet = dict(image=[np.asarray(image.convert("RGB")) for image, _ in drawn])
-        columns = dict(truth=[np.asarray(label) for _, label in drawn]) | columns
-        for title, maps in columns.items():
-            sheet[title] = [figures.coloured(labels, classes) for labels in maps]
         with run.atomic(os.path.join(args.out, "sheet.png")) as path:
-            figures.sheet(path, sheet, test.classes)
+            figures.sheet(path, columns, list(result["iou"]))
     return results if len(results) > 1 else results[0]
 
 

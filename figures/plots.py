@@ -3,7 +3,7 @@ all figures share: size, colours, how they are written. Called by analyze.py.
 
 Numbers are written as CSV first, then a PNG if matplotlib is there.
 """
-import csv
+import functools
 import json
 import os
 import re
@@ -29,10 +29,7 @@ STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False,
 # ------------------------------------------------------------------------------ numbers and figures
 def write_csv(path, rows):
     """rows: dicts with the same keys, which are the header."""
-    with run.atomic(path) as temporary, open(temporary, "w", newline="") as f:
-        table = csv.DictWriter(f, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
+    run.write_csv(path, [list(rows[0]), *(row.values() for row in rows)])
     print(f"wrote {path}", flush=True)
 
 
@@ -43,14 +40,9 @@ def write_npz(path, **arrays):
 
 
 def figure(rows, columns, width, height, **more):
-    """(figure of width x height inches, its axes (rows, columns)); (None, None) without
-    matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no figure without matplotlib: pip install matplotlib", flush=True)
-        return None, None
+    """(figure of width x height inches, its axes (rows, columns)). ImportError: no matplotlib."""
+    import matplotlib
+    from matplotlib.figure import Figure
     matplotlib.rcParams.update(STYLE)
     drawn = Figure(figsize=(width, height), dpi=150)
     return drawn, drawn.subplots(rows, columns, squeeze=False, **more)
@@ -61,17 +53,25 @@ def panels(n, width, height, **more):
     columns = 2 if n == 4 else min(n, 3)
     lines = -(-n // columns)
     drawn, axes = figure(lines, columns, width * columns, height * lines + 0.4, **more)
-    if drawn is None:
-        return None, None
     for axis in axes.flat[n:]:
         axis.set_axis_off()
     return drawn, axes.flat[:n]
 
 
-def save(drawn, path):
-    with run.atomic(path) as temporary:
-        drawn.savefig(temporary, format="png")
-    print(f"wrote {path}", flush=True)
+def saved(draw):
+    """Turns draw(...) -> figure into a function (path, ...) that writes it, with matplotlib."""
+    @functools.wraps(draw)
+    def write(path, *args, **more):
+        try:
+            drawn = draw(*args, **more)
+        except ImportError:
+            print("no figure without matplotlib: pip install matplotlib", flush=True)
+            return
+        with run.atomic(path) as temporary:
+            drawn.savefig(temporary, format="png")
+        print(f"wrote {path}", flush=True)
+
+    return write
 
 
 def look(i):
@@ -119,77 +119,82 @@ def unique(names):
     return list(dict.fromkeys(names))
 
 
+def by(rows, key):
+    """{value of the key: the rows that have it}, in the order in which they first come."""
+    return {value: [r for r in rows if r[key] == value] for value in unique(r[key] for r in rows)}
+
+
+def column(rows, key):
+    return [r[key] for r in rows]
+
+
 # -------------------------------------------------------------------------- of analyze.py's numbers
-def draw_gradients(path, rows, summary):
+@saved
+def draw_gradients(rows, summary):
     """A box per block with the line through the medians, and below the share of negative ones."""
-    systems = unique(r["system"] for r in rows)
-    depth = max(r["block"] for r in rows)
+    systems, depth = by(summary, "system"), max(column(rows, "block"))
     drawn, axes = figure(2, len(systems), 0.5 + max(3.0, 0.32 * depth) * len(systems), 3.5,
                          height_ratios=[3, 1], sharey="row", sharex="col")
-    if drawn is None:
-        return
-    for (boxes, bars), system in zip(axes.T, systems):
-        own = [s for s in summary if s["system"] == system]
-        blocks = [s["block"] for s in own]
-        values = [[r["cosine"] for r in rows if r["system"] == system and r["block"] == block]
-                  for block in blocks]
-        boxes.boxplot(values, positions=blocks, widths=0.6, patch_artist=True,
+    for (boxes, bars), (system, own) in zip(axes.T, systems.items()):
+        blocks = column(own, "block")
+        cosines = [column(of, "cosine") for of in by(by(rows, "system")[system], "block").values()]
+        boxes.boxplot(cosines, positions=blocks, widths=0.6, patch_artist=True,
                       flierprops=dict(markersize=2.5), boxprops=dict(facecolor="#cfe6f5"),
                       medianprops=dict(color=COLOURS[0], linewidth=1.8))
-        boxes.plot(blocks, [s["line"] for s in own], "--", color=COLOURS[1])
+        boxes.plot(blocks, column(own, "line"), "--", color=COLOURS[1])
         boxes.axhline(0, color="black", linewidth=0.8)
         boxes.set_title(f"{system}\nmedians {own[0]['slope']:+.3f} per block")
-        bars.bar(blocks, [100 * s["negative_share"] for s in own], width=0.6, color=COLOURS[1])
+        bars.bar(blocks, 100 * np.array(column(own, "negative_share")), 0.6, color=COLOURS[1])
         bars.set(ylim=(0, 100), xlabel="block", xticks=blocks, xticklabels=blocks)
     axes[0, 0].set_ylabel("cosine of the two gradients")
     axes[1, 0].set_ylabel("negative\n(%)")
-    save(drawn, path)
+    return drawn
 
 
-def draw_vic(path, rows):
-    drawn, axes = panels(3, 2.5, 2.4)
-    if drawn is None:
-        return
-    for axis, term in zip(axes, ("variance", "invariance", "covariance")):
-        for i, system in enumerate(unique(r["system"] for r in rows)):
-            own = [r for r in rows if r["system"] == system]
-            axis.plot([r["block"] for r in own], [r[term] for r in own], label=system, **look(i))
-        axis.set(title=term, xlabel="block")
+@saved
+def draw_lines(parts, x, xlabel, ylabel=""):
+    """A panel for each (title, rows, key): rows[key] over rows[x], a line for each system, with its
+    deviation over seeds if there is one. With ylabel they share the axis."""
+    drawn, axes = panels(len(parts), 2.9, 2.6, sharey=bool(ylabel))
+    systems = unique(system for _, rows, _ in parts for system in column(rows, "system"))
+    for axis, (title, rows, key) in zip(axes, parts):
+        for system, own in by(rows, "system").items():
+            spread = [r["deviation"] or 0 for r in own] if "deviation" in own[0] else None
+            axis.errorbar(column(own, x), column(own, key), spread, label=system, capsize=2,
+                          **look(systems.index(system)))
+        axis.set(title=title, xlabel=xlabel)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.ticklabel_format(axis="y", scilimits=(-3, 3), useMathText=True, useOffset=False)
+    axes[0].set_ylabel(ylabel)
     legend(drawn, axes)
-    save(drawn, path)
+    return drawn
 
 
-def draw_distances(path, rows):
+@saved
+def draw_distances(rows):
     """Attention distance of each head, raw above and renormalised below, a column a system."""
-    systems = unique(r["system"] for r in rows)
-    depth = max(r["block"] for r in rows)
+    systems, depth = by(rows, "system"), max(column(rows, "block"))
     drawn, axes = figure(2, len(systems), 0.8 + max(2.3, 0.24 * depth) * len(systems), 4.8,
                          sharey=True, sharex="col")
-    if drawn is None:
-        return
     for line, kind in zip(axes, ("raw", "renormalised")):
-        for axis, system in zip(line, systems):
-            own = [r for r in rows if r["system"] == system]
-            blocks = sorted({r["block"] for r in own})
-            means = [np.mean([r[kind] for r in own if r["block"] == block]) for block in blocks]
-            axis.plot([r["block"] for r in own], [r[kind] for r in own], "o", color=COLOURS[0],
+        for axis, (system, own) in zip(line, systems.items()):
+            blocks = by(own, "block")
+            means = [np.mean(column(heads, kind)) for heads in blocks.values()]
+            axis.plot(column(own, "block"), column(own, kind), "o", color=COLOURS[0],
                       markersize=4, alpha=0.6, markeredgewidth=0, label="one head")
-            axis.plot(blocks, means, "-", color=COLOURS[1], label="mean of the heads")
+            axis.plot(list(blocks), means, "-", color=COLOURS[1], label="mean of the heads")
             axis.axhline(own[0]["uniform"], color=GREY, linestyle=":", label="uniform")
-            axis.set(xticks=blocks, xlabel="block", title=system if kind == "raw" else "")
+            axis.set(xticks=list(blocks), xlabel="block", title=system if kind == "raw" else "")
             axis.label_outer()
         line[0].set_ylabel(f"mean distance (pixels),\n{kind}")
     legend(drawn, axes)
-    save(drawn, path)
+    return drawn
 
 
-def draw_tsne(path, points, classes):
+@saved
+def draw_tsne(points, classes):
     """points: [(system, (N, 2), labels (N,))]."""
     drawn, axes = panels(len(points), 2.8, 2.9)
-    if drawn is None:
-        return
     for axis, (system, flat, labels) in zip(axes, points):
         for c, name in enumerate(classes):              # 7 colours and 6 markers: 40 classes differ
             axis.plot(*flat[labels == c].T, MARKERS[c % 6], color=COLOURS[c % 7], label=name,
@@ -197,7 +202,7 @@ def draw_tsne(path, points, classes):
         axis.set(title=system, xticks=[], yticks=[])
         axis.spines[:].set_visible(True)
     legend(drawn, axes, markerscale=1.6)
-    save(drawn, path)
+    return drawn
 
 
 # ------------------------------------------------------------------------------------ results.jsonl
@@ -229,54 +234,49 @@ def averaged(entries, *keys):
         groups.setdefault(key, {})[entry.get("seed", 0)] = entry["top1"]
     rows = []
     for key, by_seed in groups.items():
-        values = list(by_seed.values())
-        deviation = round(statistics.stdev(values), 3) if len(values) > 1 else ""
-        rows.append(dict(zip(keys, key)) | dict(top1=round(statistics.mean(values), 3),
-                                                deviation=deviation, seeds=len(values)))
+        top1 = list(by_seed.values())
+        deviation = round(statistics.stdev(top1), 3) if len(top1) > 1 else ""
+        rows.append(dict(zip(keys, key), top1=round(statistics.mean(top1), 3), deviation=deviation,
+                         seeds=len(top1)))
     return rows
 
 
-def short(rate):
-    """0.00015 -> 1.5e-4."""
-    return np.format_float_scientific(rate, precision=2, trim="-", exp_digits=1)
-
-
 def lr_grid(args):
-    """Figure 4: accuracy by the base rates of three stages, one heat map of stages 1 and 2 for each
-    rate of stage 3, in one row for each protocol.
-
-    Entries whose "lr" lists three rates. The panels of a row share a colour scale; dots mark what
-    was tested.
-    """
+    """Figure 4: accuracy by the base rates of three stages, of entries whose "lr" lists them."""
     entries = [e | dict(zip(("lr_1", "lr_2", "lr_3"), e["lr"])) for e in read_results(args.results)
                if isinstance(e.get("lr"), list) and len(e["lr"]) == 3]
     if not entries:
         raise UsageError(f"{' '.join(args.results)}: no entry with the rates of three stages as "
                          "its 'lr'")
     rows = averaged(entries, "protocol", "lr_1", "lr_2", "lr_3")
-    protocols = unique(r["protocol"] for r in rows)
+    protocols = unique(column(rows, "protocol"))
     rows.sort(key=lambda r: (protocols.index(r["protocol"]), -r["lr_3"], r["lr_1"], r["lr_2"]))
     write_csv(os.path.join(args.out, "lr-grid.csv"), rows)
-    first, second, third = (sorted({r[f"lr_{stage}"] for r in rows}) for stage in (1, 2, 3))
+    draw_grid(os.path.join(args.out, "lr-grid.png"), rows)
+    return rows
+
+
+@saved
+def draw_grid(rows):
+    """A heat map of the rates of stages 1 and 2 for each rate of stage 3, in one row for each
+    protocol. The panels of a row share a colour scale; dots mark what was tested."""
+    first, second, third = (sorted(set(column(rows, f"lr_{stage}"))) for stage in (1, 2, 3))
+    protocols = by(rows, "protocol")
     drawn, axes = figure(len(protocols), len(third), 0.9 + 0.85 * max(len(first), 2) * len(third),
                          0.5 + (0.55 + 0.7 * len(second)) * len(protocols))
-    if drawn is None:
-        return rows
-    for line, protocol in zip(axes, protocols):
-        values = [r["top1"] for r in rows if r["protocol"] == protocol]
-        low, high = min(values), max(max(values), min(values) + 1e-6)
+    for line, (protocol, own) in zip(axes, protocols.items()):
+        low = min(column(own, "top1"))
+        high = max(*column(own, "top1"), low + 1e-6)
         for axis, rate in zip(line, reversed(third)):
             table = np.full((len(second), len(first)), np.nan)
-            for r in rows:
-                if r["protocol"] == protocol and r["lr_3"] == rate:
-                    table[second.index(r["lr_2"]), first.index(r["lr_1"])] = r["top1"]
+            for r in by(own, "lr_3").get(rate, []):
+                y, x = second.index(r["lr_2"]), first.index(r["lr_1"])
+                table[y, x] = r["top1"]
+                ink = "black" if (r["top1"] - low) / (high - low) > 0.47 else "white"
+                axis.text(x, y + 0.12, f"{r['top1']:.1f}", ha="center", va="center", color=ink)
+                axis.plot(x, y - 0.22, "o", color=ink, markersize=3)
             image = axis.imshow(table, cmap=MAP, vmin=low, vmax=high, origin="lower",
                                 aspect="auto")
-            for (y, x), value in np.ndenumerate(table):
-                if np.isfinite(value):
-                    ink = "black" if (value - low) / (high - low) > 0.47 else "white"
-                    axis.text(x, y + 0.12, f"{value:.1f}", ha="center", va="center", color=ink)
-                    axis.plot(x, y - 0.22, "o", color=ink, markersize=3)
             axis.set(title=f"stage 3: {short(rate)}", xlabel="base rate of stage 1")
             axis.set_xticks(range(len(first)), map(short, first))
             axis.set_yticks(range(len(second)), map(short, second))
@@ -284,76 +284,52 @@ def lr_grid(args):
             axis.grid(False)
         line[0].set_ylabel("base rate of stage 2")
         drawn.colorbar(image, ax=list(line), label=f"{protocol}, top-1 (%)", pad=0.01)
-    save(drawn, os.path.join(args.out, "lr-grid.png"))
-    return rows
+    return drawn
 
 
-def numbered(entries, patterns, *keys):
-    """Entries whose protocol matches one of the patterns, with its numbers as those keys, or that
-    have these keys themselves."""
-    found = []
-    for e in entries:
-        matches = [re.fullmatch(pattern, str(e.get("protocol"))) for pattern in patterns]
-        groups = [int(n or 0) for match in matches if match for n in match.groups()]
-        if groups or all(k in e for k in keys):
-            found.append(dict(zip(keys, groups)) | e)
-    return found
+def short(rate):
+    """0.00015 -> 1.5e-4."""
+    return np.format_float_scientific(rate, precision=2, trim="-", exp_digits=1)
 
 
 def partial(args):
     """Figure 5: accuracy after fine-tuning with the first K blocks fixed; K 0 is fine-tuning."""
-    entries = numbered(read_results(args.results), [r"fine-tune()", r"partial fine-tune (\d+)"],
-                       "freeze_blocks")
-    partly = {e["system"] for e in entries if e["freeze_blocks"]}
-    entries = [e for e in entries if e["system"] in partly]
-    if not entries:
-        raise UsageError(f"{' '.join(args.results)}: no partial fine-tuning in it "
-                         "(finetune.py --freeze-blocks K)")
-    rows = averaged(entries, "system", "freeze_blocks")
-    rows.sort(key=lambda r: (r["system"], r["freeze_blocks"]))
-    write_csv(os.path.join(args.out, "partial.csv"), rows)
-    drawn, axes = figure(1, 1, 4.2, 3.2)
-    if drawn is not None:
-        draw_series(axes[0, 0], rows, "freeze_blocks", unique(e["system"] for e in entries))
-        axes[0, 0].set(xlabel="blocks kept fixed", ylabel="top-1 after fine-tuning (%)")
-        legend(drawn, axes)
-        save(drawn, os.path.join(args.out, "partial.png"))
-    return rows
+    return by_blocks(args, "partial", ["freeze_blocks"], r"fine-tune|partial fine-tune (\d+)",
+                     "no partial fine-tuning in it (finetune.py --freeze-blocks K)",
+                     "blocks kept fixed", "top-1 after fine-tuning (%)")
 
 
 def depth(args):
     """Table 5 as curves: N new blocks on the frozen features of block K, one panel for each K."""
-    entries = numbered(read_results(args.results), [r"probe block (\d+) \+ (\d+) blocks"],
-                       "probe_block", "blocks")
-    probed = {e["system"] for e in entries if e["blocks"]}      # 0 is linear evaluation
-    entries = [e for e in entries if e["system"] in probed]
+    return by_blocks(args, "depth", ["probe_block", "blocks"], r"probe block (\d+) \+ (\d+) blocks",
+                     "no depth probe in it (finetune.py --probe-block K --blocks N)",
+                     "new blocks on top", "top-1 (%)")
+
+
+def by_blocks(args, name, keys, pattern, lacking, xlabel, ylabel):
+    """Accuracy over the last of the keys, a panel for each value of the one before it.
+
+    keys: numbers in a protocol that matches the pattern, in its order, or fields of the entry.
+    Systems that have no entry but where the last one is 0 are left out.
+    """
+    entries = []
+    for e in read_results(args.results):
+        match = re.fullmatch(pattern, str(e.get("protocol")))
+        if match or all(k in e for k in keys):
+            numbers = [int(n or 0) for n in match.groups()] if match else []
+            entries.append(dict(zip(keys, numbers)) | e)
+    shown = {e["system"] for e in entries if e[keys[-1]]}
+    entries = [e for e in entries if e["system"] in shown]
     if not entries:
-        raise UsageError(f"{' '.join(args.results)}: no depth probe in it "
-                         "(finetune.py --probe-block K --blocks N)")
-    rows = averaged(entries, "system", "probe_block", "blocks")
-    rows.sort(key=lambda r: (r["probe_block"], r["system"], r["blocks"]))
-    write_csv(os.path.join(args.out, "depth.csv"), rows)
-    features = unique(r["probe_block"] for r in rows)
-    drawn, axes = figure(1, len(features), 0.8 + 2.1 * len(features), 3.0, sharey=True)
-    if drawn is not None:
-        for axis, k in zip(axes[0], features):
-            own = [r for r in rows if r["probe_block"] == k]
-            draw_series(axis, own, "blocks", unique(e["system"] for e in entries))
-            axis.set(title=f"features of block {k}", xlabel="new blocks on top")
-        axes[0, 0].set_ylabel("top-1 (%)")
-        legend(drawn, axes)
-        save(drawn, os.path.join(args.out, "depth.png"))
+        raise UsageError(f"{' '.join(args.results)}: {lacking}")
+    rows = averaged(entries, "system", *keys)
+    rows.sort(key=lambda r: (*(r[k] for k in keys[:-1]), r["system"], r[keys[-1]]))
+    write_csv(os.path.join(args.out, f"{name}.csv"), rows)
+    parts = [("", rows, "top1")]
+    if len(keys) > 1:
+        parts = [(f"features of block {k}", own, "top1") for k, own in by(rows, keys[0]).items()]
+    draw_lines(os.path.join(args.out, f"{name}.png"), parts, keys[-1], xlabel, ylabel)
     return rows
-
-
-def draw_series(axis, rows, x, systems):
-    """top1 over rows[x], a line for each system, with its deviation over seeds if there is one."""
-    for i, system in enumerate(systems):
-        own = [r for r in rows if r["system"] == system]
-        if own:
-            axis.errorbar([r[x] for r in own], [r["top1"] for r in own],
-                          [r["deviation"] or 0 for r in own], label=system, capsize=2, **look(i))
-    axis.set_xticks(sorted({r[x] for r in rows}))
 
 
 # ---------------------------------------------------------------------------------------- log.jsonl
@@ -386,33 +362,35 @@ def curves(args):
     """Loss, k-NN accuracy, rates, effective rank and speed of runs over epochs."""
     rows = read_logs(args.checkpoint)
     write_csv(os.path.join(args.out, "curves.csv"), rows)
+    draw_curves(os.path.join(args.out, "curves.png"), rows)
+    return rows
+
+
+@saved
+def draw_curves(rows):
     stages = [k for k in rows[0] if k.startswith("lr_")]
-    shown = [k for k in PANELS if k == "lr" or any(row[k] != "" for row in rows)]
+    shown = [k for k in PANELS if k == "lr" or any(v != "" for v in column(rows, k))]
     drawn, axes = panels(len(shown), 2.9, 2.2)
-    if drawn is None:
-        return rows
     for axis, key in zip(axes, shown):
-        for i, name in enumerate(unique(row["run"] for row in rows)):
-            for stage, k in enumerate(stages if key == "lr" else [key]):
-                points = [(r["epoch"], r[k]) for r in rows if r["run"] == name and r[k] != ""]
+        for i, (name, own) in enumerate(by(rows, "run").items()):
+            for dash, k in zip(DASHES * len(stages), stages if key == "lr" else [key]):
+                points = [(r["epoch"], r[k]) for r in own if r[k] != ""]
                 # equal rates lie on each other: later runs are drawn thinner
-                axis.plot(*np.reshape(points, (-1, 2)).T, color=look(i)["color"],
-                          linestyle=DASHES[stage % len(DASHES)], markersize=4,
-                          marker=look(i)["marker"] if len(points) <= 15 else None,
+                axis.plot(*np.reshape(points, (-1, 2)).T, color=look(i)["color"], linestyle=dash,
+                          marker=look(i)["marker"] if len(points) <= 15 else None, markersize=4,
                           linewidth=max(3.6 - 0.8 * i, 1.0) if key == "lr" else 1.5,
                           label=name if key == "loss" else None)
-        if key == "lr":
+        values = [v for v in column(rows, "loss") if v != ""]
+        # losses of different methods
+        apart = key == "loss" and values and 0 < 20 * min(values) < max(values)
+        if key == "lr" or apart:
             axis.set_yscale("log", nonpositive="mask")
-        values = [row[key] for row in rows if key == "loss" and row[key] != ""]
-        if values and 0 < 20 * min(values) < max(values):   # losses of different methods
-            axis.set_yscale("log")
         axis.set(xlabel="epoch", title=PANELS[key])
         axis.xaxis.get_major_locator().set_params(integer=True)
     legend(drawn, axes)
     if len(stages) > 1:
         axis = axes[shown.index("lr")]
-        for stage, dash in zip(range(len(stages)), DASHES * len(stages)):
-            axis.plot([], [], color=GREY, linestyle=dash, label=f"stage {stage + 1}")
+        for stage, dash in zip(range(1, len(stages) + 1), DASHES * len(stages)):
+            axis.plot([], [], color=GREY, linestyle=dash, label=f"stage {stage}")
         axis.legend(fontsize=7, handlelength=2.4)
-    save(drawn, os.path.join(args.out, "curves.png"))
-    return rows
+    return drawn

@@ -51,7 +51,8 @@ def to_pixels(x, loader):
     return (x * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def sheet(path, cells, rows=None, columns=None, title=None, cell=0.85):
+@plots.saved
+def sheet(cells, rows=None, columns=None, title=None, cell=0.85):
     """Images in rows and columns: cells[i][j] is uint8 (H, W, C), or a map (H, W) scaled to its own
     largest value."""
     side = max(cells[0][0].shape[:2])
@@ -59,8 +60,6 @@ def sheet(path, cells, rows=None, columns=None, title=None, cell=0.85):
     above = 0.06 + 0.25 * bool(columns) + 0.18 * len((title or "").splitlines())
     drawn, axes = plots.figure(len(cells), len(cells[0]), 0.3 + width * len(cells[0]),
                                above + height * len(cells))
-    if drawn is None:
-        return
     drawn.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for (i, j), axis in np.ndenumerate(axes):
         content = cells[i][j]
@@ -78,7 +77,7 @@ def sheet(path, cells, rows=None, columns=None, title=None, cell=0.85):
             axis.set_title(columns[j], fontsize=8, pad=3)
     if title:
         drawn.suptitle(title, fontsize=8)
-    plots.save(drawn, path)
+    return drawn
 
 
 # --------------------------------------------------------------------- attention of the class token
