@@ -68,7 +68,7 @@ PRESETS = {
         data="cifar10", common=dict(log_every=39, workers=0, batch_size=128, crop_min=0.2),
         arch=dict(arch="vit_mini", patch_size=8, img_size=32), short=10, few="1%", grid_epochs=2,
         mae=dict(epochs=32, lr="4.5e-3"),
-        contrastive=dict(epochs=30, lr="1.5e-3", hidden_dim=512),
+        contrastive=dict(epochs=30, lr="1.5e-3", hidden_dim=512), rates="1.5e-4,5e-4,4.5e-3",
         grid=(("1.5e-4",), ("5e-4",), ("5e-4", "1.5e-3", "4.5e-3")),
         fine=dict(epochs=8, batch_size=64, lr="4e-3", crop_min=0.4) | PLAIN,
         few_fine=dict(epochs=20, batch_size=64, lr="4e-3", crop_min=0.4) | PLAIN,
