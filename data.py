@@ -30,9 +30,7 @@ import time
 import unicodedata
 import warnings
 import zipfile
-from array import array
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -219,12 +217,13 @@ def crop(pixels, box, size, view):
 class Names:
     """Strings as one numpy array of bytes, a sequence: in a worker a million neither cost nor grow.
 
-    text: the names joined by zero bytes, in place of names.
+    names: strings, or such an array.
     """
 
-    def __init__(self, names=(), text=None):
-        text = os.fsencode("\0".join(names)) if text is None else text
-        self.array = np.array(text.split(b"\0") if text else [], bytes)
+    def __init__(self, names):
+        if not isinstance(names, np.ndarray):
+            names = np.array([os.fsencode(name) for name in names], bytes)
+        self.array = names
 
     def __len__(self):
         return len(self.array)
@@ -234,11 +233,8 @@ class Names:
 
     def select(self, ids, cut=0):
         """The names at ids, without their first `cut` bytes."""
-        part = Names()
-        part.array = self.array[np.asarray(ids, np.int64)]
-        if cut:
-            part.array = np.array([name[cut:] for name in part.array.tolist()], bytes)
-        return part
+        array = self.array[np.asarray(ids, np.int64)]
+        return Names(np.array([name[cut:] for name in array.tolist()], bytes) if cut else array)
 
     def folders(self):
         """The bytes before the first / of each name, b"" where there is none."""
@@ -246,15 +242,14 @@ class Names:
 
     def below(self, folder):
         """Indices of the names that begin with folder/."""
-        folder = os.fsencode(folder)
-        return [i for i, first in enumerate(self.folders()) if first == folder]
+        return [i for i, first in enumerate(self.folders()) if first == os.fsencode(folder)]
 
 
 class FileSource:
     """Image files: `names` below the folder `root`. Any source of bytes has `names`, these methods,
-    and, where it knows labels, labels (N,) with -1 for none, and classes."""
+    and `labels`: None, or (N,) names of classes, "" for none."""
 
-    labels = classes = None
+    labels = None
 
     def __init__(self, root, names):
         self.root = root
@@ -262,10 +257,6 @@ class FileSource:
 
     def __len__(self):
         return len(self.names)
-
-    def name(self, i):
-        """The name below what --data names, with / between its parts."""
-        return self.names[i]
 
     def content(self, i):
         """The bytes of file i, a bytearray; OSError or BadFile when it cannot be read."""
@@ -314,8 +305,7 @@ class Progress:
             of = f" of {self.total}"
             left = f", left {duration((self.total - self.done) / rate)}"
         line = f"{self.what}: {self.done}{of} {self.unit}, {rate:.3g}/s{left}"
-        done = self.total is not None and self.done >= self.total
-        end = "" if terminal and not done else "\n"
+        end = "" if terminal and self.done != self.total else "\n"
         print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
 
 
@@ -324,12 +314,12 @@ class TarSource(FileSource):
     """Images in tars, named and ordered as in the folder that the tars unpack to.
 
     tars: their [(path, bytes)]. places (N, 3): number of the tar, offset and length of each image.
-    labels (N,), -1 for none, and classes: of WebDataset's .cls files. tops: the first folders.
+    labels: what WebDataset's .cls files say.
     """
 
-    def __init__(self, root, names, tars, places, labels=None, classes=None, tops=()):
-        self.root, self.names, self.tars, self.places = root, names, tars, places
-        self.labels, self.classes, self.tops = labels, classes, tops
+    def __init__(self, root, names, tars, places, labels=None):
+        super().__init__(root, names)
+        self.tars, self.places, self.labels = tars, places, labels
 
     def content(self, i):
         """The bytes of image i, a bytearray. OSError when its tar is not what it was."""
@@ -343,9 +333,8 @@ class TarSource(FileSource):
 
     def select(self, ids, cut=0):
         """The images at ids, indices, without the first `cut` bytes of their names."""
-        ids = np.asarray(ids, np.int64)
         return TarSource(self.root, self.names.select(ids, cut), self.tars, self.places[ids],
-                         self.labels[ids] if self.classes else None, self.classes)
+                         None if self.labels is None else self.labels[ids])
 
 
 def find_tars(path):
@@ -369,11 +358,14 @@ def find_tars(path):
     parts, ends = braces[1].split(","), re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
     if ends:
         parts = [str(i).zfill(len(ends[1])) for i in range(int(ends[1]), int(ends[2]) + 1)]
-    paths = [path[:braces.start()] + part + path[braces.end():] for part in parts]
-    found = [find_tars(one) for one in paths]
-    if None in found:
-        raise DataError(f"{paths[found.index(None)]}: no such tar")
-    return sum(found, [])
+    tars = []
+    for part in parts:
+        one = path[:braces.start()] + part + path[braces.end():]
+        found = find_tars(one)
+        if found is None:
+            raise DataError(f"{one}: no such tar")
+        tars += found
+    return tars
 
 
 def tars_below(folder, depth=2):
@@ -425,41 +417,27 @@ def tar_members(f, path, start=0):
 
 
 def index_tars(path, tars):
-    """{names, places, labels, classes, tops}, arrays: the index of tars [(path, bytes)]."""
-    names, places, labels, progress = [], array("q"), [], Progress(f"indexing {path}")
+    """{names, places, labels}, arrays: the index of tars [(path, bytes)]."""
+    names, places, labels, progress = [], [], [], Progress(f"indexing {path}")
     for number, (tar, _) in enumerate(tars):
         files, texts = {}, {}
         with open(tar, "rb") as f:
-            for name, *place in tar_members(f, tar):
+            for name, at, size in tar_members(f, tar):
                 progress.step()
                 if name.endswith(".cls"):
-                    text = os.pread(f.fileno(), min(place[1], 4096), place[0])
+                    text = os.pread(f.fileno(), min(size, 4096), at)
                     texts[name[:-4]] = text.decode("utf-8", "replace").strip()
                 else:
-                    files[name] = place     # the last of one name, as when unpacked
+                    files[name] = number, at, size      # the last of one name, as when unpacked
         names += files
+        places += files.values()
         labels += [texts.get(re.sub(r"\.[^/]*$", "", name), "") for name in files]
-        for place in files.values():
-            places.extend((number, *place))
-    places = np.frombuffer(places, np.int64).reshape(-1, 3)
-    source, other = TarSource(path, Names(names), tars, places), {}
-    for i, name in enumerate(names):
-        if not name.lower().endswith(EXTENSIONS):
-            other.setdefault(ending_of(name), []).append(i)
-    passed = {ending: ids for ending, ids in other.items()
-              if not are_images(source.select([ids[0], ids[len(ids) // 2], ids[-1]]))}
-    say_passed(path, Counter({ending: len(ids) for ending, ids in passed.items()}))
-    names = in_folders(path, [tar for tar, _ in tars], names, places[:, 0].tolist())
-    # as list_files: in each folder its files, then its folders
-    keys = ["//".join(os.path.split(name)).replace("/", "\0") for name in names]
-    order = sorted(set(range(len(names))).difference(*passed.values()), key=keys.__getitem__)
-    names, labels = [names[i] for i in order], [labels[i] for i in order]
-    classes = sorted_classes(set(labels) - {""})
-    numbers = {text: i for i, text in enumerate(classes)} | {"": -1}
-    return dict(names=np.frombuffer(os.fsencode("\0".join(names)), np.uint8),
-                places=places[order], classes=np.array(classes, str),
-                labels=np.array([numbers[label] for label in labels], np.int64),
-                tops=np.array(sorted({n.split("/", 1)[0] for n in names if "/" in n}), str))
+    names = in_folders(path, [tar for tar, _ in tars], names, [number for number, *_ in places])
+    order = sorted(range(len(names)), key=lambda i: tree_order(names[i]))
+    source = TarSource(path, Names(names), tars, np.array(places, np.int64).reshape(-1, 3),
+                       np.array(labels, str)).select(order)
+    source = source.select(images_of(source, warn=True))
+    return dict(names=source.names.array, places=source.places, labels=source.labels)
 
 
 def in_folders(path, tars, names, tar):
@@ -500,7 +478,7 @@ def open_tars(path, tars):
         place = os.path.join(tempfile.gettempdir(), f"tar-index-{os.getuid()}-{name}.npz")
     tars = [(tar, s.st_size) for tar, s in zip(tars, status)]
     made = [(os.path.basename(tar), size, s.st_mtime_ns) for (tar, size), s in zip(tars, status)]
-    made, index = json.dumps([2, EXTENSIONS, made]), {}
+    made, index = json.dumps([3, EXTENSIONS, made]), {}
     with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):
         with np.load(place, allow_pickle=False) as kept:
             index = dict(kept)
@@ -513,9 +491,8 @@ def open_tars(path, tars):
             os.replace(part, place)
         except OSError as error:
             note(f"{place}: cannot be written ({error.strerror}), so it is made again each time")
-    names, classes = Names(text=index["names"].tobytes()), index["classes"].tolist()
-    return TarSource(path, names, tars, index["places"], index["labels"] if classes else None,
-                     classes, index["tops"].tolist())
+    labels = index["labels"] if (index["labels"] != "").any() else None
+    return TarSource(path, Names(index["names"]), tars, index["places"], labels)
 
 
 class Dataset:
@@ -544,7 +521,7 @@ class Dataset:
         return None if self.source is None else self.source.names
 
     def file(self, i):
-        return f"{self.name}/{i}" if self.source is None else self.source.name(i)
+        return f"{self.name}/{i}" if self.source is None else self.files[i]
 
     def open(self, i):
         """Image i with its bytes in memory and its header read (`Encoded`), or a BadFile."""
@@ -625,49 +602,47 @@ def list_files(root, warn=False):
     Hidden ones are left out, and every real folder is visited once, however many links lead there.
     Files of other endings are taken if it is images that they hold; warn: say what is passed over.
     """
-    blocks, other, seen, todo, links = {}, {}, set(), [("", root)], []
-    while todo or links:
-        links.sort(reverse=True)            # after the real folders, the first at the end
-        prefix, folder = (todo or links).pop()
-        try:
+    def fail(error):
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from None
+
+    names, seen, links = [], set(), [root]
+    while links:                            # after the real folders, the first at the end
+        links.sort(reverse=True)
+        for folder, inner, files in os.walk(links.pop(), onerror=fail):
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
+                inner.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
-            files = blocks[prefix] = []
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name[0] == ".":
-                        continue
-                    if entry.is_dir():
-                        inner = f"{prefix}{entry.name}/", entry.path
-                        (links if entry.is_symlink() else todo).append(inner)
-                    else:
-                        files.append(entry.name)
-        except OSError as error:
-            raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
-    for prefix, files in blocks.items():
-        for name in files:
-            if not name.lower().endswith(EXTENSIONS):
-                other.setdefault(ending_of(name), []).append(prefix + name)
-    passed = {}
-    for ending, names in other.items():
-        names.sort()
-        if not are_images(FileSource(root, sorted({names[0], names[len(names) // 2], names[-1]}))):
-            passed |= dict.fromkeys(names)
-    if warn:
-        say_passed(root, Counter(map(ending_of, passed)))
-    order = sorted(blocks, key=lambda prefix: prefix.split("/"))
-    names = (prefix + name for prefix in order for name in sorted(blocks[prefix]))
-    return Names(name for name in names if name not in passed)
+            inner[:] = [name for name in inner if name[0] != "."]
+            paths = (os.path.join(folder, name) for name in inner)
+            links += [os.path.join(path, "") for path in paths if os.path.islink(path)]
+            prefix = os.path.join(folder, "")[len(os.path.join(root, "")):]
+            names += [prefix + name for name in files if name[0] != "."]
+    source = FileSource(root, sorted(names, key=tree_order))
+    return source.names.select(images_of(source, warn))
 
 
-def say_passed(path, passed):
-    """Note how many files of which endings, a Counter, are no images."""
-    if passed:
-        note(f"{path}: passed over {passed.total()} files that are no images: "
+def tree_order(name):
+    """A key that sorts names as folders are listed: in each its files, then its folders."""
+    return "\0\0".join(name.rpartition("/")[::2]).replace("/", "\0")
+
+
+def images_of(source, warn=False):
+    """Indices of the images of a source: by their endings, or if most of three of an ending are
+    some; warn: say how many files of which endings are passed over."""
+    other = {}
+    for i, name in enumerate(source.names):
+        if not name.lower().endswith(EXTENSIONS):
+            other.setdefault(ending_of(name), []).append(i)
+    passed = {ending: ids for ending, ids in other.items()
+              if not are_images(source.select(sorted({ids[0], ids[len(ids) // 2], ids[-1]})))}
+    if warn and passed:
+        counts = Counter({ending: len(ids) for ending, ids in passed.items()})
+        note(f"{source.root}: passed over {counts.total()} files that are no images: "
              + ", ".join(f"{n} {ending or 'without an ending'}"
-                         for ending, n in passed.most_common(8)))
+                         for ending, n in counts.most_common(8)))
+    return sorted(set(range(len(source))).difference(*passed.values()))
 
 
 def ending_of(name):
@@ -734,7 +709,7 @@ def open_source(path, train=None, whole=False):
     tars = find_tars(path)
     if tars:
         source = open_tars(path, tars)
-        tops = source.tops
+        tops = map(os.fsdecode, set(source.names.folders()) - {b""})
     elif os.path.isdir(path):
         with os.scandir(path) as entries:
             tops = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
@@ -742,21 +717,14 @@ def open_source(path, train=None, whole=False):
         raise DataError(f"{path}: no such folder, list file or tar (--data)")
     parts = {} if train is None else parts_of(path, tops)
     part = "" if train is None or whole else choose_part(path, parts, train)
-    if tars:
-        cut = len(os.fsencode(part)) + 1
-        return source.select(source.names.below(part), cut) if part else source, parts
-    root = os.path.join(path, part) if part else path
-    return FileSource(root, list_files(root, warn=True)), parts
-
-
-def check_list(path):
-    """DataError for a file that is no text, with what it is."""
-    with open(path, "rb") as f:
-        head = f.read(4096)
-    kind = next((kind for start, kind in NOT_LISTS.items() if head.startswith(start)), None)
-    if kind or b"\0" in head:
-        raise DataError(f"--data {path} is {kind or 'neither text nor a folder'}; what can be read "
-                        "is a folder of image files, or a list of them")
+    if not tars:
+        root = os.path.join(path, part) if part else path
+        source = FileSource(root, list_files(root, warn=True))
+    elif part:
+        source = source.select(source.names.below(part), len(os.fsencode(part)) + 1)
+    if not len(source):
+        raise DataError(f"{path}: no images found (looked for {', '.join(EXTENSIONS)})")
+    return source, parts
 
 
 def read_table(path):
@@ -767,10 +735,16 @@ def read_table(path):
     after an image.
     """
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as f:
-            lines = [line.strip() for line in f.read().splitlines() if line.strip(' \t"')]
+        with open(path, "rb") as f:
+            head = f.read(4096)
+            kind = next((kind for start, kind in NOT_LISTS.items() if head.startswith(start)), None)
+            if kind or b"\0" in head:
+                raise DataError(f"{path} is {kind or 'neither text nor a folder'}; what can be "
+                                "read is a folder of image files, or a list of them")
+            text = (head + f.read()).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip(' \t"')]
     if not lines:
         raise DataError(f"{path}: the list is empty")
     for delimiter in ",;\t":
@@ -836,20 +810,20 @@ def open_folder(path, train, in_chans, labels_file=None, val_share=0):
     if in_chans not in (1, 3, 4):
         raise DataError(f"--in-chans {in_chans}: images are read with 1 (grey), 3 (RGB) or 4 "
                         "(RGBA) channels")
-    name, part, labels = path, train or val_share > 0, None
+    name, part, rows = path, train or val_share > 0, None
     is_list = os.path.isfile(path) and not find_tars(path)
+    if is_list and labels_file:
+        raise DataError(f"--labels-file {labels_file}: {path} is a list already")
     if is_list:
-        check_list(path)
-        if labels_file:
-            raise DataError(f"--labels-file {labels_file}: {path} is a list already")
         path, labels_file = os.path.dirname(os.path.abspath(path)), path
-    source, parts = open_source(path, None if is_list else part, whole=bool(labels_file))
     if labels_file:
-        source, labels, parts = listed_images(source, labels_file, path, parts, part)
+        rows = read_table(labels_file)
+    source, parts = open_source(path, None if is_list else part, whole=bool(rows))
+    labels = None
+    if rows:
+        source, labels, parts = listed_images(source, rows, labels_file, path, parts, part)
     if val_share and ("val" in parts or "test" in parts):
         raise DataError(f"--val-share: {name} has test images of its own")
-    if not len(source):
-        raise DataError(f"{name}: no images found (looked for {', '.join(EXTENSIONS)})")
     dataset = Dataset(source, in_chans=in_chans, name=name)
     if labels:
         dataset.label(labels, sorted_classes(labels))
@@ -857,20 +831,17 @@ def open_folder(path, train, in_chans, labels_file=None, val_share=0):
              f"{', '.join(dataset.classes[:4])}{', ...' if len(dataset.classes) > 4 else ''}")
     elif source.labels is None:
         dataset.label_by_folders(train)
-    elif (source.labels >= 0).all():
-        used, labels = np.unique(source.labels, return_inverse=True)
-        dataset.classes = [source.classes[i] for i in used]
-        dataset.labels = torch.from_numpy(labels)
+    elif "" in source.labels:
+        missing = np.flatnonzero(source.labels == "")
+        dataset.unlabelled = f"{len(missing)} have no .cls, first {dataset.file(missing[0])}"
     else:
-        missing = np.flatnonzero(source.labels < 0)
-        dataset.unlabelled = f"{len(missing)} have no .cls, first {source.name(missing[0])}"
+        dataset.label(source.labels.tolist(), sorted_classes(source.labels.tolist()))
     return split_off(dataset, val_share, train) if val_share else dataset
 
 
-def listed_images(source, table, root, parts, train):
+def listed_images(source, rows, table, root, parts, train):
     """(source, labels or None, parts) of the rows of a list; of the part to train or to test on, by
     its column split, or by the folders `parts`, where there are such."""
-    rows = read_table(table)
     ids = find_listed(source.names, [name for name, *_ in rows], table, root)
     splits = [split for *_, split in rows]
     if any(splits):
@@ -880,20 +851,19 @@ def listed_images(source, table, root, parts, train):
                             "of train, val, test")
         parts = {kind: kind for kind in kinds}
     else:
-        kinds = [source.name(i).split("/")[0] for i in ids]
+        kinds = [source.names[i].split("/")[0] for i in ids]
     chosen = choose_part(table, parts, train)
-    mine = [(i, label and nfc(label)) for i, kind, (_, label, _) in zip(ids, kinds, rows)
+    mine = [(i, nfc(label or "")) for i, kind, (_, label, _) in zip(ids, kinds, rows)
             if not chosen or kind == chosen]
-    source = source.select([i for i, _ in mine])
-    if not any(label for _, label in mine):
+    source, labels = source.select([i for i, _ in mine]), [label for _, label in mine]
+    if not any(labels):
         return source, None, parts
     known = {}
     for row, (i, label) in enumerate(mine):
         if not label or known.setdefault(i, label) != label:
             trouble = "two labels" if label else "no label"
-            raise DataError(f"{table}: {source.name(row)} has {trouble}")
+            raise DataError(f"{table}: {source.names[row]} has {trouble}")
     # numbers for folders, as in ImageNet's lists, are known by the folders' names
-    labels = [label for _, label in mine]
     folders = [os.path.basename(os.path.dirname(file)) for file in source.names]
     pairs, numbers = len(set(zip(folders, labels))), all(map(str.isdecimal, set(labels)))
     if numbers and "" not in folders and pairs == len(set(folders)) == len(set(labels)):
@@ -932,8 +902,6 @@ def first_of_each(labels, wanted, order):
 def every_image(path, in_chans=3, value_range=None):
     """All images below a folder or in tars, of all parts, without labels. DataError: none."""
     dataset = Dataset(open_source(path)[0], in_chans=in_chans, name=path)
-    if not len(dataset):
-        raise DataError(f"{path}: no images found (looked for {', '.join(EXTENSIONS)})")
     dataset.range = find_range(dataset, value_range)
     return dataset
 
@@ -1036,16 +1004,17 @@ def into_memory(dataset, sizes, max_bad=0.01):
     def decode(i):
         """Whether image i fits in, or cannot be read."""
         try:
-            pixels = dataset.read(i)
+            pixels = dataset.read(i).permute(2, 0, 1)
         except BadFile as error:
             bad[i] = str(error)
             return True
-        if pixels.shape[:2] == (height, width):
-            images[i] = pixels.permute(2, 0, 1)
-        return pixels.shape[:2] == (height, width)
+        fits = pixels.shape == images.shape[1:]
+        if fits:
+            images[i] = pixels
+        return fits
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        if all(pool.map(decode, range(n))):     # else they are read as files
+    with ThreadPool(os.cpu_count()) as pool:
+        if all(pool.imap(decode, range(n))):     # else they are read as files
             dataset.bad = dict(sorted(bad.items()))
             report_bad(dataset, max_bad)
             dataset.images = images
@@ -1164,17 +1133,21 @@ def stand_ins(dataset, i):
 class Reader(torch.utils.data.Dataset):
     """Reads files, decodes no larger than the crops need, crops and resizes: in the workers.
 
-    loader: a copy without the DataLoader, or both are in a cycle, whose end waits 5 s a worker.
+    Also the DataLoader's sampler: what is to be read from `begin`, an (epoch, batch), on. loader: a
+    copy without the DataLoader, or both are in a cycle, whose end waits 5 s a worker.
     """
 
     TOGETHER = 64                           # images that are opened at once
 
     def __init__(self, loader):
-        self.loader, self.dataset = loader, loader.dataset
+        self.loader, self.dataset, self.begin = loader, loader.dataset, (0, 0)
         jpeg_decoder()                      # imported once, before workers are forked
 
-    def __getitems__(self, key):
-        """key (epoch, [i, ...]) -> (shown, bad, crops): the images shown, a list, with others in
+    def __iter__(self):
+        yield from self.loader.stream(*self.begin)
+
+    def __getitem__(self, key):
+        """key (epoch, [i, ...]) -> [shown, bad, crops]: the images shown, a list, with others in
         place of those that cannot be read (-1: none is found); {i: what is wrong with it}; for each
         view its crops, uint8 (N, C, h, w) with channels last in memory. Or a DataError to raise."""
         epoch, wanted = key
@@ -1195,7 +1168,7 @@ class Reader(torch.utils.data.Dataset):
             except RuntimeError as error:
                 return DataError(f"a data worker has no shared memory ({error}): make /dev/shm "
                                  "larger, or give --workers 0", 1)
-        return shown, {wanted[row]: trouble for row, trouble in bad.items()}, crops
+        return [shown, {wanted[row]: trouble for row, trouble in bad.items()}, crops]
 
     def fill(self, rows, shown, crops, epoch):
         """Put the crops of image shown[row] into each row; {row: what is wrong with its image}."""
@@ -1216,23 +1189,21 @@ class Reader(torch.utils.data.Dataset):
         room[torch.tensor([not image.is_jpeg for image in opened.values()])] = 1
         factors = 2 ** torch.bucketize(room, torch.tensor([2.0, 4.0, 8.0]), right=True)
         small = -(-full // factors[:, None])
-        plans = self.boxes(ids, small, epoch).tolist()
-        for at, (row, factor, size) in enumerate(
-                zip(list(opened), factors.tolist(), small.tolist())):
+        plans = zip(list(opened), ids.split(1), factors.tolist(), small.tolist(),
+                    self.boxes(ids, small, epoch).tolist())
+        for row, i, factor, size, boxes in plans:
             try:
                 pixels = opened.pop(row).pixels(self.dataset.in_chans, factor, self.dataset.range)
             except BadFile as error:
                 failed[row] = str(error)
                 continue
-            boxes = plans[at]
             if list(pixels.shape[:2]) != size:      # a format that is turned as it is decoded
-                turned = torch.tensor([pixels.shape[:2]])
-                boxes = self.boxes(ids[at:at + 1], turned, epoch)[0].tolist()
+                boxes = self.boxes(i, torch.tensor([pixels.shape[:2]]), epoch)[0].tolist()
             for k, (box, view) in enumerate(zip(boxes, loader.views)):
                 cut = crop(pixels, box, loader.size, view)
                 if view.get("pixels"):
-                    cut = per_image(cut[None].contiguous(), ids[at:at + 1], view["pixels"],
-                                    PIXELS, k, loader.seed, epoch)[0]
+                    cut = per_image(cut[None].contiguous(), i, view["pixels"], PIXELS, k,
+                                    loader.seed, epoch)[0]
                 crops[k][row] = cut
         return failed
 
@@ -1286,13 +1257,6 @@ class Batch:
         return uniform(ids, length, MASK, self.loader.seed, self.epoch)
 
 
-class Keys:
-    """What a DataLoader is to read next: it asks for a new iterator where it starts over."""
-
-    def __iter__(self):
-        return self.keys
-
-
 class Loader:
     """Batches of a set, in hashed order: for batch in loader.epoch(e, start): ...
 
@@ -1320,15 +1284,15 @@ class Loader:
             if workers and len(os.fsencode(tempfile.gettempdir())) > 75:
                 raise DataError(f"the temporary folder {tempfile.gettempdir()} has too long a name "
                                 "for the sockets of data workers: set TMPDIR to a shorter one", 1)
-            self.plan, self.keys = copy.copy(self), Keys()
             ahead = -(-2 * -(-batch_size // self.part) // max(workers, 1))
+            reader = Reader(copy.copy(self))
             self.reader = torch.utils.data.DataLoader(
-                Reader(self.plan), batch_sampler=self.keys, num_workers=workers,
-                collate_fn=whole, worker_init_fn=settle, pin_memory=self.device.type == "cuda",
+                reader, batch_size=None, sampler=reader, num_workers=workers,
+                worker_init_fn=settle, pin_memory=self.device.type == "cuda",
                 persistent_workers=workers > 0,
                 prefetch_factor=max(ahead, 2) if workers else None)
 
-    def __getstate__(self):                 # a plan as workers need it; the device is not theirs
+    def __getstate__(self):                 # for the workers: the device is not theirs
         return {k: v for k, v in self.__dict__.items() if k not in ("mean", "std")}
 
     def __len__(self):
@@ -1365,7 +1329,7 @@ class Loader:
     def epoch(self, epoch, start=0):
         """The batches of an epoch, from batch `start` on."""
         if self.reader is not None and self.place != (epoch, start):
-            self.keys.keys = self.plan.stream(epoch, start)
+            self.reader.dataset.begin = epoch, start
             try:
                 self.items = iter(self.reader)
             except OSError as error:
@@ -1395,8 +1359,8 @@ class Loader:
     def held(self, ids, epoch):
         """A batch of images in memory."""
         shown, bad = ids.tolist(), self.dataset.bad
-        for row, i in enumerate(shown) if bad and self.shuffle else ():
-            if i in bad:
+        for row, i in enumerate(shown):
+            if i in bad and self.shuffle:
                 good = (other for other in stand_ins(self.dataset, i) if other not in bad)
                 shown[row] = next(good, -1)
         return self.batch(ids, epoch, shown, bad)
@@ -1427,11 +1391,6 @@ class Loader:
 def settle(worker):
     """In a new worker: to collect garbage among what is its parent's would copy 80 MiB of it."""
     gc.freeze()
-
-
-def whole(batch):
-    """Collates what comes as a batch already."""
-    return batch
 
 
 # ------------------------------------------------------------------------------------ embedded set
