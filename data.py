@@ -745,11 +745,23 @@ def read_table(path):
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     lines = [line.strip() for line in text.splitlines() if line.strip(' \t"')]
-    if not lines:
+    rows = table_of(lines)
+    if rows is None:
+        rows = []
+        for line in (line.strip('"') for line in lines):
+            name, *label = line.rsplit(maxsplit=1)
+            has = label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS))
+            rows.append((name, label[0], None) if has else (line, None, None))
+    if not rows:
         raise DataError(f"{path}: the list is empty")
+    return rows
+
+
+def table_of(lines):
+    """The rows of a CSV, see `read_table`, or None where the lines are none."""
     for delimiter in ",;\t":
         rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-        try:
+        with contextlib.suppress(StopIteration, csv.Error):
             first = next(rows)
             heads = [cell.strip().lower() for cell in first]
             if set(heads) & set(COLUMNS["file"]):
@@ -763,31 +775,23 @@ def read_table(path):
                 continue
             return [tuple(None if at is None or at >= len(row) else row[at].strip()
                           for at in places) for row in rows]
-        except csv.Error as error:
-            raise DataError(f"{path}: no table ({error})") from None
-    rows = []
-    for line in (line.strip('"') for line in lines):
-        name, *label = line.rsplit(maxsplit=1)
-        has = label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS))
-        rows.append((name, label[0], None) if has else (line, None, None))
-    return rows
 
 
-def find_listed(files, names, where, root=None):
-    """Indices into files of the listed names; all must be found. By the whole name, else by its
-    last two parts or one; absolute where they lie below the folder `root`."""
+def find_listed(source, rows, where):
+    """Indices into a source of the listed names; all must be found. By the whole name, else by its
+    last two parts or one; absolute where they lie below its root."""
     position = {}
-    for i, file in enumerate(files):
+    for i, file in enumerate(source.names):
         position.setdefault(nfc(file[file.rfind("/") + 1:]), []).append(i)
     chosen, missing, doubtful = [], [], []
-    for listed in names:
+    for listed, *_ in rows:
         name = nfc(listed if "/" in listed else listed.replace("\\", "/"))
-        if name.startswith("/") and root:
-            name = os.path.relpath(os.path.realpath(name), os.path.realpath(root))
+        if name.startswith("/"):
+            name = os.path.relpath(os.path.realpath(name), os.path.realpath(source.root))
         parts = os.path.normpath(name).split("/")
         if parts[0] in ("", ".."):
             raise DataError(f"{where}: the name {listed!r} leads out of the data folder")
-        hits = {i: nfc(files[i]).split("/") for i in position.get(parts[-1], ())}
+        hits = {i: nfc(source.names[i]).split("/") for i in position.get(parts[-1], ())}
         fits = [i for i, own in hits.items() if own == parts] or [
             i for i, own in hits.items()        # a file in no folder goes by its name alone
             if len(parts) == 1 or own[-2:-1] in ([], parts[-2:-1])]
@@ -796,7 +800,7 @@ def find_listed(files, names, where, root=None):
         else:
             (doubtful if fits else missing).append(listed)
     if missing:
-        raise DataError(f"{where}: {len(missing)} of {len(names)} listed images do not exist, "
+        raise DataError(f"{where}: {len(missing)} of {len(rows)} listed images do not exist, "
                         f"first {missing[0]}")
     if doubtful:
         raise DataError(f"{where}: {doubtful[0]} stands for several images; list it with its "
@@ -810,18 +814,16 @@ def open_folder(path, train, in_chans, labels_file=None, val_share=0):
     if in_chans not in (1, 3, 4):
         raise DataError(f"--in-chans {in_chans}: images are read with 1 (grey), 3 (RGB) or 4 "
                         "(RGBA) channels")
-    name, part, rows = path, train or val_share > 0, None
+    name, part, labels = path, train or val_share > 0, None
     is_list = os.path.isfile(path) and not find_tars(path)
     if is_list and labels_file:
         raise DataError(f"--labels-file {labels_file}: {path} is a list already")
     if is_list:
         path, labels_file = os.path.dirname(os.path.abspath(path)), path
-    if labels_file:
-        rows = read_table(labels_file)
+    rows = read_table(labels_file) if labels_file else []
     source, parts = open_source(path, None if is_list else part, whole=bool(rows))
-    labels = None
     if rows:
-        source, labels, parts = listed_images(source, rows, labels_file, path, parts, part)
+        source, labels, parts = listed_images(source, rows, labels_file, parts, part)
     if val_share and ("val" in parts or "test" in parts):
         raise DataError(f"--val-share: {name} has test images of its own")
     dataset = Dataset(source, in_chans=in_chans, name=name)
@@ -839,10 +841,10 @@ def open_folder(path, train, in_chans, labels_file=None, val_share=0):
     return split_off(dataset, val_share, train) if val_share else dataset
 
 
-def listed_images(source, rows, table, root, parts, train):
+def listed_images(source, rows, table, parts, train):
     """(source, labels or None, parts) of the rows of a list; of the part to train or to test on, by
     its column split, or by the folders `parts`, where there are such."""
-    ids = find_listed(source.names, [name for name, *_ in rows], table, root)
+    ids = find_listed(source, rows, table)
     splits = [split for *_, split in rows]
     if any(splits):
         kinds = [part_kind(split or "") for split in splits]
@@ -1046,9 +1048,8 @@ def labelled(dataset, spec=None, seed=0, draw="balanced"):
     elif os.path.isfile(spec):
         if dataset.files is None:
             raise DataError(f"--labels {spec}: a list names files, and {dataset.name} has none")
-        rows, root = read_table(spec), getattr(dataset.source, "root", None)
-        ids = find_listed(dataset.files, [name for name, *_ in rows], f"--labels {spec}", root)
-        ids = torch.tensor(sorted(ids), dtype=torch.long)
+        rows = read_table(spec)
+        ids = torch.tensor(sorted(find_listed(dataset.source, rows, f"--labels {spec}")))
         how = f"list {os.path.basename(spec)}"
         if any(label for _, label, _ in rows):
             note(f"--labels {spec} chooses images; the labels in it are not used, but those "
@@ -1159,7 +1160,7 @@ class Reader(torch.utils.data.Dataset):
             for attempt in range(20):
                 for row in failed:
                     shown[row] = stand_ins(self.dataset, wanted[row])[attempt]
-                failed = failed and self.fill(failed, shown, crops, epoch)
+                failed = self.fill(failed, shown, crops, epoch)
             for row in failed:
                 shown[row] = -1
         if torch.utils.data.get_worker_info():      # here, not in the thread that hands it over,
@@ -1373,7 +1374,7 @@ class Loader:
         shown, bads, crops = zip(*parts)
         shown, known = sum(shown, []), len(self.dataset.bad)
         bad = dict(item for found in bads for item in found.items())
-        self.dataset.bad |= bad | self.dataset.bad
+        self.dataset.bad |= bad
         report_bad(self.dataset, self.max_bad, known)
         crops = [torch.cat([part.to(self.device, non_blocking=True) for part in view])
                  for view in zip(*crops)]
@@ -1398,7 +1399,7 @@ SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("columns", "rows", "checks", "dots")
 
 
-def embedded(train=True, in_chans=3, n=None, side=32):
+def embedded(train=True, in_chans=3, n=None):
     """4,096 (train) or 2,048 (test) drawn images of 16 classes, a shape filled with a texture.
 
     Image i is a function of i alone. Colours, place, size, turn, ground and light are random, so
@@ -1410,8 +1411,7 @@ def embedded(train=True, in_chans=3, n=None, side=32):
     first = 0 if train else 1 << 20
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                # many small operations: faster alone
-    images = torch.cat([draw(torch.arange(first + i, first + min(i + 32, n)), side)
-                        for i in range(0, n, 32)])
+    images = torch.cat([draw(ids) for ids in torch.arange(first, first + n).split(32)])
     torch.set_num_threads(threads)
     if in_chans == 1:
         images = (grey(images.float()) + 0.5).to(torch.uint8)
@@ -1421,13 +1421,11 @@ def embedded(train=True, in_chans=3, n=None, side=32):
                    name="embedded")
 
 
-def texture(kind, x, y, u):
-    """Pattern in [0, 1] at x, y (N, s, s) for kinds (N,); u (N, 4): frequency, turn, two phases."""
-    angle = (u[:, 1] - 0.5) * 0.4
-    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    frequency = (14.0 + 5.0 * u[:, 0])[:, None, None]
-    a = frequency * (x * cos + y * sin) + 6.28 * u[:, 2, None, None]
-    b = frequency * (y * cos - x * sin) + 6.28 * u[:, 3, None, None]
+def texture(kind, x, y, frequency, turn, *phases):
+    """Pattern in [0, 1] at x, y (N, s, s) for kinds (N,); the other numbers (N, 1, 1) are random."""
+    frequency, turn = 14.0 + 5.0 * frequency, (turn - 0.5) * 0.4
+    a = frequency * (x * turn.cos() + y * turn.sin()) + 6.28 * phases[0]
+    b = frequency * (y * turn.cos() - x * turn.sin()) + 6.28 * phases[1]
     dots = 8 * (0.7 * a).sin().abs() * (0.7 * b).sin().abs() - 4.5
     patterns = torch.stack([3 * a.sin(), 3 * b.sin(), 6 * a.sin() * b.sin(), dots], 1)
     return patterns[torch.arange(len(kind)), kind].sigmoid()
@@ -1436,21 +1434,19 @@ def texture(kind, x, y, u):
 def draw(ids, side=32):
     """Embedded images (N, 3, side, side) uint8 of these numbers: drawn twice as large, averaged."""
     n, s = len(ids), 2 * side
-    u = uniform(ids, 40, 20230501)
+    u = uniform(ids, 40, 20230501)[:, :, None, None]
+    pick = u.unbind(1)                                                  # numbers (N, 1, 1)
     label = (ids % (1 << 20) * 5) % 16
     line = (torch.arange(s) + 0.5) / s * 2 - 1
     y, x = line[:, None].expand(n, s, s), line[None].expand(n, s, s)
 
-    def pick(column):
-        return u[:, column, None, None]
-
     def colour(column, low, high):
         """A random light in [low, high] with a tint of its own, (N, 3, 1, 1)."""
         light = low + (high - low) * u[:, column:column + 1]
-        return (light + 0.3 * (u[:, column + 1:column + 4] - 0.5))[:, :, None, None]
+        return light + 0.3 * (u[:, column + 1:column + 4] - 0.5)
 
-    scale, turn = 0.62 + 0.28 * pick(0), (pick(1) - 0.5) * 0.5
-    dx, dy = x - (pick(2) - 0.5) * 0.4, y - (pick(3) - 0.5) * 0.4
+    scale, turn = 0.62 + 0.28 * pick[0], (pick[1] - 0.5) * 0.5
+    dx, dy = x - (pick[2] - 0.5) * 0.4, y - (pick[3] - 0.5) * 0.4
     px = (dx * turn.cos() + dy * turn.sin()) / scale
     py = (dy * turn.cos() - dx * turn.sin()) / scale
     disc = px.square() + py.square() - 0.9
@@ -1462,13 +1458,13 @@ def draw(ids, side=32):
     inside = (shapes[torch.arange(n), label // 4] < 0)[:, None]
     # the ground is a smooth wave between two middling colours, the figure's texture a dark and a
     # light one
-    turned = x * (6.28 * pick(4)).cos() + y * (6.28 * pick(4)).sin()
-    wave = (1.5 * turned + 6.28 * pick(5)).sin() * 0.5 + 0.5
+    turned = x * (6.28 * pick[4]).cos() + y * (6.28 * pick[4]).sin()
+    wave = (1.5 * turned + 6.28 * pick[5]).sin() * 0.5 + 0.5
     ground = torch.lerp(colour(6, 0.3, 0.7), colour(10, 0.3, 0.7), wave[:, None])
-    pattern = texture(label % 4, x, y, u[:, 22:26])[:, None]
+    pattern = texture(label % 4, x, y, *pick[22:26])[:, None]
     figure = torch.lerp(colour(14, 0.0, 0.3), colour(18, 0.7, 1.0), pattern)
     image = torch.where(inside, figure, ground)
-    light = 1 + 0.5 * (pick(26) - 0.5) * x + 0.5 * (pick(27) - 0.5) * y
+    light = 1 + 0.5 * (pick[26] - 0.5) * x + 0.5 * (pick[27] - 0.5) * y
     noise = uniform(ids, 3 * side * side, 20230502).reshape(n, 3, side, side) - 0.5
     image = F.avg_pool2d(image * light[:, None], 2) + 0.04 * noise
     return (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
@@ -1521,7 +1517,7 @@ def say_range(dataset, least, largest):
 
 
 def check(args):
-    """Read every image below args.folder; [(file, kind, what is wrong)] of the bad ones."""
+    """Read every image below args.folder; DataError: some are bad."""
     dataset = every_image(args.folder, value_range=args.range)
     bad, special, ranges, n = [], Counter(), [], len(dataset)
     progress = Progress(f"checking {args.folder}", n)
@@ -1547,7 +1543,6 @@ def check(args):
     if bad:
         kinds = Counter(kind for _, kind, _ in bad)
         raise DataError(f"{len(bad)} of {n} images are bad: {counted(kinds)}", 1)
-    return bad
 
 
 # ---------------------------------------------------------------------------- python data.py pack
