@@ -18,7 +18,6 @@ import gc
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import signal
@@ -246,8 +245,8 @@ class Names:
 
 
 class FileSource:
-    """Image files: `names` below the folder `root`. Any source of bytes has `names`, these methods,
-    and `labels`: None, or (N,) names of classes, "" for none."""
+    """Image files: `names` below the folder `root`. Any source of bytes has these attributes and
+    methods. labels: None, or (N,) names of classes, "" for none."""
 
     labels = None
 
@@ -292,7 +291,7 @@ class Progress:
     def __init__(self, what, total=None, unit="images", quiet=False):
         self.what, self.total, self.unit, self.done = what, total, unit, 0
         self.started = time.perf_counter()
-        self.due = math.inf if quiet else self.started + 5
+        self.due = float("inf") if quiet else self.started + 5
 
     def step(self, n=1):
         self.done += n
@@ -711,8 +710,8 @@ def open_source(path, train=None, whole=False):
         source = open_tars(path, tars)
         tops = map(os.fsdecode, set(source.names.folders()) - {b""})
     elif os.path.isdir(path):
-        with os.scandir(path) as entries:
-            tops = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+        inner = next(os.walk(path), (path, [], []))[1]
+        tops = [name for name in inner if name[0] != "."]
     else:
         raise DataError(f"{path}: no such folder, list file or tar (--data)")
     parts = {} if train is None else parts_of(path, tops)
@@ -879,15 +878,13 @@ def sorted_classes(labels):
     return sorted(classes, key=int) if all(c.isdecimal() for c in classes) else classes
 
 
-def split_off(dataset, share, train, seed=0):
+def split_off(dataset, share, train):
     """A random share of each class, of the whole set where there are none, or to train on what
     remains; the same images in every run."""
-    labels = dataset.labels
-    if labels is None:
-        labels = torch.zeros(len(dataset), dtype=torch.long)
+    labels = torch.zeros(len(dataset)).long() if dataset.labels is None else dataset.labels
     counts = labels.bincount()
     wanted = (counts * share).round().clamp_min(1).minimum(counts - 1)
-    held = first_of_each(labels, wanted, shuffled(len(dataset), SUBSET, 5, seed))
+    held = first_of_each(labels, wanted, shuffled(len(dataset), SUBSET, 5, 0))
     mine = torch.full((len(dataset),), bool(train))
     mine[held] = not train
     return dataset.select(mine.nonzero()[:, 0])
@@ -934,10 +931,10 @@ def load(source, train=True, in_chans=3, stats="imagenet", max_bad=0.01, value_r
     return dataset
 
 
-def sample(dataset, most=64):
-    """[(index, size, bits)] of images chosen by hash, by their headers."""
+def sample(dataset):
+    """[(index, size, bits)] of 64 images chosen by hash, by their headers."""
     found = []
-    for i in shuffled(len(dataset), 0, SUBSET)[:most].tolist():
+    for i in shuffled(len(dataset), 0, SUBSET)[:64].tolist():
         with contextlib.suppress(BadFile):
             image = dataset.open(i)
             found.append((i, image.size, image.bits))
@@ -994,7 +991,7 @@ def download(name, train, in_chans):
     return Dataset(images=images, labels=torch.tensor(raw.targets), classes=raw.classes, name=name)
 
 
-def into_memory(dataset, sizes, max_bad=0.01):
+def into_memory(dataset, sizes, max_bad):
     """Decode images that all have one small size into memory; others are left as they are. sizes:
     {(H, W)} of a sample."""
     n, (height, width) = len(dataset), max(sizes, default=(0, 0))
@@ -1086,9 +1083,8 @@ def drawn(dataset, spec, seed, draw):
             raise DataError(f"--labels {spec!r}: there are only {len(labels)} images")
         return order[:n].sort().values
     counts = labels.bincount(minlength=len(classes))
-    wanted = torch.full_like(counts, value)
-    if share:
-        wanted = (counts * value / 100).round().clamp_min(1).long()
+    some = (counts * value / 100).round().clamp_min(1).long()
+    wanted = some if share else torch.full_like(counts, value)
     short = (counts < wanted).nonzero()[:, 0].tolist()
     if short:
         raise DataError(f"--labels {spec!r}: class {classes[short[0]]} has only "
@@ -1111,10 +1107,10 @@ def same_classes(train, test):
     return test
 
 
-def measure_stats(dataset, most=5000):
+def measure_stats(dataset):
     """Mean and std of each channel over at most 5,000 images, chosen by hash."""
     total, squares, count = 0.0, 0.0, 0
-    for i in shuffled(len(dataset), 1, SUBSET)[:most].tolist():
+    for i in shuffled(len(dataset), 1, SUBSET)[:5000].tolist():
         with contextlib.suppress(BadFile):
             x = dataset.read(i).double().flatten(0, 1)
             total, squares, count = total + x.sum(0), squares + x.square().sum(0), count + len(x)
@@ -1338,7 +1334,7 @@ class Loader:
                                 "--workers", 1) from None
         for b, ids in enumerate(self.batches(epoch, start), start + 1):
             if self.reader is None:
-                yield self.held(ids, epoch)
+                yield self.batch(ids, epoch, *self.held(ids.tolist()))
                 continue
             self.place, before = None, time.perf_counter()
             try:
@@ -1352,40 +1348,41 @@ class Loader:
                 said = error if dead else f"a DataLoader worker has died ({error})"
                 raise DataError(f"{said} (fewer --workers need less memory)", 1) from None
             self.waited += time.perf_counter() - before
-            batch = self.collect(ids, epoch, parts)
+            batch = self.batch(ids, epoch, *self.collect(parts))
             if self.shuffle:
                 self.place = (epoch, b) if b < len(self) else (epoch + 1, 0)
             yield batch
 
-    def held(self, ids, epoch):
-        """A batch of images in memory."""
-        shown, bad = ids.tolist(), self.dataset.bad
-        for row, i in enumerate(shown):
+    def held(self, ids):
+        """(images to show, {i: what is wrong with it}) of images in memory."""
+        shown, bad = list(ids), self.dataset.bad
+        for row, i in enumerate(ids):
             if i in bad and self.shuffle:
                 good = (other for other in stand_ins(self.dataset, i) if other not in bad)
                 shown[row] = next(good, -1)
-        return self.batch(ids, epoch, shown, bad)
+        return shown, bad
 
-    def collect(self, ids, epoch, parts):
-        """A batch of what the workers have read."""
+    def collect(self, parts):
+        """The same of what the workers have read, and the crops."""
         for part in parts:
             if isinstance(part, DataError):
                 raise part
         shown, bads, crops = zip(*parts)
-        shown, known = sum(shown, []), len(self.dataset.bad)
-        bad = dict(item for found in bads for item in found.items())
+        bad, known = {}, len(self.dataset.bad)
+        for found in bads:
+            bad |= found
         self.dataset.bad |= bad
         report_bad(self.dataset, self.max_bad, known)
         crops = [torch.cat([part.to(self.device, non_blocking=True) for part in view])
                  for view in zip(*crops)]
-        return self.batch(ids, epoch, shown, bad, crops)
+        return sum(shown, []), bad, crops
 
     def batch(self, ids, epoch, shown, bad, crops=None):
-        readable = torch.tensor([i not in bad for i in ids.tolist()])
         if -1 in shown:
             i = int(ids[shown.index(-1)])
             raise DataError("20 images in a row cannot be read, among them "
                             f"{self.dataset.file(i)}: {self.dataset.bad[i]}", 1)
+        readable = torch.tensor([i not in bad for i in ids.tolist()])
         return Batch(self, ids, epoch, torch.tensor(shown), readable, crops)
 
 
@@ -1422,7 +1419,7 @@ def embedded(train=True, in_chans=3, n=None):
 
 
 def texture(kind, x, y, frequency, turn, *phases):
-    """Pattern in [0, 1] at x, y (N, s, s) for kinds (N,); the other numbers (N, 1, 1) are random."""
+    """Pattern in [0, 1] at x, y (N, s, s) for kinds (N,); the others are random (N, 1, 1)."""
     frequency, turn = 14.0 + 5.0 * frequency, (turn - 0.5) * 0.4
     a = frequency * (x * turn.cos() + y * turn.sin()) + 6.28 * phases[0]
     b = frequency * (y * turn.cos() - x * turn.sin()) + 6.28 * phases[1]
@@ -1479,12 +1476,12 @@ KINDS = {"empty file": "empty", "DecompressionBomb": "decompression bomb",
 
 
 def look(dataset, i):
-    """(what is special about image i, a list; the (least, largest) value of more than 8 bits or
-    None), or the text of its BadFile."""
+    """(what is special about image i, a list; (least, largest) of its values of more than 8 bits,
+    else ()), or the text of its BadFile."""
     try:
         dataset.read(i)
         encoded = dataset.open(i)
-        extremes = encoded.extremes() if encoded.bits > 8 else None
+        extremes = encoded.extremes() if encoded.bits > 8 else ()
     except BadFile as error:
         return str(error)
     image, ending = encoded.image, os.path.splitext(dataset.file(i))[1].lower()
@@ -1519,7 +1516,7 @@ def say_range(dataset, least, largest):
 def check(args):
     """Read every image below args.folder; DataError: some are bad."""
     dataset = every_image(args.folder, value_range=args.range)
-    bad, special, ranges, n = [], Counter(), [], len(dataset)
+    bad, special, values, n = [], Counter(), [], len(dataset)
     progress = Progress(f"checking {args.folder}", n)
     with ThreadPool(args.workers) as pool:  # pillow decodes outside Python's lock
         found = pool.imap(functools.partial(look, dataset), range(n), chunksize=16)
@@ -1527,28 +1524,28 @@ def check(args):
             progress.step()
             if not isinstance(what, str):
                 special.update(what[0])
-                ranges += [what[1]] if what[1] else []
+                values += what[1]
                 continue
             kind = next((kind for words, kind in KINDS.items() if words in what), "damaged")
             bad.append((dataset.file(i), kind, what))
             say(f"{os.path.join(args.folder, dataset.file(i))}: {kind} ({what})")
     among = f", among them {counted(special)}" if special else ""
     say(f"{n - len(bad)} of {n} images are good{among}")
-    if ranges:
-        say_range(dataset, min(low for low, _ in ranges), max(high for _, high in ranges))
+    if values:
+        say_range(dataset, min(values), max(values))
     if args.out:
         with open(args.out, "w", errors="surrogateescape") as f:
             for line in bad:
-                print("\t".join(" ".join(part.split()) for part in line), file=f)
+                print(*(" ".join(part.split()) for part in line), sep="\t", file=f)
     if bad:
         kinds = Counter(kind for _, kind, _ in bad)
         raise DataError(f"{len(bad)} of {n} images are bad: {counted(kinds)}", 1)
 
 
 # ---------------------------------------------------------------------------- python data.py pack
-def shrunk(content, short_side=None):
-    """The bytes to keep of an image file, or a BadFile: as they are, or with a short side given and
-    shorter than the image's as a JPEG; images with transparency or 16 bits stay as they are."""
+def shrunk(content, short_side):
+    """The bytes to keep of an image file, or a BadFile: as they are (short_side: None), or where
+    its short side is longer as a JPEG; images with transparency or 16 bits stay as they are."""
     image = Encoded(content)
     with or_bad_file():
         if short_side is None or min(image.size) <= short_side:
@@ -1556,13 +1553,11 @@ def shrunk(content, short_side=None):
             return content
         fits = [f for f in (8, 4, 2) if image.is_jpeg and min(image.size) >= 2 * f * short_side]
         small = image.decode(max(fits, default=1))
-        mode = small.mode
-        if "a" in mode.lower() or mode[0] in "IF" or "transparency" in small.info:
+        if "a" in small.mode.lower() or small.mode[0] in "IF" or "transparency" in small.info:
             return content                  # more than a JPEG can hold
-        small = small.convert("L" if mode in ("1", "L") else "RGB")
+        small = small.convert("L" if small.mode in ("1", "L") else "RGB")
         scale = short_side / min(small.size)
-        sides = [max(round(side * scale), 1) for side in small.size]
-        small = small.resize(sides, Image.LANCZOS)
+        small = small.resize([round(side * scale) for side in small.size], Image.LANCZOS)
         small.info.clear()
         packed = io.BytesIO()
         small.save(packed, "JPEG", quality=90)

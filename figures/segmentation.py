@@ -68,8 +68,9 @@ def coloured(labels, classes):
     return np.asarray(label_image(labels, classes).convert("RGB"))
 
 
-def overlay(image, labels, classes, opacity=0.55):
+def overlay(image, labels, classes):
     """RGB (H, W, 3) uint8 under the colours of its classes."""
+    opacity = 0.55
     mixed = (1 - opacity) * image + opacity * coloured(labels, classes)
     return (mixed + 0.5).astype(np.uint8)
 
