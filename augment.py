@@ -75,13 +75,13 @@ def per_image(x, ids, function, *key):
 
 
 # ---------------------------------------------------------------------------------- boxes and crops
-def random_boxes(ids, sizes, scale, *key, ratio=(3 / 4, 4 / 3)):
+def random_boxes(ids, sizes, scale, *key):
     """RandomResizedCrop's boxes (N, 4): (top, left, height, width), for sizes (N, 2): (H, W).
 
-    Ten tries at an area share U(scale) and an aspect ratio exp(U(log ratio)), then the largest
-    central box whose ratio is allowed: torchvision's algorithm.
+    Ten tries at an area share U(scale) and an aspect ratio exp(U(log 3/4, log 4/3)), then the
+    largest central box whose ratio is allowed: torchvision's algorithm.
     """
-    u = uniform(ids, 22, *key)
+    u, ratio = uniform(ids, 22, *key), (3 / 4, 4 / 3)
     h, w = sizes[:, :1].float(), sizes[:, 1:].float()
     area = h * w * (scale[0] + (scale[1] - scale[0]) * u[:, :10])
     aspect = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * u[:, 10:20])
@@ -281,8 +281,8 @@ def gaussian_blur(x, sigma):
     return F.conv2d(x, across[:, :, None], groups=n * c).reshape(n, c, h, w)
 
 
-def solarise(x, threshold=128 / 255):
-    return torch.where(x >= threshold, 1 - x, x)
+def solarise(x):
+    return torch.where(x >= 128 / 255, 1 - x, x)
 
 
 def apply_(function, x, ids, *numbers):

@@ -18,7 +18,6 @@ import gc
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import signal
@@ -30,9 +29,7 @@ import time
 import unicodedata
 import warnings
 import zipfile
-from array import array
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -219,12 +216,14 @@ def crop(pixels, box, size, view):
 class Names:
     """Strings as one numpy array of bytes, a sequence: in a worker a million neither cost nor grow.
 
-    text: the names joined by zero bytes, in place of names.
+    names: strings, or such an array.
     """
 
-    def __init__(self, names=(), text=None):
-        text = os.fsencode("\0".join(names)) if text is None else text
-        self.array = np.array(text.split(b"\0") if text else [], bytes)
+    def __init__(self, names):
+        if not isinstance(names, np.ndarray):           # joined, since encoding each costs more
+            text = os.fsencode("\0".join(names))
+            names = np.array(text.split(b"\0") if text else [], bytes)
+        self.array = names
 
     def __len__(self):
         return len(self.array)
@@ -234,11 +233,8 @@ class Names:
 
     def select(self, ids, cut=0):
         """The names at ids, without their first `cut` bytes."""
-        part = Names()
-        part.array = self.array[np.asarray(ids, np.int64)]
-        if cut:
-            part.array = np.array([name[cut:] for name in part.array.tolist()], bytes)
-        return part
+        array = self.array[np.asarray(ids, np.int64)]
+        return Names(np.array([name[cut:] for name in array.tolist()], bytes) if cut else array)
 
     def folders(self):
         """The bytes before the first / of each name, b"" where there is none."""
@@ -246,15 +242,14 @@ class Names:
 
     def below(self, folder):
         """Indices of the names that begin with folder/."""
-        folder = os.fsencode(folder)
-        return [i for i, first in enumerate(self.folders()) if first == folder]
+        return [i for i, first in enumerate(self.folders()) if first == os.fsencode(folder)]
 
 
 class FileSource:
-    """Image files: `names` below the folder `root`. Any source of bytes has `names`, these methods,
-    and, where it knows labels, labels (N,) with -1 for none, and classes."""
+    """Image files: `names` below the folder `root`. Any source of bytes has these attributes and
+    methods. labels: None, or (N,) names of classes, "" for none."""
 
-    labels = classes = None
+    labels = None
 
     def __init__(self, root, names):
         self.root = root
@@ -262,10 +257,6 @@ class FileSource:
 
     def __len__(self):
         return len(self.names)
-
-    def name(self, i):
-        """The name below what --data names, with / between its parts."""
-        return self.names[i]
 
     def content(self, i):
         """The bytes of file i, a bytearray; OSError or BadFile when it cannot be read."""
@@ -301,7 +292,7 @@ class Progress:
     def __init__(self, what, total=None, unit="images", quiet=False):
         self.what, self.total, self.unit, self.done = what, total, unit, 0
         self.started = time.perf_counter()
-        self.due = math.inf if quiet else self.started + 5
+        self.due = float("inf") if quiet else self.started + 5
 
     def step(self, n=1):
         self.done += n
@@ -314,8 +305,7 @@ class Progress:
             of = f" of {self.total}"
             left = f", left {duration((self.total - self.done) / rate)}"
         line = f"{self.what}: {self.done}{of} {self.unit}, {rate:.3g}/s{left}"
-        done = self.total is not None and self.done >= self.total
-        end = "" if terminal and not done else "\n"
+        end = "" if terminal and self.done != self.total else "\n"
         print(f"\r{line}\033[K" if terminal else line, end=end, file=sys.stderr, flush=True)
 
 
@@ -324,12 +314,12 @@ class TarSource(FileSource):
     """Images in tars, named and ordered as in the folder that the tars unpack to.
 
     tars: their [(path, bytes)]. places (N, 3): number of the tar, offset and length of each image.
-    labels (N,), -1 for none, and classes: of WebDataset's .cls files. tops: the first folders.
+    labels: what WebDataset's .cls files say.
     """
 
-    def __init__(self, root, names, tars, places, labels=None, classes=None, tops=()):
-        self.root, self.names, self.tars, self.places = root, names, tars, places
-        self.labels, self.classes, self.tops = labels, classes, tops
+    def __init__(self, root, names, tars, places, labels=None):
+        super().__init__(root, names)
+        self.tars, self.places, self.labels = tars, places, labels
 
     def content(self, i):
         """The bytes of image i, a bytearray. OSError when its tar is not what it was."""
@@ -343,9 +333,8 @@ class TarSource(FileSource):
 
     def select(self, ids, cut=0):
         """The images at ids, indices, without the first `cut` bytes of their names."""
-        ids = np.asarray(ids, np.int64)
         return TarSource(self.root, self.names.select(ids, cut), self.tars, self.places[ids],
-                         self.labels[ids] if self.classes else None, self.classes)
+                         None if self.labels is None else self.labels[ids])
 
 
 def find_tars(path):
@@ -369,11 +358,14 @@ def find_tars(path):
     parts, ends = braces[1].split(","), re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
     if ends:
         parts = [str(i).zfill(len(ends[1])) for i in range(int(ends[1]), int(ends[2]) + 1)]
-    paths = [path[:braces.start()] + part + path[braces.end():] for part in parts]
-    found = [find_tars(one) for one in paths]
-    if None in found:
-        raise DataError(f"{paths[found.index(None)]}: no such tar")
-    return sum(found, [])
+    tars = []
+    for part in parts:
+        one = path[:braces.start()] + part + path[braces.end():]
+        found = find_tars(one)
+        if found is None:
+            raise DataError(f"{one}: no such tar")
+        tars += found
+    return tars
 
 
 def tars_below(folder, depth=2):
@@ -425,41 +417,27 @@ def tar_members(f, path, start=0):
 
 
 def index_tars(path, tars):
-    """{names, places, labels, classes, tops}, arrays: the index of tars [(path, bytes)]."""
-    names, places, labels, progress = [], array("q"), [], Progress(f"indexing {path}")
+    """{names, places, labels}, arrays: the index of tars [(path, bytes)]."""
+    names, places, labels, progress = [], [], [], Progress(f"indexing {path}")
     for number, (tar, _) in enumerate(tars):
         files, texts = {}, {}
         with open(tar, "rb") as f:
-            for name, *place in tar_members(f, tar):
+            for name, at, size in tar_members(f, tar):
                 progress.step()
                 if name.endswith(".cls"):
-                    text = os.pread(f.fileno(), min(place[1], 4096), place[0])
+                    text = os.pread(f.fileno(), min(size, 4096), at)
                     texts[name[:-4]] = text.decode("utf-8", "replace").strip()
                 else:
-                    files[name] = place     # the last of one name, as when unpacked
+                    files[name] = number, at, size      # the last of one name, as when unpacked
         names += files
+        places += files.values()
         labels += [texts.get(re.sub(r"\.[^/]*$", "", name), "") for name in files]
-        for place in files.values():
-            places.extend((number, *place))
-    places = np.frombuffer(places, np.int64).reshape(-1, 3)
-    source, other = TarSource(path, Names(names), tars, places), {}
-    for i, name in enumerate(names):
-        if not name.lower().endswith(EXTENSIONS):
-            other.setdefault(ending_of(name), []).append(i)
-    passed = {ending: ids for ending, ids in other.items()
-              if not are_images(source.select([ids[0], ids[len(ids) // 2], ids[-1]]))}
-    say_passed(path, Counter({ending: len(ids) for ending, ids in passed.items()}))
-    names = in_folders(path, [tar for tar, _ in tars], names, places[:, 0].tolist())
-    # as list_files: in each folder its files, then its folders
-    keys = ["//".join(os.path.split(name)).replace("/", "\0") for name in names]
-    order = sorted(set(range(len(names))).difference(*passed.values()), key=keys.__getitem__)
-    names, labels = [names[i] for i in order], [labels[i] for i in order]
-    classes = sorted_classes(set(labels) - {""})
-    numbers = {text: i for i, text in enumerate(classes)} | {"": -1}
-    return dict(names=np.frombuffer(os.fsencode("\0".join(names)), np.uint8),
-                places=places[order], classes=np.array(classes, str),
-                labels=np.array([numbers[label] for label in labels], np.int64),
-                tops=np.array(sorted({n.split("/", 1)[0] for n in names if "/" in n}), str))
+    names = in_folders(path, [tar for tar, _ in tars], names, [number for number, *_ in places])
+    order = sorted(range(len(names)), key=lambda i: tree_order(names[i]))
+    source = TarSource(path, Names(names), tars, np.array(places, np.int64).reshape(-1, 3),
+                       np.array(labels, str)).select(order)
+    source = images_of(source, warn=True)
+    return dict(names=source.names.array, places=source.places, labels=source.labels)
 
 
 def in_folders(path, tars, names, tar):
@@ -500,7 +478,7 @@ def open_tars(path, tars):
         place = os.path.join(tempfile.gettempdir(), f"tar-index-{os.getuid()}-{name}.npz")
     tars = [(tar, s.st_size) for tar, s in zip(tars, status)]
     made = [(os.path.basename(tar), size, s.st_mtime_ns) for (tar, size), s in zip(tars, status)]
-    made, index = json.dumps([2, EXTENSIONS, made]), {}
+    made, index = json.dumps([3, EXTENSIONS, made]), {}
     with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):
         with np.load(place, allow_pickle=False) as kept:
             index = dict(kept)
@@ -513,9 +491,8 @@ def open_tars(path, tars):
             os.replace(part, place)
         except OSError as error:
             note(f"{place}: cannot be written ({error.strerror}), so it is made again each time")
-    names, classes = Names(text=index["names"].tobytes()), index["classes"].tolist()
-    return TarSource(path, names, tars, index["places"], index["labels"] if classes else None,
-                     classes, index["tops"].tolist())
+    labels = index["labels"] if (index["labels"] != "").any() else None
+    return TarSource(path, Names(index["names"]), tars, index["places"], labels)
 
 
 class Dataset:
@@ -544,7 +521,7 @@ class Dataset:
         return None if self.source is None else self.source.names
 
     def file(self, i):
-        return f"{self.name}/{i}" if self.source is None else self.source.name(i)
+        return f"{self.name}/{i}" if self.source is None else self.files[i]
 
     def open(self, i):
         """Image i with its bytes in memory and its header read (`Encoded`), or a BadFile."""
@@ -625,49 +602,51 @@ def list_files(root, warn=False):
     Hidden ones are left out, and every real folder is visited once, however many links lead there.
     Files of other endings are taken if it is images that they hold; warn: say what is passed over.
     """
-    blocks, other, seen, todo, links = {}, {}, set(), [("", root)], []
-    while todo or links:
-        links.sort(reverse=True)            # after the real folders, the first at the end
-        prefix, folder = (todo or links).pop()
-        try:
+    def fail(error):
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from None
+
+    blocks, seen, links = {}, set(), [root]
+    while links:                            # after the real folders, the first at the end
+        links.sort(reverse=True)
+        for folder, inner, files in os.walk(links.pop(), onerror=fail):
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
+                inner.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
-            files = blocks[prefix] = []
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name[0] == ".":
-                        continue
-                    if entry.is_dir():
-                        inner = f"{prefix}{entry.name}/", entry.path
-                        (links if entry.is_symlink() else todo).append(inner)
-                    else:
-                        files.append(entry.name)
-        except OSError as error:
-            raise DataError(f"{folder}: cannot be listed ({error.strerror})") from None
-    for prefix, files in blocks.items():
-        for name in files:
-            if not name.lower().endswith(EXTENSIONS):
-                other.setdefault(ending_of(name), []).append(prefix + name)
-    passed = {}
-    for ending, names in other.items():
-        names.sort()
-        if not are_images(FileSource(root, sorted({names[0], names[len(names) // 2], names[-1]}))):
-            passed |= dict.fromkeys(names)
-    if warn:
-        say_passed(root, Counter(map(ending_of, passed)))
-    order = sorted(blocks, key=lambda prefix: prefix.split("/"))
-    names = (prefix + name for prefix in order for name in sorted(blocks[prefix]))
-    return Names(name for name in names if name not in passed)
+            inner[:] = [name for name in inner if name[0] != "."]
+            paths = (os.path.join(folder, name) for name in inner)
+            links += [os.path.join(path, "") for path in paths if os.path.islink(path)]
+            prefix = os.path.join(folder, "")[len(os.path.join(root, "")):]
+            blocks[prefix] = sorted(name for name in files if name[0] != ".")
+    order = sorted(blocks, key=lambda prefix: prefix.split("/"))        # as tree_order, but faster
+    source = FileSource(root, [prefix + name for prefix in order for name in blocks[prefix]])
+    return images_of(source, warn).names
 
 
-def say_passed(path, passed):
-    """Note how many files of which endings, a Counter, are no images."""
-    if passed:
-        note(f"{path}: passed over {passed.total()} files that are no images: "
+def tree_order(name):
+    """A key that sorts names as folders are listed: in each its files, then its folders."""
+    return "\0\0".join(name.rpartition("/")[::2]).replace("/", "\0")
+
+
+def images_of(source, warn=False):
+    """The images of a source: by their endings, or if most of three of an ending are some; warn:
+    say how many files of which endings are passed over."""
+    other, known = {}, {form(e).encode() for e in EXTENSIONS for form in (str.lower, str.upper)}
+    for i, name in enumerate(source.names.array.tolist()):
+        if name[name.rfind(b"."):] not in known and not name.decode(
+                errors="replace").lower().endswith(EXTENSIONS):
+            other.setdefault(ending_of(source.names[i]), []).append(i)
+    passed = {ending: ids for ending, ids in other.items()
+              if not are_images(source.select(sorted({ids[0], ids[len(ids) // 2], ids[-1]})))}
+    if warn and passed:
+        counts = Counter({ending: len(ids) for ending, ids in passed.items()})
+        note(f"{source.root}: passed over {counts.total()} files that are no images: "
              + ", ".join(f"{n} {ending or 'without an ending'}"
-                         for ending, n in passed.most_common(8)))
+                         for ending, n in counts.most_common(8)))
+    if not passed:
+        return source
+    return source.select(sorted(set(range(len(source))).difference(*passed.values())))
 
 
 def ending_of(name):
@@ -734,29 +713,22 @@ def open_source(path, train=None, whole=False):
     tars = find_tars(path)
     if tars:
         source = open_tars(path, tars)
-        tops = source.tops
+        tops = map(os.fsdecode, set(source.names.folders()) - {b""})
     elif os.path.isdir(path):
-        with os.scandir(path) as entries:
-            tops = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+        inner = next(os.walk(path), (path, [], []))[1]
+        tops = [name for name in inner if name[0] != "."]
     else:
         raise DataError(f"{path}: no such folder, list file or tar (--data)")
     parts = {} if train is None else parts_of(path, tops)
     part = "" if train is None or whole else choose_part(path, parts, train)
-    if tars:
-        cut = len(os.fsencode(part)) + 1
-        return source.select(source.names.below(part), cut) if part else source, parts
-    root = os.path.join(path, part) if part else path
-    return FileSource(root, list_files(root, warn=True)), parts
-
-
-def check_list(path):
-    """DataError for a file that is no text, with what it is."""
-    with open(path, "rb") as f:
-        head = f.read(4096)
-    kind = next((kind for start, kind in NOT_LISTS.items() if head.startswith(start)), None)
-    if kind or b"\0" in head:
-        raise DataError(f"--data {path} is {kind or 'neither text nor a folder'}; what can be read "
-                        "is a folder of image files, or a list of them")
+    if not tars:
+        root = os.path.join(path, part) if part else path
+        source = FileSource(root, list_files(root, warn=True))
+    elif part:
+        source = source.select(source.names.below(part), len(os.fsencode(part)) + 1)
+    if not len(source):
+        raise DataError(f"{path}: no images found (looked for {', '.join(EXTENSIONS)})")
+    return source, parts
 
 
 def read_table(path):
@@ -767,15 +739,33 @@ def read_table(path):
     after an image.
     """
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as f:
-            lines = [line.strip() for line in f.read().splitlines() if line.strip(' \t"')]
+        with open(path, "rb") as f:
+            head = f.read(4096)
+            kind = next((kind for start, kind in NOT_LISTS.items() if head.startswith(start)), None)
+            if kind or b"\0" in head:
+                raise DataError(f"{path} is {kind or 'neither text nor a folder'}; what can be "
+                                "read is a folder of image files, or a list of them")
+            text = (head + f.read()).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if not lines:
+    lines = [line.strip() for line in text.splitlines() if line.strip(' \t"')]
+    rows = table_of(lines)
+    if rows is None:
+        rows = []
+        for line in (line.strip('"') for line in lines):
+            name, *label = line.rsplit(maxsplit=1)
+            has = label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS))
+            rows.append((name, label[0], None) if has else (line, None, None))
+    if not rows:
         raise DataError(f"{path}: the list is empty")
+    return rows
+
+
+def table_of(lines):
+    """The rows of a CSV, see `read_table`, or None where the lines are none."""
     for delimiter in ",;\t":
         rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-        try:
+        with contextlib.suppress(StopIteration, csv.Error):
             first = next(rows)
             heads = [cell.strip().lower() for cell in first]
             if set(heads) & set(COLUMNS["file"]):
@@ -789,31 +779,23 @@ def read_table(path):
                 continue
             return [tuple(None if at is None or at >= len(row) else row[at].strip()
                           for at in places) for row in rows]
-        except csv.Error as error:
-            raise DataError(f"{path}: no table ({error})") from None
-    rows = []
-    for line in (line.strip('"') for line in lines):
-        name, *label = line.rsplit(maxsplit=1)
-        has = label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS))
-        rows.append((name, label[0], None) if has else (line, None, None))
-    return rows
 
 
-def find_listed(files, names, where, root=None):
-    """Indices into files of the listed names; all must be found. By the whole name, else by its
-    last two parts or one; absolute where they lie below the folder `root`."""
+def find_listed(source, rows, where):
+    """Indices into a source of the listed names; all must be found. By the whole name, else by its
+    last two parts or one; absolute where they lie below its root."""
     position = {}
-    for i, file in enumerate(files):
+    for i, file in enumerate(source.names):
         position.setdefault(nfc(file[file.rfind("/") + 1:]), []).append(i)
     chosen, missing, doubtful = [], [], []
-    for listed in names:
+    for listed, *_ in rows:
         name = nfc(listed if "/" in listed else listed.replace("\\", "/"))
-        if name.startswith("/") and root:
-            name = os.path.relpath(os.path.realpath(name), os.path.realpath(root))
+        if name.startswith("/"):
+            name = os.path.relpath(os.path.realpath(name), os.path.realpath(source.root))
         parts = os.path.normpath(name).split("/")
         if parts[0] in ("", ".."):
             raise DataError(f"{where}: the name {listed!r} leads out of the data folder")
-        hits = {i: nfc(files[i]).split("/") for i in position.get(parts[-1], ())}
+        hits = {i: nfc(source.names[i]).split("/") for i in position.get(parts[-1], ())}
         fits = [i for i, own in hits.items() if own == parts] or [
             i for i, own in hits.items()        # a file in no folder goes by its name alone
             if len(parts) == 1 or own[-2:-1] in ([], parts[-2:-1])]
@@ -822,7 +804,7 @@ def find_listed(files, names, where, root=None):
         else:
             (doubtful if fits else missing).append(listed)
     if missing:
-        raise DataError(f"{where}: {len(missing)} of {len(names)} listed images do not exist, "
+        raise DataError(f"{where}: {len(missing)} of {len(rows)} listed images do not exist, "
                         f"first {missing[0]}")
     if doubtful:
         raise DataError(f"{where}: {doubtful[0]} stands for several images; list it with its "
@@ -838,18 +820,16 @@ def open_folder(path, train, in_chans, labels_file=None, val_share=0):
                         "(RGBA) channels")
     name, part, labels = path, train or val_share > 0, None
     is_list = os.path.isfile(path) and not find_tars(path)
+    if is_list and labels_file:
+        raise DataError(f"--labels-file {labels_file}: {path} is a list already")
     if is_list:
-        check_list(path)
-        if labels_file:
-            raise DataError(f"--labels-file {labels_file}: {path} is a list already")
         path, labels_file = os.path.dirname(os.path.abspath(path)), path
-    source, parts = open_source(path, None if is_list else part, whole=bool(labels_file))
-    if labels_file:
-        source, labels, parts = listed_images(source, labels_file, path, parts, part)
+    rows = read_table(labels_file) if labels_file else []
+    source, parts = open_source(path, None if is_list else part, whole=bool(rows))
+    if rows:
+        source, labels, parts = listed_images(source, rows, labels_file, parts, part)
     if val_share and ("val" in parts or "test" in parts):
         raise DataError(f"--val-share: {name} has test images of its own")
-    if not len(source):
-        raise DataError(f"{name}: no images found (looked for {', '.join(EXTENSIONS)})")
     dataset = Dataset(source, in_chans=in_chans, name=name)
     if labels:
         dataset.label(labels, sorted_classes(labels))
@@ -857,21 +837,18 @@ def open_folder(path, train, in_chans, labels_file=None, val_share=0):
              f"{', '.join(dataset.classes[:4])}{', ...' if len(dataset.classes) > 4 else ''}")
     elif source.labels is None:
         dataset.label_by_folders(train)
-    elif (source.labels >= 0).all():
-        used, labels = np.unique(source.labels, return_inverse=True)
-        dataset.classes = [source.classes[i] for i in used]
-        dataset.labels = torch.from_numpy(labels)
+    elif "" in source.labels:
+        missing = np.flatnonzero(source.labels == "")
+        dataset.unlabelled = f"{len(missing)} have no .cls, first {dataset.file(missing[0])}"
     else:
-        missing = np.flatnonzero(source.labels < 0)
-        dataset.unlabelled = f"{len(missing)} have no .cls, first {source.name(missing[0])}"
+        dataset.label(source.labels.tolist(), sorted_classes(source.labels.tolist()))
     return split_off(dataset, val_share, train) if val_share else dataset
 
 
-def listed_images(source, table, root, parts, train):
+def listed_images(source, rows, table, parts, train):
     """(source, labels or None, parts) of the rows of a list; of the part to train or to test on, by
     its column split, or by the folders `parts`, where there are such."""
-    rows = read_table(table)
-    ids = find_listed(source.names, [name for name, *_ in rows], table, root)
+    ids = find_listed(source, rows, table)
     splits = [split for *_, split in rows]
     if any(splits):
         kinds = [part_kind(split or "") for split in splits]
@@ -880,20 +857,19 @@ def listed_images(source, table, root, parts, train):
                             "of train, val, test")
         parts = {kind: kind for kind in kinds}
     else:
-        kinds = [source.name(i).split("/")[0] for i in ids]
+        kinds = [source.names[i].split("/")[0] for i in ids]
     chosen = choose_part(table, parts, train)
-    mine = [(i, label and nfc(label)) for i, kind, (_, label, _) in zip(ids, kinds, rows)
+    mine = [(i, nfc(label or "")) for i, kind, (_, label, _) in zip(ids, kinds, rows)
             if not chosen or kind == chosen]
-    source = source.select([i for i, _ in mine])
-    if not any(label for _, label in mine):
+    source, labels = source.select([i for i, _ in mine]), [label for _, label in mine]
+    if not any(labels):
         return source, None, parts
     known = {}
     for row, (i, label) in enumerate(mine):
         if not label or known.setdefault(i, label) != label:
             trouble = "two labels" if label else "no label"
-            raise DataError(f"{table}: {source.name(row)} has {trouble}")
+            raise DataError(f"{table}: {source.names[row]} has {trouble}")
     # numbers for folders, as in ImageNet's lists, are known by the folders' names
-    labels = [label for _, label in mine]
     folders = [os.path.basename(os.path.dirname(file)) for file in source.names]
     pairs, numbers = len(set(zip(folders, labels))), all(map(str.isdecimal, set(labels)))
     if numbers and "" not in folders and pairs == len(set(folders)) == len(set(labels)):
@@ -907,15 +883,13 @@ def sorted_classes(labels):
     return sorted(classes, key=int) if all(c.isdecimal() for c in classes) else classes
 
 
-def split_off(dataset, share, train, seed=0):
+def split_off(dataset, share, train):
     """A random share of each class, of the whole set where there are none, or to train on what
     remains; the same images in every run."""
-    labels = dataset.labels
-    if labels is None:
-        labels = torch.zeros(len(dataset), dtype=torch.long)
+    labels = torch.zeros(len(dataset)).long() if dataset.labels is None else dataset.labels
     counts = labels.bincount()
     wanted = (counts * share).round().clamp_min(1).minimum(counts - 1)
-    held = first_of_each(labels, wanted, shuffled(len(dataset), SUBSET, 5, seed))
+    held = first_of_each(labels, wanted, shuffled(len(dataset), SUBSET, 5, 0))
     mine = torch.full((len(dataset),), bool(train))
     mine[held] = not train
     return dataset.select(mine.nonzero()[:, 0])
@@ -932,8 +906,6 @@ def first_of_each(labels, wanted, order):
 def every_image(path, in_chans=3, value_range=None):
     """All images below a folder or in tars, of all parts, without labels. DataError: none."""
     dataset = Dataset(open_source(path)[0], in_chans=in_chans, name=path)
-    if not len(dataset):
-        raise DataError(f"{path}: no images found (looked for {', '.join(EXTENSIONS)})")
     dataset.range = find_range(dataset, value_range)
     return dataset
 
@@ -964,10 +936,10 @@ def load(source, train=True, in_chans=3, stats="imagenet", max_bad=0.01, value_r
     return dataset
 
 
-def sample(dataset, most=64):
-    """[(index, size, bits)] of images chosen by hash, by their headers."""
+def sample(dataset):
+    """[(index, size, bits)] of 64 images chosen by hash, by their headers."""
     found = []
-    for i in shuffled(len(dataset), 0, SUBSET)[:most].tolist():
+    for i in shuffled(len(dataset), 0, SUBSET)[:64].tolist():
         with contextlib.suppress(BadFile):
             image = dataset.open(i)
             found.append((i, image.size, image.bits))
@@ -1024,7 +996,7 @@ def download(name, train, in_chans):
     return Dataset(images=images, labels=torch.tensor(raw.targets), classes=raw.classes, name=name)
 
 
-def into_memory(dataset, sizes, max_bad=0.01):
+def into_memory(dataset, sizes, max_bad):
     """Decode images that all have one small size into memory; others are left as they are. sizes:
     {(H, W)} of a sample."""
     n, (height, width) = len(dataset), max(sizes, default=(0, 0))
@@ -1036,16 +1008,17 @@ def into_memory(dataset, sizes, max_bad=0.01):
     def decode(i):
         """Whether image i fits in, or cannot be read."""
         try:
-            pixels = dataset.read(i)
+            pixels = dataset.read(i).permute(2, 0, 1)
         except BadFile as error:
             bad[i] = str(error)
             return True
-        if pixels.shape[:2] == (height, width):
-            images[i] = pixels.permute(2, 0, 1)
-        return pixels.shape[:2] == (height, width)
+        fits = pixels.shape == images.shape[1:]
+        if fits:
+            images[i] = pixels
+        return fits
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        if all(pool.map(decode, range(n))):     # else they are read as files
+    with ThreadPool(os.cpu_count()) as pool:
+        if all(pool.imap(decode, range(n))):     # else they are read as files
             dataset.bad = dict(sorted(bad.items()))
             report_bad(dataset, max_bad)
             dataset.images = images
@@ -1077,9 +1050,8 @@ def labelled(dataset, spec=None, seed=0, draw="balanced"):
     elif os.path.isfile(spec):
         if dataset.files is None:
             raise DataError(f"--labels {spec}: a list names files, and {dataset.name} has none")
-        rows, root = read_table(spec), getattr(dataset.source, "root", None)
-        ids = find_listed(dataset.files, [name for name, *_ in rows], f"--labels {spec}", root)
-        ids = torch.tensor(sorted(ids), dtype=torch.long)
+        rows = read_table(spec)
+        ids = torch.tensor(sorted(find_listed(dataset.source, rows, f"--labels {spec}")))
         how = f"list {os.path.basename(spec)}"
         if any(label for _, label, _ in rows):
             note(f"--labels {spec} chooses images; the labels in it are not used, but those "
@@ -1116,9 +1088,8 @@ def drawn(dataset, spec, seed, draw):
             raise DataError(f"--labels {spec!r}: there are only {len(labels)} images")
         return order[:n].sort().values
     counts = labels.bincount(minlength=len(classes))
-    wanted = torch.full_like(counts, value)
-    if share:
-        wanted = (counts * value / 100).round().clamp_min(1).long()
+    some = (counts * value / 100).round().clamp_min(1).long()
+    wanted = some if share else torch.full_like(counts, value)
     short = (counts < wanted).nonzero()[:, 0].tolist()
     if short:
         raise DataError(f"--labels {spec!r}: class {classes[short[0]]} has only "
@@ -1141,10 +1112,10 @@ def same_classes(train, test):
     return test
 
 
-def measure_stats(dataset, most=5000):
+def measure_stats(dataset):
     """Mean and std of each channel over at most 5,000 images, chosen by hash."""
     total, squares, count = 0.0, 0.0, 0
-    for i in shuffled(len(dataset), 1, SUBSET)[:most].tolist():
+    for i in shuffled(len(dataset), 1, SUBSET)[:5000].tolist():
         with contextlib.suppress(BadFile):
             x = dataset.read(i).double().flatten(0, 1)
             total, squares, count = total + x.sum(0), squares + x.square().sum(0), count + len(x)
@@ -1164,17 +1135,21 @@ def stand_ins(dataset, i):
 class Reader(torch.utils.data.Dataset):
     """Reads files, decodes no larger than the crops need, crops and resizes: in the workers.
 
-    loader: a copy without the DataLoader, or both are in a cycle, whose end waits 5 s a worker.
+    Also the DataLoader's sampler: what is to be read from `begin`, an (epoch, batch), on. loader: a
+    copy without the DataLoader, or both are in a cycle, whose end waits 5 s a worker.
     """
 
     TOGETHER = 64                           # images that are opened at once
 
     def __init__(self, loader):
-        self.loader, self.dataset = loader, loader.dataset
+        self.loader, self.dataset, self.begin = loader, loader.dataset, (0, 0)
         jpeg_decoder()                      # imported once, before workers are forked
 
-    def __getitems__(self, key):
-        """key (epoch, [i, ...]) -> (shown, bad, crops): the images shown, a list, with others in
+    def __iter__(self):
+        yield from self.loader.stream(*self.begin)
+
+    def __getitem__(self, key):
+        """key (epoch, [i, ...]) -> [shown, bad, crops]: the images shown, a list, with others in
         place of those that cannot be read (-1: none is found); {i: what is wrong with it}; for each
         view its crops, uint8 (N, C, h, w) with channels last in memory. Or a DataError to raise."""
         epoch, wanted = key
@@ -1186,7 +1161,7 @@ class Reader(torch.utils.data.Dataset):
             for attempt in range(20):
                 for row in failed:
                     shown[row] = stand_ins(self.dataset, wanted[row])[attempt]
-                failed = failed and self.fill(failed, shown, crops, epoch)
+                failed = self.fill(failed, shown, crops, epoch)
             for row in failed:
                 shown[row] = -1
         if torch.utils.data.get_worker_info():      # here, not in the thread that hands it over,
@@ -1195,7 +1170,7 @@ class Reader(torch.utils.data.Dataset):
             except RuntimeError as error:
                 return DataError(f"a data worker has no shared memory ({error}): make /dev/shm "
                                  "larger, or give --workers 0", 1)
-        return shown, {wanted[row]: trouble for row, trouble in bad.items()}, crops
+        return [shown, {wanted[row]: trouble for row, trouble in bad.items()}, crops]
 
     def fill(self, rows, shown, crops, epoch):
         """Put the crops of image shown[row] into each row; {row: what is wrong with its image}."""
@@ -1216,23 +1191,21 @@ class Reader(torch.utils.data.Dataset):
         room[torch.tensor([not image.is_jpeg for image in opened.values()])] = 1
         factors = 2 ** torch.bucketize(room, torch.tensor([2.0, 4.0, 8.0]), right=True)
         small = -(-full // factors[:, None])
-        plans = self.boxes(ids, small, epoch).tolist()
-        for at, (row, factor, size) in enumerate(
-                zip(list(opened), factors.tolist(), small.tolist())):
+        plans = zip(list(opened), ids.split(1), factors.tolist(), small.tolist(),
+                    self.boxes(ids, small, epoch).tolist())
+        for row, i, factor, size, boxes in plans:
             try:
                 pixels = opened.pop(row).pixels(self.dataset.in_chans, factor, self.dataset.range)
             except BadFile as error:
                 failed[row] = str(error)
                 continue
-            boxes = plans[at]
             if list(pixels.shape[:2]) != size:      # a format that is turned as it is decoded
-                turned = torch.tensor([pixels.shape[:2]])
-                boxes = self.boxes(ids[at:at + 1], turned, epoch)[0].tolist()
+                boxes = self.boxes(i, torch.tensor([pixels.shape[:2]]), epoch)[0].tolist()
             for k, (box, view) in enumerate(zip(boxes, loader.views)):
                 cut = crop(pixels, box, loader.size, view)
                 if view.get("pixels"):
-                    cut = per_image(cut[None].contiguous(), ids[at:at + 1], view["pixels"],
-                                    PIXELS, k, loader.seed, epoch)[0]
+                    cut = per_image(cut[None].contiguous(), i, view["pixels"], PIXELS, k,
+                                    loader.seed, epoch)[0]
                 crops[k][row] = cut
         return failed
 
@@ -1286,13 +1259,6 @@ class Batch:
         return uniform(ids, length, MASK, self.loader.seed, self.epoch)
 
 
-class Keys:
-    """What a DataLoader is to read next: it asks for a new iterator where it starts over."""
-
-    def __iter__(self):
-        return self.keys
-
-
 class Loader:
     """Batches of a set, in hashed order: for batch in loader.epoch(e, start): ...
 
@@ -1320,15 +1286,15 @@ class Loader:
             if workers and len(os.fsencode(tempfile.gettempdir())) > 75:
                 raise DataError(f"the temporary folder {tempfile.gettempdir()} has too long a name "
                                 "for the sockets of data workers: set TMPDIR to a shorter one", 1)
-            self.plan, self.keys = copy.copy(self), Keys()
             ahead = -(-2 * -(-batch_size // self.part) // max(workers, 1))
+            reader = Reader(copy.copy(self))
             self.reader = torch.utils.data.DataLoader(
-                Reader(self.plan), batch_sampler=self.keys, num_workers=workers,
-                collate_fn=whole, worker_init_fn=settle, pin_memory=self.device.type == "cuda",
+                reader, batch_size=None, sampler=reader, num_workers=workers,
+                worker_init_fn=settle, pin_memory=self.device.type == "cuda",
                 persistent_workers=workers > 0,
                 prefetch_factor=max(ahead, 2) if workers else None)
 
-    def __getstate__(self):                 # a plan as workers need it; the device is not theirs
+    def __getstate__(self):                 # for the workers: the device is not theirs
         return {k: v for k, v in self.__dict__.items() if k not in ("mean", "std")}
 
     def __len__(self):
@@ -1365,7 +1331,7 @@ class Loader:
     def epoch(self, epoch, start=0):
         """The batches of an epoch, from batch `start` on."""
         if self.reader is not None and self.place != (epoch, start):
-            self.keys.keys = self.plan.stream(epoch, start)
+            self.reader.dataset.begin = epoch, start
             try:
                 self.items = iter(self.reader)
             except OSError as error:
@@ -1373,7 +1339,7 @@ class Loader:
                                 "--workers", 1) from None
         for b, ids in enumerate(self.batches(epoch, start), start + 1):
             if self.reader is None:
-                yield self.held(ids, epoch)
+                yield self.batch(ids, epoch, *self.held(ids.tolist()))
                 continue
             self.place, before = None, time.perf_counter()
             try:
@@ -1387,40 +1353,41 @@ class Loader:
                 said = error if dead else f"a DataLoader worker has died ({error})"
                 raise DataError(f"{said} (fewer --workers need less memory)", 1) from None
             self.waited += time.perf_counter() - before
-            batch = self.collect(ids, epoch, parts)
+            batch = self.batch(ids, epoch, *self.collect(parts))
             if self.shuffle:
                 self.place = (epoch, b) if b < len(self) else (epoch + 1, 0)
             yield batch
 
-    def held(self, ids, epoch):
-        """A batch of images in memory."""
-        shown, bad = ids.tolist(), self.dataset.bad
-        for row, i in enumerate(shown) if bad and self.shuffle else ():
-            if i in bad:
+    def held(self, ids):
+        """(images to show, {i: what is wrong with it}) of images in memory."""
+        shown, bad = list(ids), self.dataset.bad
+        for row, i in enumerate(ids):
+            if i in bad and self.shuffle:
                 good = (other for other in stand_ins(self.dataset, i) if other not in bad)
                 shown[row] = next(good, -1)
-        return self.batch(ids, epoch, shown, bad)
+        return shown, bad
 
-    def collect(self, ids, epoch, parts):
-        """A batch of what the workers have read."""
+    def collect(self, parts):
+        """The same of what the workers have read, and the crops."""
         for part in parts:
             if isinstance(part, DataError):
                 raise part
         shown, bads, crops = zip(*parts)
-        shown, known = sum(shown, []), len(self.dataset.bad)
-        bad = dict(item for found in bads for item in found.items())
-        self.dataset.bad |= bad | self.dataset.bad
+        bad, known = {}, len(self.dataset.bad)
+        for found in bads:
+            bad |= found
+        self.dataset.bad |= bad
         report_bad(self.dataset, self.max_bad, known)
         crops = [torch.cat([part.to(self.device, non_blocking=True) for part in view])
                  for view in zip(*crops)]
-        return self.batch(ids, epoch, shown, bad, crops)
+        return sum(shown, []), bad, crops
 
     def batch(self, ids, epoch, shown, bad, crops=None):
-        readable = torch.tensor([i not in bad for i in ids.tolist()])
         if -1 in shown:
             i = int(ids[shown.index(-1)])
             raise DataError("20 images in a row cannot be read, among them "
                             f"{self.dataset.file(i)}: {self.dataset.bad[i]}", 1)
+        readable = torch.tensor([i not in bad for i in ids.tolist()])
         return Batch(self, ids, epoch, torch.tensor(shown), readable, crops)
 
 
@@ -1429,17 +1396,12 @@ def settle(worker):
     gc.freeze()
 
 
-def whole(batch):
-    """Collates what comes as a batch already."""
-    return batch
-
-
 # ------------------------------------------------------------------------------------ embedded set
 SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("columns", "rows", "checks", "dots")
 
 
-def embedded(train=True, in_chans=3, n=None, side=32):
+def embedded(train=True, in_chans=3, n=None):
     """4,096 (train) or 2,048 (test) drawn images of 16 classes, a shape filled with a texture.
 
     Image i is a function of i alone. Colours, place, size, turn, ground and light are random, so
@@ -1451,8 +1413,7 @@ def embedded(train=True, in_chans=3, n=None, side=32):
     first = 0 if train else 1 << 20
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                # many small operations: faster alone
-    images = torch.cat([draw(torch.arange(first + i, first + min(i + 32, n)), side)
-                        for i in range(0, n, 32)])
+    images = torch.cat([draw(ids) for ids in torch.arange(first, first + n).split(32)])
     torch.set_num_threads(threads)
     if in_chans == 1:
         images = (grey(images.float()) + 0.5).to(torch.uint8)
@@ -1462,13 +1423,11 @@ def embedded(train=True, in_chans=3, n=None, side=32):
                    name="embedded")
 
 
-def texture(kind, x, y, u):
-    """Pattern in [0, 1] at x, y (N, s, s) for kinds (N,); u (N, 4): frequency, turn, two phases."""
-    angle = (u[:, 1] - 0.5) * 0.4
-    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    frequency = (14.0 + 5.0 * u[:, 0])[:, None, None]
-    a = frequency * (x * cos + y * sin) + 6.28 * u[:, 2, None, None]
-    b = frequency * (y * cos - x * sin) + 6.28 * u[:, 3, None, None]
+def texture(kind, x, y, frequency, turn, *phases):
+    """Pattern in [0, 1] at x, y (N, s, s) for kinds (N,); the others are random (N, 1, 1)."""
+    frequency, turn = 14.0 + 5.0 * frequency, (turn - 0.5) * 0.4
+    a = frequency * (x * turn.cos() + y * turn.sin()) + 6.28 * phases[0]
+    b = frequency * (y * turn.cos() - x * turn.sin()) + 6.28 * phases[1]
     dots = 8 * (0.7 * a).sin().abs() * (0.7 * b).sin().abs() - 4.5
     patterns = torch.stack([3 * a.sin(), 3 * b.sin(), 6 * a.sin() * b.sin(), dots], 1)
     return patterns[torch.arange(len(kind)), kind].sigmoid()
@@ -1477,21 +1436,19 @@ def texture(kind, x, y, u):
 def draw(ids, side=32):
     """Embedded images (N, 3, side, side) uint8 of these numbers: drawn twice as large, averaged."""
     n, s = len(ids), 2 * side
-    u = uniform(ids, 40, 20230501)
+    u = uniform(ids, 40, 20230501)[:, :, None, None]
+    pick = u.unbind(1)                                                  # numbers (N, 1, 1)
     label = (ids % (1 << 20) * 5) % 16
     line = (torch.arange(s) + 0.5) / s * 2 - 1
     y, x = line[:, None].expand(n, s, s), line[None].expand(n, s, s)
 
-    def pick(column):
-        return u[:, column, None, None]
-
     def colour(column, low, high):
         """A random light in [low, high] with a tint of its own, (N, 3, 1, 1)."""
         light = low + (high - low) * u[:, column:column + 1]
-        return (light + 0.3 * (u[:, column + 1:column + 4] - 0.5))[:, :, None, None]
+        return light + 0.3 * (u[:, column + 1:column + 4] - 0.5)
 
-    scale, turn = 0.62 + 0.28 * pick(0), (pick(1) - 0.5) * 0.5
-    dx, dy = x - (pick(2) - 0.5) * 0.4, y - (pick(3) - 0.5) * 0.4
+    scale, turn = 0.62 + 0.28 * pick[0], (pick[1] - 0.5) * 0.5
+    dx, dy = x - (pick[2] - 0.5) * 0.4, y - (pick[3] - 0.5) * 0.4
     px = (dx * turn.cos() + dy * turn.sin()) / scale
     py = (dy * turn.cos() - dx * turn.sin()) / scale
     disc = px.square() + py.square() - 0.9
@@ -1503,13 +1460,13 @@ def draw(ids, side=32):
     inside = (shapes[torch.arange(n), label // 4] < 0)[:, None]
     # the ground is a smooth wave between two middling colours, the figure's texture a dark and a
     # light one
-    turned = x * (6.28 * pick(4)).cos() + y * (6.28 * pick(4)).sin()
-    wave = (1.5 * turned + 6.28 * pick(5)).sin() * 0.5 + 0.5
+    turned = x * (6.28 * pick[4]).cos() + y * (6.28 * pick[4]).sin()
+    wave = (1.5 * turned + 6.28 * pick[5]).sin() * 0.5 + 0.5
     ground = torch.lerp(colour(6, 0.3, 0.7), colour(10, 0.3, 0.7), wave[:, None])
-    pattern = texture(label % 4, x, y, u[:, 22:26])[:, None]
+    pattern = texture(label % 4, x, y, *pick[22:26])[:, None]
     figure = torch.lerp(colour(14, 0.0, 0.3), colour(18, 0.7, 1.0), pattern)
     image = torch.where(inside, figure, ground)
-    light = 1 + 0.5 * (pick(26) - 0.5) * x + 0.5 * (pick(27) - 0.5) * y
+    light = 1 + 0.5 * (pick[26] - 0.5) * x + 0.5 * (pick[27] - 0.5) * y
     noise = uniform(ids, 3 * side * side, 20230502).reshape(n, 3, side, side) - 0.5
     image = F.avg_pool2d(image * light[:, None], 2) + 0.04 * noise
     return (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8)
@@ -1524,12 +1481,12 @@ KINDS = {"empty file": "empty", "DecompressionBomb": "decompression bomb",
 
 
 def look(dataset, i):
-    """(what is special about image i, a list; the (least, largest) value of more than 8 bits or
-    None), or the text of its BadFile."""
+    """(what is special about image i, a list; (least, largest) of its values of more than 8 bits,
+    else ()), or the text of its BadFile."""
     try:
         dataset.read(i)
         encoded = dataset.open(i)
-        extremes = encoded.extremes() if encoded.bits > 8 else None
+        extremes = encoded.extremes() if encoded.bits > 8 else ()
     except BadFile as error:
         return str(error)
     image, ending = encoded.image, os.path.splitext(dataset.file(i))[1].lower()
@@ -1562,9 +1519,9 @@ def say_range(dataset, least, largest):
 
 
 def check(args):
-    """Read every image below args.folder; [(file, kind, what is wrong)] of the bad ones."""
+    """Read every image below args.folder; DataError: some are bad."""
     dataset = every_image(args.folder, value_range=args.range)
-    bad, special, ranges, n = [], Counter(), [], len(dataset)
+    bad, special, values, n = [], Counter(), [], len(dataset)
     progress = Progress(f"checking {args.folder}", n)
     with ThreadPool(args.workers) as pool:  # pillow decodes outside Python's lock
         found = pool.imap(functools.partial(look, dataset), range(n), chunksize=16)
@@ -1572,29 +1529,28 @@ def check(args):
             progress.step()
             if not isinstance(what, str):
                 special.update(what[0])
-                ranges += [what[1]] if what[1] else []
+                values += what[1]
                 continue
             kind = next((kind for words, kind in KINDS.items() if words in what), "damaged")
             bad.append((dataset.file(i), kind, what))
             say(f"{os.path.join(args.folder, dataset.file(i))}: {kind} ({what})")
     among = f", among them {counted(special)}" if special else ""
     say(f"{n - len(bad)} of {n} images are good{among}")
-    if ranges:
-        say_range(dataset, min(low for low, _ in ranges), max(high for _, high in ranges))
+    if values:
+        say_range(dataset, min(values), max(values))
     if args.out:
         with open(args.out, "w", errors="surrogateescape") as f:
             for line in bad:
-                print("\t".join(" ".join(part.split()) for part in line), file=f)
+                print(*(" ".join(part.split()) for part in line), sep="\t", file=f)
     if bad:
         kinds = Counter(kind for _, kind, _ in bad)
         raise DataError(f"{len(bad)} of {n} images are bad: {counted(kinds)}", 1)
-    return bad
 
 
 # ---------------------------------------------------------------------------- python data.py pack
-def shrunk(content, short_side=None):
-    """The bytes to keep of an image file, or a BadFile: as they are, or with a short side given and
-    shorter than the image's as a JPEG; images with transparency or 16 bits stay as they are."""
+def shrunk(content, short_side):
+    """The bytes to keep of an image file, or a BadFile: as they are (short_side: None), or where
+    its short side is longer as a JPEG; images with transparency or 16 bits stay as they are."""
     image = Encoded(content)
     with or_bad_file():
         if short_side is None or min(image.size) <= short_side:
@@ -1602,13 +1558,11 @@ def shrunk(content, short_side=None):
             return content
         fits = [f for f in (8, 4, 2) if image.is_jpeg and min(image.size) >= 2 * f * short_side]
         small = image.decode(max(fits, default=1))
-        mode = small.mode
-        if "a" in mode.lower() or mode[0] in "IF" or "transparency" in small.info:
+        if "a" in small.mode.lower() or small.mode[0] in "IF" or "transparency" in small.info:
             return content                  # more than a JPEG can hold
-        small = small.convert("L" if mode in ("1", "L") else "RGB")
+        small = small.convert("L" if small.mode in ("1", "L") else "RGB")
         scale = short_side / min(small.size)
-        sides = [max(round(side * scale), 1) for side in small.size]
-        small = small.resize(sides, Image.LANCZOS)
+        small = small.resize([round(side * scale) for side in small.size], Image.LANCZOS)
         small.info.clear()
         packed = io.BytesIO()
         small.save(packed, "JPEG", quality=90)

@@ -54,15 +54,8 @@ def palette(n):
     return grid[chosen].astype(np.uint8)
 
 
-def coloured(labels, classes):
-    """Class ids (H, W), 255 = ignored -> RGB (H, W, 3) uint8."""
-    table = np.full((256, 3), GREY, np.uint8)
-    table[:classes] = palette(classes)
-    return table[labels]
-
-
 def label_image(labels, classes):
-    """Class ids (H, W) as a palette image: its pixels are the ids, shown in colour."""
+    """Class ids (H, W), 255 = ignored, as a palette image: its pixels are the ids, in colour."""
     image = Image.fromarray(labels.astype(np.uint8))
     table = np.full((256, 3), GREY, np.uint8)
     table[:classes] = palette(classes)
@@ -70,8 +63,14 @@ def label_image(labels, classes):
     return image
 
 
-def overlay(image, labels, classes, opacity=0.55):
+def coloured(labels, classes):
+    """The same as RGB (H, W, 3) uint8."""
+    return np.asarray(label_image(labels, classes).convert("RGB"))
+
+
+def overlay(image, labels, classes):
     """RGB (H, W, 3) uint8 under the colours of its classes."""
+    opacity = 0.55
     mixed = (1 - opacity) * image + opacity * coloured(labels, classes)
     return (mixed + 0.5).astype(np.uint8)
 
@@ -83,39 +82,30 @@ def font(size):
         return ImageFont.load_default()
 
 
-def sheet(path, columns, names, width=240, margin=6):
+def sheet(path, columns, names):
     """A PNG of columns {title: RGB images (H, W, 3) uint8, one a row}, the first smoothly resized,
     with a legend of the class names."""
-    text = font(12)
-    rows = len(next(iter(columns.values())))
-    cells = {title: [Image.fromarray(image) for image in images]
-             for title, images in columns.items()}
-    first = next(iter(cells.values()))
-    heights = [round(width * image.height / image.width) for image in first]
-    across = len(cells) * (width + margin) + margin
-    swatch = 13
+    text, width, margin, top, line, swatch = font(12), 240, 6, 22, 19, 13     # pixels
+    heights = [round(width * len(image) / image.shape[1]) for image in next(iter(columns.values()))]
+    across = len(columns) * (width + margin) + margin
+    below = top + sum(heights) + len(heights) * margin
     longest = max(text.getlength(name) for name in names)
     per_line = max(1, int((across - margin) // (longest + swatch + 4 * margin)))
-    lines = -(-len(names) // per_line)
-    top = 22
-    bottom = lines * 19 + margin
-    page = Image.new("RGB", (across, top + sum(heights) + rows * margin + bottom), "white")
+    bottom = -(-len(names) // per_line) * line + margin
+    page = Image.new("RGB", (across, below + bottom), "white")
     pen = ImageDraw.Draw(page)
-    for column, (title, images) in enumerate(cells.items()):
-        left = margin + column * (width + margin)
+    for column, (title, images) in enumerate(columns.items()):
+        left, y = margin + column * (width + margin), top
         pen.text((left, 4), title, fill="black", font=text)
-        y = top
         for image, height in zip(images, heights):
             mode = Image.NEAREST if column else Image.BICUBIC
-            page.paste(image.resize((width, height), mode), (left, y))
+            page.paste(Image.fromarray(image).resize((width, height), mode), (left, y))
             y += height + margin
-    y = top + sum(heights) + rows * margin
     for i, (name, colour) in enumerate(zip(names, palette(len(names)).tolist())):
         left = margin + (i % per_line) * (across - margin) // per_line
-        line = y + (i // per_line) * 19
-        square = left, line, left + swatch, line + swatch
-        pen.rectangle(square, fill=tuple(colour), outline="black")
-        pen.text((left + swatch + margin, line), name, fill="black", font=text)
+        y = below + (i // per_line) * line
+        pen.rectangle((left, y, left + swatch, y + swatch), fill=tuple(colour), outline="black")
+        pen.text((left + swatch + margin, y), name, fill="black", font=text)
     # few colours for the images, so that the file is small; those of the labels stay as they are
     images = page.crop((margin, top, margin + width, page.height - bottom))
     page.paste(images.quantize(64, dither=Image.Dither.NONE).convert("RGB"), (margin, top))

@@ -52,11 +52,11 @@ def to_pixels(x, loader):
 
 
 @plots.saved
-def sheet(cells, rows=None, columns=None, title=None, cell=0.85):
+def sheet(cells, rows=None, columns=None, title=None):
     """Images in rows and columns: cells[i][j] is uint8 (H, W, C), or a map (H, W) scaled to its own
     largest value."""
     side = max(cells[0][0].shape[:2])
-    height, width = (cell * n / side + 0.04 for n in cells[0][0].shape[:2])
+    height, width = (0.85 * n / side + 0.04 for n in cells[0][0].shape[:2])
     above = 0.06 + 0.25 * bool(columns) + 0.18 * len((title or "").splitlines())
     drawn, axes = plots.figure(len(cells), len(cells[0]), 0.3 + width * len(cells[0]),
                                above + height * len(cells))

@@ -544,7 +544,7 @@ def test_a_reader_crops_what_pillow_would(photographs, views, fast):
     """Each crop against pillow's at the reduction that the crops allow."""
     dataset, size = data.load(photographs), (40, 48)
     loader = data.Loader(dataset, views, size, 20, seed=4)
-    shown, bad, crops = data.Reader(loader).__getitems__((3, list(range(20))))
+    shown, bad, crops = data.Reader(loader)[3, list(range(20))]
     assert list(bad) == [7] and [i for i in range(20) if shown[i] != i] == [7]
     reduced = set()
     for row, i in enumerate(shown):
@@ -704,7 +704,7 @@ def test_views_are_drawn_in_float32_under_autocast_and_independently():
 
 def test_functions_of_the_user_get_the_crops(photographs):
     dataset, views = data.load(photographs), [augment.MAE_VIEW]
-    plain, noted = (data.Reader(data.Loader(dataset, views, (32, 32), 20)).__getitems__((1, [0, 4]))
+    plain, noted = (data.Reader(data.Loader(dataset, views, (32, 32), 20))[1, [0, 4]]
                     for views in (views, [augment.MAE_VIEW | dict(pixels=lambda x: 255 - x)]))
     assert torch.equal(noted[2][0], 255 - plain[2][0]) and plain[2][0].dtype == torch.uint8
 
