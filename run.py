@@ -139,8 +139,9 @@ def number(kind=float, low=0.0, high=1e6, above=False):
             what = "a whole" if kind is int else "a"
             raise ArgumentTypeError(f"{text!r} is not {what} number") from None
         if not low <= value <= high or (above and value == low):        # NaN is not either
-            least = "above" if above else "at least"
-            raise ArgumentTypeError(f"{text} is not {least} {low:g} and at most {high:g}")
+            least = f"above {low:g}" if above else f"at least {low:g}"
+            raise ArgumentTypeError(f"{text} is out of range, it must be {least} and at most "
+                                    f"{high:g}")
         return value
     return parse
 

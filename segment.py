@@ -684,7 +684,7 @@ class Loader:
         device = self.env.device
         reader = torch.utils.data.DataLoader(
             self.crops, batch_sampler=self.plan(start), num_workers=self.workers,
-            collate_fn=data.whole, pin_memory=device.type == "cuda")
+            collate_fn=list, pin_memory=device.type == "cuda")
         before = time.perf_counter()
         for keys, (images, labels, inside, wrong) in zip(self.plan(start), reader):
             self.waited += time.perf_counter() - before

@@ -194,8 +194,8 @@ def test_a_block_of_linear_is_its_class_token_after_the_norm(encoder_folder, tmp
     root, encoder = image_folder(tmp_path / "data"), encoder_of(encoder_folder)
     seen = {}
     knn = evaluate.knn_scores
-    monkeypatch.setattr(evaluate, "knn_scores", lambda queries, *more: seen.update(
-        queries=queries) or knn(queries, *more))
+    monkeypatch.setattr(evaluate, "knn_scores", lambda queries, *more, **options: seen.update(
+        queries=queries) or knn(queries, *more, **options))
     run_mode(encoder_folder, tmp_path, "--mode", "knn", "--data", root, "--block", 2, "--k", 1)
     test = data.load(str(root), False)
     loader = data.Loader(test, [augment.TEST_VIEW], (32, 32), 12, shuffle=False)
