@@ -51,6 +51,7 @@ MATRIX = {"cuda": 8192, "cpu": 2048}            # side of the square matrices of
 HEADS = (4096, 256)                             # MoCo v3's
 EPOCHS = dict(linear=90, loop=3)                # the protocol's; of the demonstration's
 LINEAR_BATCH = {"cuda": 1024, "cpu": 64}        # the protocol's; what a CPU does in seconds
+SCALE = dict(classes=100, files=640, labels=1281167, voters=64, copies=16)      # of the scale case
 FEWSHOT = {"cuda": (12811, 1000), "cpu": (1280, 100)}       # images, classes: 1 % of ImageNet; less
 
 # batch: images a call; flops(): of an image, or None; codes: {name: Code}, ours first
@@ -347,12 +348,14 @@ def scale_case(b):
 
 
 def listing_case(b):
-    """Listing a folder of 64,000 empty files in 100 class folders: a 20th of ImageNet."""
+    """Listing a folder of empty files in class folders: a 20th of ImageNet."""
+    classes, files = SCALE["classes"], SCALE["files"]
+
     def of(function):
         place = tempfile.TemporaryDirectory()
-        for c in range(100):
+        for c in range(classes):
             os.mkdir(os.path.join(place.name, f"n{c:08}"))
-            for i in range(640):
+            for i in range(files):
                 open(os.path.join(place.name, f"n{c:08}", f"n{c:08}_{i}.JPEG"), "w").close()
         return partial(function, place)                     # the folder lives as long as this
 
@@ -362,12 +365,12 @@ def listing_case(b):
             place.name, folder.find_classes(place.name)[1], folder.IMG_EXTENSIONS))
 
     codes = {"ours": Code(partial(of, lambda place: data.list_files(place.name)))}
-    return Case("listing", 64000, None, codes | b.against("torchvision", torchvision))
+    return Case("listing", classes * files, None, codes | b.against("torchvision", torchvision))
 
 
 def labelled_case():
     """The draw of 1 % of the labels of as many images and classes as ImageNet has."""
-    n = 1281167
+    n = SCALE["labels"]
     labels = augment.shuffled(n, 0, 0) % 1000
 
     def ours():
@@ -379,9 +382,11 @@ def labelled_case():
 
 
 def votes_case():
-    """64 processes, here threads, vote through the store of one of them."""
+    """Processes, here threads, vote through the store of one of them."""
+    n = SCALE["voters"]
+
     def of(function):
-        n, meet = 64, dict(host_name="127.0.0.1", wait_for_workers=False)
+        meet = dict(host_name="127.0.0.1", wait_for_workers=False)
         first = dist.TCPStore(port=0, is_master=True, **meet)
         stores = [first] + [dist.TCPStore(port=first.port, **meet) for _ in range(n - 1)]
         pool = ThreadPoolExecutor(n)
@@ -397,7 +402,7 @@ def votes_case():
 
     codes = {"ours": Code(partial(of, lambda peer: peer.ask("a vote", 0))),
              "a request for each": Code(partial(of, a_request_for_each))}
-    return Case("vote of 64 processes", 1, None, codes, "wall time, for the processor is shared")
+    return Case(f"vote of {n} processes", 1, None, codes, "wall time, for the processor is shared")
 
 
 def save_case(b):
@@ -432,13 +437,13 @@ def save_case(b):
 
 
 def epoch_case(b):
-    """The time to the first batch of an epoch against that between the others: 32 images of 1,024
-    JPEGs a batch, read by two processes as fast as they can."""
+    """The time to the first batch of an epoch against that between the others: 32 of many JPEGs a
+    batch, read by two processes as fast as they can."""
     def of(first):
         place = tempfile.TemporaryDirectory()
         for i, image in enumerate(data.draw(torch.arange(64), 320)):    # too large to be held
             image = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-            for j in range(16):
+            for j in range(SCALE["copies"]):
                 image.save(os.path.join(place.name, f"{i}_{j}.jpg"))
         loader = data.Loader(data.load(place.name), VIEWS["pair of views"], b.config["img_size"],
                              32, workers=2, device=b.device)

@@ -27,6 +27,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench, "HEADS", (64, 16))
     monkeypatch.setattr(bench, "EPOCHS", dict(linear=2, loop=2))
     monkeypatch.setattr(bench, "SEGMENT", 64)
+    monkeypatch.setattr(bench, "SCALE", dict(classes=2, files=3, labels=5000, voters=3, copies=1))
     monkeypatch.setitem(model.ARCHS, "vit_mini", ((8, 24, 3, 3), (16, 1, 2)))
     monkeypatch.setitem(bench.MATRIX, "cpu", 64)
     monkeypatch.setitem(bench.FEWSHOT, "cpu", (60, 5))
@@ -45,9 +46,12 @@ def options(*more):
 OURS = {"mae": {"ours"}, "graft": {"ours", "undivided"}, "augment": {"ours"}, "segment": {"ours"},
         "reading": {"ours, worker", "ours, worker and device", "decoding alone, pillow"},
         "linear": {"35 rates", "1 rate"}, "fewshot": {"ours"},
-        "loop": {"ours, training loop", "bare steps"}}
+        "loop": {"ours, training loop", "bare steps"},
+        "scale": {"ours", "one stable sort", "a request for each", "first batch", "the others",
+                  "ours, training stands still", "until it is on the disk and read back"}}
 PACKAGES = {"mae": ("timm", "transformers"), "graft": ("timm",), "segment": ("transformers",),
-            "augment": ("torchvision",), "reading": ("torchvision",), "fewshot": ("sklearn",)}
+            "augment": ("torchvision",), "reading": ("torchvision",), "fewshot": ("sklearn",),
+            "scale": ("torchvision",)}
 
 
 @pytest.mark.parametrize("name", bench.CASES)
