@@ -151,8 +151,8 @@ def options(stage, encoder, out, *more):
     """A short run of the small world: every step logged and saved."""
     own = {"mae_pretrain": ["--arch", "vit_test"],
            "graft_train": ["--init", encoder, "--hidden-dim", "32"],
-           "finetune": ["--checkpoint", encoder, "--mixup", "0.8", "--drop-path", "0.3",
-                        "--erasing", "0.5"]}[stage]
+           "finetune": ["--checkpoint", encoder, "--mixup", "0.8", "--cutmix", "1", "--drop-path",
+                        "0.3", "--erasing", "0.5", "--rand-augment", "9"]}[stage]
     every = ["--log-every", "1", "--save-minutes", "1e-9"]
     return [str(x) for x in (*own, "--lr", "0.02", "--batch-size", "16", *every, *QUIET,
                              "--out", out, *more)]
@@ -186,7 +186,8 @@ def refused(program, *arguments, code=2):
 
 # --------------------------------------------------------------------------- runs as processes
 def child(program, arguments, log, environment, prepare):
-    """The body of a process: a script as from the command line, what it says in a file."""
+    """The body of a process: a script as from the command line, or a function, what it says in a
+    file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -194,9 +195,11 @@ def child(program, arguments, log, environment, prepare):
     sys.stderr = open(2, "w", closefd=False)
     os.environ.update(environment)
     small_world(lambda where, key, value: where.update({key: value}), setattr)
-    sys.argv = [f"{program}.py", *arguments]
     if prepare is not None:
         prepare()
+    if callable(program):
+        run.program(lambda _: program(*arguments), lambda: None)
+    sys.argv = [f"{program}.py", *map(str, arguments)]
     module = importlib.import_module(program)
     run.program(module.main, module.get_args)
 
@@ -214,7 +217,6 @@ class Started:
                 meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
             meet["WORLD_SIZE"] = str(processes)
             environments = [dict(meet, RANK=str(r), LOCAL_RANK=str(r)) for r in range(processes)]
-        arguments = [str(a) for a in arguments]
         if not isinstance(prepare, dict):
             prepare = dict.fromkeys(range(processes), prepare)
         self.jobs = []

@@ -39,17 +39,6 @@ def test_moco_state_names_are_the_official_ones():
     assert set(contrastive("moco").state_dict()) == expected
 
 
-def test_moco_starts_with_a_copy_as_momentum_encoder():
-    torch.manual_seed(0)
-    net = model.MoCoV3(model.VisionTransformer(**TINY), 32, 16)
-    assert_identical(net.base_encoder.state_dict(), net.momentum_encoder.state_dict())
-    assert not any(p.requires_grad for p in net.momentum_encoder.parameters())
-    shapes = [tuple(p.shape) for name, p in net.base_encoder.head.named_parameters() if p.ndim == 2]
-    assert shapes == [(32, 24), (32, 32), (16, 32)]
-    shapes = [tuple(p.shape) for p in net.predictor.parameters() if p.ndim == 2]
-    assert shapes == [(32, 16), (16, 32)]
-
-
 def head_by_hand(head, x):
     """A head of MoCo v3 with torch's batch normalisation, in training mode."""
     for layer in head:
@@ -178,19 +167,6 @@ def test_micro_batches_cover_the_batch_and_the_last_is_whole(n, size):
     parts = model.micro_batches(n, size)
     assert [i for part in parts for i in range(n)[part]] == list(range(n))
     assert len(range(n)[parts[-1]]) == min(size or n, n)
-
-
-@pytest.mark.parametrize("mim", [False, True])
-def test_the_last_micro_batch_is_not_computed_again(mim):
-    """With MTL it is MAE's last one that is kept: not both, for the sake of memory."""
-    net, seen = contrastive("simclr", mim), []
-    patches = net.base_encoder.patch_embed
-    patches.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    x, noise = rand(6, 3, 16, 16), rand(6, 16).sigmoid()
-    loss, _ = net(x, x.flip(3), 4, (x, noise, 0.75) if mim else None)
-    assert seen == ([4, 8, 2, 4] if mim else [4, 8])
-    loss.backward()
-    assert sorted(seen[4 if mim else 2:]) == ([2, 4, 8] if mim else [4])
 
 
 def test_micro_batches_keep_fewer_activations():
@@ -364,8 +340,3 @@ def test_batchnorm_keeps_its_statistics_when_a_batch_is_not_finite():
     assert norm(torch.full((8, 5), float("nan"))).isnan().all()
     for name in ("running_mean", "running_var"):
         assert torch.equal(norm.state_dict()[name], before[name])
-
-
-def test_batchnorm_leaves_half_precision():
-    norm = model.BatchNorm1d(5)
-    assert norm(rand(8, 5).bfloat16()).dtype == torch.float32

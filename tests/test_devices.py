@@ -3,10 +3,6 @@
 Run on stand-ins that have a device, a type and a shape but no data (torch's fake tensors), so that
 no GPU is needed to notice it. What draws on the CPU stays out.
 """
-import os
-
-os.environ["OMP_NUM_THREADS"] = "1"
-
 from types import SimpleNamespace
 
 import pytest
