@@ -194,6 +194,7 @@ def child(program, arguments, log, environment, prepare):
     sys.stdout = open(1, "w", closefd=False)
     sys.stderr = open(2, "w", closefd=False)
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)    # of reading processes, as everywhere
     small_world(lambda where, key, value: where.update({key: value}), setattr)
     if prepare is not None:
         prepare()

@@ -186,14 +186,12 @@ def test_vic_of_several_models_with_a_fine_tuned_one(made, folder, tmp_path):
     source = checkpoint.read(os.path.join(made["graft"], "encoder.pt"))
     state = {k: v for k, v in source["model"].items() if not k.startswith("head.")}
     state |= {"head.weight": torch.ones(3, DIM), "head.bias": torch.ones(3)}
-    tuned = tmp_path / "tuned"
-    tuned.mkdir()
     meta = source["meta"] | dict(system="Layer grafted, fine-tune")
-    checkpoint.save(dict(model=state, config=source["config"], head=dict(kind="linear"),
-                         classes=["a", "b", "c"], mean=meta["mean"], std=meta["std"], meta=meta),
-                    tuned / "classifier.pt")
+    content = dict(model=state, config=source["config"], head=dict(kind="linear"), meta=meta,
+                   classes=["a", "b", "c"], mean=meta["mean"], std=meta["std"])
+    checkpoint.save(content, tmp_path / "classifier.pt")
     options = ["vic", *QUIET, "--data", folder, "--images", 30, "--checkpoint", made["mae"]]
-    call(*options, made["graft"], tuned, "--batch-size", 7, "--out", tmp_path)
+    call(*options, made["graft"], tmp_path / "classifier.pt", "--batch-size", 7, "--out", tmp_path)
     rows = table(tmp_path / "vic.csv")
     names = plots.unique(r["system"] for r in rows)
     assert names[1:] == ["Layer grafted", "Layer grafted, fine-tune"] and len(rows) == 3 * DEPTH
@@ -207,6 +205,9 @@ def test_vic_of_several_models_with_a_fine_tuned_one(made, folder, tmp_path):
     call(*options, "--batch-size", 30, "--out", tmp_path / "b")
     for r, again in zip(rows, table(tmp_path / "b" / "vic.csv")):
         assert [r[k] for k in terms] == pytest.approx([again[k] for k in terms], rel=1e-3)
+    grey = model.VisionTransformer(in_chans=1, **SHAPE)
+    checkpoint.save(dict(model=grey.state_dict(), config=grey.config, meta={}), tmp_path / "g.pt")
+    assert "numbers of channels" in fails(*options, tmp_path / "g.pt")
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -217,23 +218,14 @@ def mean_patch_distance(height, width, patch_size):
     return total / len(places) ** 2
 
 
-def test_attention_distances_of_known_maps():
-    distance, length = analyze.patch_distances((3, 5), 8), 15
-    uniform = torch.full((2, 4, 1 + length, 1 + length), 1 / (1 + length))
-    raw, renormalised, share = analyze.attention_distances(uniform, distance).unbind(-1)
-    expected = torch.full((2, 4), mean_patch_distance(3, 5, 8))
-    torch.testing.assert_close(renormalised, expected)
-    torch.testing.assert_close(raw, expected * length / (1 + length))
-    torch.testing.assert_close(share, torch.full((2, 4), 1 / (1 + length)))
-    distance = analyze.patch_distances((4, 4), 16)
-    itself = analyze.attention_distances(torch.eye(17)[None, None], distance)
-    torch.testing.assert_close(itself, torch.zeros(1, 1, 3))
+def test_attention_distances_of_a_known_map():
+    """A model that cannot tell its tokens apart follows."""
     weights = torch.zeros(1, 1, 5, 5)
     weights[..., 1:, 2], weights[..., 1:, 0] = 0.25, 0.75   # of four patches the upper right
     distance = analyze.patch_distances((2, 2), 4)
-    raw, renormalised, _ = analyze.attention_distances(weights, distance)[0, 0].tolist()
+    raw, renormalised, share = analyze.attention_distances(weights, distance)[0, 0].tolist()
     assert renormalised == pytest.approx((4 + 0 + 4 * math.sqrt(2) + 4) / 4)
-    assert raw == pytest.approx(renormalised / 4)
+    assert raw == pytest.approx(renormalised / 4) and share == pytest.approx(0.75)
 
 
 def test_attention_of_a_model_that_cannot_tell_its_tokens_apart(folder, tmp_path):
@@ -428,7 +420,7 @@ def test_lr_grid_has_a_heat_map_for_each_third_rate_and_protocol(tmp_path, monke
     looks_drawn(tmp_path / "lr-grid.png")
 
 
-def test_partial_fine_tuning(tmp_path):
+def test_partial_fine_tuning_and_depth_probes(tmp_path):
     protocols = {0: "fine-tune", 2: "partial fine-tune 2"}
     entries = [dict(system=system, protocol=protocols[k], top1=80.0 - k + seed, seed=seed)
                for system in ("Layer grafted", "mae") for k in protocols for seed in (0, 2)]
@@ -439,33 +431,29 @@ def test_partial_fine_tuning(tmp_path):
     # not of the kind, and a system that was only fine-tuned as a whole
     entries += [dict(system="Layer grafted", protocol="10% fine-tune", top1=1.0),
                 dict(system="MoCo v3", protocol="fine-tune", top1=70.0)]
-    call("partial", "--results", write_results(tmp_path / "in", entries) / "results.jsonl",
-         "--out", tmp_path)
+    entries += [dict(system=system, protocol=f"probe block {k} + {n} blocks", top1=10 * k + n)
+                for system in ("MAE", "MoCo v3") for k in (6, 12) for n in (1, 4)]
+    # without new blocks: linear evaluation, as reproduce.py files it
+    entries += [dict(system="MAE", protocol="linear", probe_block=12, blocks=0, top1=50.0)]
+    place = write_results(tmp_path / "in", entries)
+    call("partial", "--results", place / "results.jsonl", "--out", tmp_path)
     found = [(r["system"][0], r["freeze_blocks"], r["top1"], r["seeds"])
              for r in table(tmp_path / "partial.csv")]
     assert found == [("L", 0, 81, 2), ("L", 2, 79, 2), ("L", 6, 60, 1), ("M", 0, 81, 2),
                      ("M", 2, 79, 2)]
-    looks_drawn(tmp_path / "partial.png")
-
-
-def test_depth_probes(tmp_path):
-    entries = [dict(system=system, protocol=f"probe block {k} + {n} blocks", top1=10 * k + n)
-               for system in ("MAE", "MoCo v3") for k in (6, 12) for n in (1, 4)]
-    # without new blocks: linear evaluation, as reproduce.py files it
-    entries += [dict(system=system, protocol="linear", probe_block=12, blocks=0, top1=50.0)
-                for system in ("MAE", "VICReg")] + [dict(system="MAE", protocol="x", top1=1.0)]
-    call("depth", "--results", write_results(tmp_path / "in", entries), "--out", tmp_path)
+    call("depth", "--results", place, "--out", tmp_path)
     found = {(r["system"], r["probe_block"], r["blocks"]): r["top1"]
              for r in table(tmp_path / "depth.csv")}
     assert len(found) == 9 and found["MAE", 12, 4] == 124 and found["MAE", 12, 0] == 50
+    looks_drawn(tmp_path / "partial.png")
     looks_drawn(tmp_path / "depth.png")
 
 
 def test_results_that_hold_nothing_of_the_kind(tmp_path):
     place = write_results(tmp_path / "in", [dict(protocol="fine-tune", top1=80.0, lr=0.1)])
-    assert "rates of three stages" in fails("lr-grid", "--results", place)
-    assert "--freeze-blocks" in fails("partial", "--results", place)
-    assert "--probe-block" in fails("depth", "--results", place)
+    for analysis, lacking in (("lr-grid", "rates of three stages"), ("partial", "--freeze-blocks"),
+                              ("depth", "--probe-block")):
+        assert lacking in fails(analysis, "--results", place)
     two = write_results(tmp_path / "two", [
         dict(protocol="probe block 3 + 1 blocks", top1=1.0, data=name) for name in ("a", "b")])
     assert "several datasets (a, b)" in fails("depth", "--results", two)
@@ -473,13 +461,13 @@ def test_results_that_hold_nothing_of_the_kind(tmp_path):
 
 
 def test_curves(made, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
+    log = tmp_path / "other" / "log.jsonl"
+    log.parent.mkdir()
     lines = [dict(step=i, epoch=i / 2, loss=100.0 / i, lr=[1e-6, 0.0, 1e-3], knn=5.0 * i)
              for i in range(1, 5)]
     text = "".join(json.dumps(e) + "\n" for e in lines)
-    (other / "log.jsonl").write_text(text + '{"step": 5, "ep')              # being written
-    call("curves", "--checkpoint", made["graft"], other / "log.jsonl", "--out", tmp_path)
+    log.write_text(text + '{"step": 5, "ep')                                # being written
+    call("curves", "--checkpoint", made["graft"], log, "--out", tmp_path)
     rows = table(tmp_path / "curves.csv")
     ours, own = ([r for r in rows if r["run"] == name] for name in ("graft", "other"))
     assert [(r["step"], r["loss"], r["knn"], r["lr_1"], r["lr_3"], r["rank"]) for r in own] == [
@@ -487,11 +475,11 @@ def test_curves(made, tmp_path):
     assert [r["step"] for r in ours] == [1, 2, 3, 4]
     assert all(r["knn"] == "" and r["rank"] > 1 for r in ours)
     looks_drawn(tmp_path / "curves.png")
-    (other / "log.jsonl").write_text("")
-    assert "nothing in it yet" in fails("curves", "--checkpoint", other)
+    log.write_text("")
+    assert "nothing in it yet" in fails("curves", "--checkpoint", log.parent)
 
 
-# --------------------------------------------------------------------------------- all of them
+# --------------------------------------------------------------------------------- labels
 def test_labels_tell_checkpoints_apart():
     assert plots.labelled(["out/mae", "out/graft/encoder.pt"], ["MAE", None]) == ["MAE", "graft"]
     assert plots.labelled(["a/x", "b/last.pt"], ["MTL"] * 2) == ["MTL (x)", "MTL (b)"]

@@ -222,12 +222,6 @@ def test_official_layout_and_weights(made, tmp_path):
 
 
 # ------------------------------------------------------------------------- seeds, processes
-def test_seed_matters(made, tmp_path):
-    first, second = (tune(made["graft"], tmp_path / seed, *HARD, "--seed", seed)[1]["model"]
-                     for seed in "01")
-    assert not torch.equal(first["norm.weight"], second["norm.weight"])
-
-
 @pytest.mark.parametrize("n, processes", [(50, 1), (50, 3), (10, 4), (3, 4)])
 def test_every_test_image_is_counted_once(n, processes, monkeypatch):
     dataset = data.embedded(False, 3).select(range(n))
@@ -376,4 +370,4 @@ def test_more_processes_than_images(made, tmp_path, monkeypatch):
     for processes, message in ((20, "fewer than the 20 processes"), (3, "not divided by 3")):
         monkeypatch.setattr(run, "setup", lambda args: run.Env(CPU.device, None, 0, processes))
         with pytest.raises(run.UsageError, match=message):
-            tune(made["graft"], tmp_path, "--labels", "1 per class")
+            tune(made["graft"], tmp_path, "--labels", "1 per class", "--batch-size", "60")

@@ -122,14 +122,6 @@ def test_options_reach_the_method(world, tmp_path, monkeypatch):
     assert momenta == pytest.approx([model.momentum_at(step, 8, 0.9) for step in range(8)])
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_is_a_function_of_its_seed(world, tmp_path, stage):
-    runs = [saved(train(stage, tmp_path / name, "--epochs", "1", "--seed", seed))["model"]
-            for name, seed in (("a", "3"), ("b", "3"), ("c", "4"))]
-    assert_identical(runs[0], runs[1])
-    assert not any(torch.equal(runs[0][k], runs[2][k]) for k in runs[0] if k.endswith("fc1.weight"))
-
-
 def test_grafting_starts_from_the_file_with_its_positions(mae_folder, tmp_path):
     path = tmp_path / "moved.pt"
     content = saved(mae_folder, "encoder.pt")
@@ -205,10 +197,9 @@ def test_the_other_systems_train(mae_folder, tmp_path, more, keys, system):
     assert saved(out, "encoder.pt")["meta"]["system"] == system
 
 
-@pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_the_anchor_holds_the_lower_layers_near_their_weights(mae_folder, tmp_path, norm):
+def test_the_anchor_holds_the_lower_layers_near_their_weights(mae_folder, tmp_path):
     def moved(weight):
-        more = ["--lr", "0.02,0.02,0.02", "--weight-decay", "0", "--anchor-norm", norm]
+        more = ["--lr", "0.02,0.02,0.02", "--weight-decay", "0", "--anchor-norm", "l1"]
         more += ["--anchor-blocks", "2", "--anchor-weight", weight]
         out = train("graft", tmp_path / weight, *more, init=mae_folder)
         start, end = saved(mae_folder, "encoder.pt")["model"], saved(out, "encoder.pt")["model"]
