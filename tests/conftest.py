@@ -62,8 +62,8 @@ def folder_of(root, names, size=(16, 16), seed=0):
 
 
 def class_folder(root, train=6, val=6, classes=("cat", "dog"), sizes=1):
-    """train/CLASS and val/CLASS of embedded images, so many of each class: of one size they are held
-    in memory, of several (width 32, 33, ...) read as files."""
+    """train/CLASS and val/CLASS of embedded images, so many of each class: of one size they are
+    held in memory, of several (width 32, 33, ...) read as files."""
     images = iter(data.draw(torch.arange((train + val) * len(classes))))
     for part, each in (("train", train), ("val", val)):
         for name in classes if each else ():
@@ -150,7 +150,7 @@ def world(monkeypatch):
 def options(stage, encoder, out, *more):
     """A short run of the small world: every step logged and saved."""
     own = {"mae_pretrain": ["--arch", "vit_test"],
-           "graft_train": ["--init", encoder, "--hidden-dim", "32"],
+           "graft_train": ["--init", encoder, "--hidden-dim", "32", "--mim-weight", "1"],
            "finetune": ["--checkpoint", encoder, "--mixup", "0.8", "--cutmix", "1", "--drop-path",
                         "0.3", "--erasing", "0.5", "--rand-augment", "9"]}[stage]
     every = ["--log-every", "1", "--save-minutes", "1e-9"]
@@ -284,8 +284,9 @@ def encoder(server, tmp_path_factory):
     """The folder of a grafting run: an encoder.pt to graft onto and to fine-tune."""
     place = tmp_path_factory.mktemp("encoder")
     first, second = place / "mae", place / "graft"
-    for program, init, out in (("mae_pretrain", None, first), ("graft_train", first, second)):
-        arguments = options(program, init, out, "--epochs", "1", "--save-minutes", "10")
+    for program, init, out, more in (("mae_pretrain", None, first, []),
+                                     ("graft_train", first, second, ["--mim-weight", "0"])):
+        arguments = options(program, init, out, "--epochs", "1", "--save-minutes", "10", *more)
         job = Started(server, place / f"{program}.txt", program, *arguments)
         assert job.codes() == [0], job.said()
     return second

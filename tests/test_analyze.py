@@ -19,7 +19,6 @@ import data
 import graft_train
 import mae_pretrain
 import model
-import run
 from conftest import folder_of, refused, rows_of
 from figures import plots, sheets
 

@@ -4,14 +4,12 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision.transforms.v2 as transforms
 import torchvision.transforms.v2.functional as tv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import augment
-
-torch.set_num_threads(1)
+from conftest import images_like
 
 
 def float_images(n=5, h=12, w=10):
@@ -178,6 +176,7 @@ def test_blur_equals_torchvisions(size):
 def test_a_batch_in_pieces_is_the_batch(view, monkeypatch):
     x, ids = float_images(13, 8, 6), torch.arange(13)
     whole = augment.augment(x, ids, view, 1)
+    assert torch.equal(x, float_images(13, 8, 6))                           # the given one stays
     monkeypatch.setattr(augment, "CACHED", 5 * x[0].numel())
     torch.testing.assert_close(augment.augment(x, ids, view, 1), whole, rtol=0, atol=2e-6)
 
@@ -233,8 +232,12 @@ def test_each_operation_has_its_probability_independently_of_the_others():
     assert correlation.abs().max() < 0.08
 
 
-def test_jitter_draws_its_factors_and_orders_as_colorjitter_does(monkeypatch):
+def test_factors_orders_and_sigmas_are_drawn_as_the_recipe_does(monkeypatch):
     drawn, n, plan = {}, 3000, augment.jitter_plan
+    monkeypatch.setattr(augment, "gaussian_blur", lambda x, sigma: drawn.update(sigma=sigma) or x)
+    augment.augment(torch.zeros(n, 3, 2, 2), torch.arange(n), {"blur": 1.0}, 1)
+    sigmas = drawn["sigma"].min(), drawn["sigma"].mean(), drawn["sigma"].max()
+    assert [x.item() for x in sigmas] == pytest.approx([0.1, 1.05, 2.0], abs=0.04)
 
     def note(factors, order):
         drawn.update(factors=factors, order=order)

@@ -83,7 +83,7 @@ def test_codes_take_turns_and_the_median_counts(monkeypatch, capsys):
 
 
 def test_a_code_that_is_killed_for_want_of_memory_ends_in_a_line(monkeypatch):
-    assert bench.alone(options(), "fewshot", 0, "ours").peak > 100 << 20    # in a process of its own
+    assert bench.alone(options(), "fewshot", 0, "ours").peak > 100 << 20    # a process of its own
 
     def killed(*_):
         raise bench.BrokenProcessPool

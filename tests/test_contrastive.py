@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import model
-from test_model import (EXACT, SYSTEMS, TINY, assert_same, contrastive, gradients, rand, vit,
-                        vit_names)
+from test_model import (EXACT, SYSTEMS, assert_same, contrastive, gradients, rand, vit, vit_names)
 
 
 

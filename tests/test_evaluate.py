@@ -6,7 +6,6 @@ import os
 import runpy
 import shutil
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ import evaluate
 import finetune
 import run
 from conftest import QUIET, class_folder, corrupt, folder_of, rows_of
-from model import VisionTransformer, accuracies, confusion_matrix, knn_scores
+from model import VisionTransformer, accuracies, confusion_matrix
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +309,8 @@ def test_features_of_an_unlabelled_folder_and_of_a_block(encoder_folder, tmp_pat
     encoder = checkpoint.load(str(encoder_folder))
     loader = data.Loader(data.load(str(folder)), [augment.TEST_VIEW], (32, 32), 3, shuffle=False)
     x = next(iter(loader.epoch(0))).view(0)
-    for more, tokens in (([], encoder.tokens(x)), (["--block", 2], encoder.intermediate(x, [2])[0])):
+    second, = encoder.intermediate(x, [2])
+    for more, tokens in (([], encoder.tokens(x)), (["--block", 2], second)):
         run_mode(encoder_folder, tmp_path, "--mode", "features", "--input", folder, *more)
         content = features_in(tmp_path)
         assert list(content["files"]) == ["0.png", "1.png", "2.png"] and "labels" not in content

@@ -136,6 +136,10 @@ def test_damaged_files_of_a_run_start_it_over_or_are_mended(world, encoder, tmp_
         f.write('\0\0\0\n{"step": 3, "lo')
     train("mae_pretrain", encoder, parts, "--epochs", "1")
     assert essence(parts) == essence(whole)
+    os.truncate(parts / "last.pt", 1000)
+    train("mae_pretrain", encoder, parts, "--epochs", "1")
+    assert "step 5 of 6" in capsys.readouterr().out
+    assert_same_run(parts, whole)
     corrupt(parts / "last.pt", b"")
     torch.save({"model": 1}, parts / "previous.pt")         # readable, and not of a run
     train("mae_pretrain", encoder, parts, "--epochs", "1")

@@ -267,7 +267,7 @@ def test_tuning_and_filled_tables(tmp_path, stubs):
 
 def test_a_long_tail_is_written_and_trained_on(tmp_path, stubs, monkeypatch):
     drawn = data.embedded
-    monkeypatch.setattr(data, "embedded", lambda train, *more: drawn(train, n=1600 if train else 50))
+    monkeypatch.setattr(data, "embedded", lambda train, *_: drawn(train, n=1600 if train else 50))
     reproduce.main(arguments(tmp_path, "--only", "longtail"))
     names = (tmp_path / "longtail" / "list.txt").read_text().splitlines()
     counts = Counter(name.split("/")[0] for name in names)

@@ -1,20 +1,17 @@
 """The two training stages in small runs: what they write, what they resume, what they refuse."""
 import json
 import math
-import os
-import signal
 
 import pytest
 import torch
 
 import augment
-import checkpoint
 import data
 import graft_train
 import mae_pretrain
 import model
 import run
-from conftest import assert_identical, assert_same_run, log_of, saved
+from conftest import assert_identical, log_of, saved
 
 STAGES = {"mae": mae_pretrain, "graft": graft_train}
 
@@ -230,46 +227,6 @@ def test_channels_statistics_and_range_are_those_of_the_file(world, tmp_path, ca
 
 
 # ---------------------------------------------------------------------------------- stop and resume
-def interrupt(monkeypatch, step, action):
-    """Do something as a run notes the given step."""
-    record = run.Job.record
-
-    def patched(self, *more, **log):
-        if self.step + 1 == step:
-            action()
-        record(self, *more, **log)
-
-    monkeypatch.setattr(run.Job, "record", patched)
-
-
-def fail():
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("stage, more, how", [
-    ("mae", [], "error"), ("graft", ["--mim-weight", "1"], "SIGTERM"),
-    ("graft", ["--mim-weight", "1"], "damaged checkpoint")])
-def test_a_resumed_run_is_the_same_to_the_bit(world, tmp_path, monkeypatch, capsys, stage, more,
-                                              how):
-    whole, parts = train(stage, tmp_path / "whole", *more), tmp_path / "parts"
-    with monkeypatch.context() as patch:
-        if how == "SIGTERM":                            # in the middle of the second epoch
-            interrupt(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-            with pytest.raises(run.Stopped):
-                train(stage, parts, *more)
-        else:
-            interrupt(patch, 6, fail)
-            with pytest.raises(KeyboardInterrupt):
-                train(stage, parts, *more, "--save-minutes", "1e-9")
-    assert saved(parts)["step"] == (6 if how == "SIGTERM" else 5)
-    if how == "damaged checkpoint":
-        (parts / "last.pt").write_bytes((parts / "last.pt").read_bytes()[:1000])
-    train(stage, parts, *more)
-    said = capsys.readouterr().out
-    assert f"step {dict(error=5, SIGTERM=6).get(how, 4)} of 8" in said
-    assert_same_run(parts, whole)
-
-
 def test_a_finished_run_is_left_alone_and_never_starts_over(world, tmp_path):
     out = train("mae", tmp_path)
     first = saved(out)["model"]

@@ -1,10 +1,10 @@
 """The shape of the code: who imports whom, what stands alone when copied, how long lines are."""
 import ast
+import functools
 import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -23,12 +23,13 @@ MAY = {"model": {"torch"}, "augment": {"torch"}, "data": {"augment"} | NEEDED,
        "reproduce": LIBRARY | NEEDED | STAGES}
 
 
-def sources(folder=ROOT):
-    """{module: syntax tree} of the files of a folder that belong to the product."""
+@functools.cache
+def sources():
+    """{module: syntax tree} of the files that belong to the product."""
     found = {}
-    for name in os.listdir(folder):
+    for name in os.listdir(ROOT):
         if name.endswith(".py") and not name.startswith("test_"):
-            with open(os.path.join(folder, name)) as f:
+            with open(os.path.join(ROOT, name)) as f:
                 found[name.removesuffix(".py")] = ast.parse(f.read(), name)
     return found
 
@@ -97,7 +98,7 @@ def copied(folder, *names):
     """Prepare a process that knows copies of these files, and of nothing else of ours."""
     for name in names:
         shutil.copy(os.path.join(ROOT, f"{name}.py"), folder)
-    return partial(alone, str(folder))
+    return functools.partial(alone, str(folder))
 
 
 def alone(folder):
