@@ -80,8 +80,8 @@ def test_linear_sweep_equals_one_sgd_run_per_rate(batchnorm):
 def test_linear_chooses_on_held_out_images(encoder_folder, tmp_path, monkeypatch, cache):
     drawn = data.embedded
     monkeypatch.setattr(data, "embedded", lambda train, *more: drawn(train, n=640 if train else 96))
-    for _ in range(2):
-        entry, = run_mode(encoder_folder, tmp_path, "--epochs", 2, cache, "--lr", "0.01,0.1,1")
+    (entry,), _ = (run_mode(encoder_folder, tmp_path, "--epochs", 2, cache, "--lr", "0.01,0.1,1")
+                   for _ in range(2))
     assert entry["chosen_on"] == "64 held-out training images"
     assert entry["best_on_test"] >= entry["top1"] and entry["top5"] >= entry["top1"]
     assert ("cached" in entry["protocol"]) == (cache == "--cache-features")
