@@ -476,12 +476,3 @@ def test_curves(made, tmp_path):
     looks_drawn(tmp_path / "curves.png")
     log.write_text("")
     assert "nothing in it yet" in fails("curves", "--checkpoint", log.parent)
-
-
-# --------------------------------------------------------------------------------- labels
-def test_labels_tell_checkpoints_apart():
-    assert plots.labelled(["out/mae", "out/graft/encoder.pt"], ["MAE", None]) == ["MAE", "graft"]
-    assert plots.labelled(["a/x", "b/last.pt"], ["MTL"] * 2) == ["MTL (x)", "MTL (b)"]
-    assert plots.labelled(["a/x", "b/x"], ["MTL", "MTL"]) == ["MTL (a/x)", "MTL (b/x)"]
-    assert plots.labelled(["a.pth", "a/mae", "b/mae"], [None] * 3) == ["a.pth", "a/mae", "b/mae"]
-    assert plots.slug("MTL (MAE + MoCo v3), epoch 2") == "mtl-mae-moco-v3-epoch-2"

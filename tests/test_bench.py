@@ -93,15 +93,6 @@ def test_a_code_that_is_killed_for_want_of_memory_ends_in_a_line(monkeypatch):
         bench.alone(options(), "fewshot", 0, "ours")
 
 
-def test_a_loop_is_timed_by_its_log(tmp_path):
-    log = tmp_path / "log.jsonl"
-    lines = [dict(seconds=t, images_per_second=rate, data_wait=wait)
-             for t, rate, wait in ((1.0, 1.0, 0.9), (5.0, 100.0, 0.1), (10.0, 50.0, 0.4))]
-    log.write_text("".join(bench.json.dumps(line) + "\n" for line in lines))
-    found = bench.loop_times(log, 50)                       # 10 steps of 0.5 s, 10 of 1 s
-    assert found.seconds == pytest.approx(0.75) and found.waited == pytest.approx(4.5 / 15)
-
-
 # ------------------------------------------------------------------------------ what is counted
 def test_flops_of_vit_b_are_the_published_ones():
     """17.56 G multiply-adds, less what only the class token needs of the last block."""
@@ -111,14 +102,6 @@ def test_flops_of_vit_b_are_the_published_ones():
     assert by_hand == pytest.approx(17.56e9, rel=1e-3)
     spared = 196 * (2 * tokens * width + 9 * width ** 2)
     assert bench.forward_flops(VIT_B) == 2 * (by_hand - spared)
-
-
-def test_a_step_counts_its_backward_pass():
-    """Twice the forward one, less the gradient of the pixels."""
-    make = partial(model.VisionTransformer, **TINY)
-    forward = bench.flops_of(TINY, make, lambda net, x: net(x[0]))
-    step = bench.flops_of(TINY, make, lambda net, x: net(x[0]).sum())
-    assert step == 3 * forward - 2 * 16 * 48 * 24
 
 
 # ------------------------------------------------------------------------------- the references

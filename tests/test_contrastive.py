@@ -83,17 +83,6 @@ def test_momentum_update():
         assert torch.equal(p, dict(net.base_encoder.named_parameters())[name]), name
 
 
-def test_multi_task_loss_is_the_sum():
-    net, x1, x2 = contrastive("moco", mim=True), rand(4, 3, 16, 16), rand(4, 3, 16, 16, seed=1)
-    images, noise = rand(4, 3, 16, 16, seed=2), rand(4, 16, seed=3).sigmoid()
-    loss, log = net(x1, x2, mim=(images, noise, 0.75))
-    alone = net(x1, x2)[0]
-    reconstruction = net.base_encoder(images, 0.75, noise)[0]
-    torch.testing.assert_close(loss, alone + 0.7 * reconstruction, **EXACT)
-    torch.testing.assert_close(log["contrastive"], alone.detach(), **EXACT)
-    torch.testing.assert_close(log["mim"], reconstruction.detach(), **EXACT)
-
-
 @pytest.mark.parametrize("system, mim", [("moco", True), ("vicreg", False), ("simclr", False)])
 def test_the_loss_of_a_fixed_batch_falls(system, mim):
     net = contrastive(system, mim, torch.float32)

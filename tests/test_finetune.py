@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import augment
 import checkpoint
 import data
 import finetune
@@ -222,41 +221,6 @@ def test_official_layout_and_weights(made, tmp_path):
 
 
 # ------------------------------------------------------------------------- seeds, processes
-@pytest.mark.parametrize("n, processes", [(50, 1), (50, 3), (10, 4), (3, 4)])
-def test_every_test_image_is_counted_once(n, processes, monkeypatch):
-    dataset = data.embedded(False, 3).select(range(n))
-    seen, totals = [], []
-
-    class Right(torch.nn.Module):
-        """Knows the label of images whose number is even; of others the right class comes third."""
-
-        def forward(self, x):
-            ids = batches.pop(0)
-            seen.extend(ids.tolist())
-            logits = torch.arange(CLASSES).float().expand(len(x), -1).clone()
-            place = torch.where(ids % 2 == 0, 100.0, CLASSES - 2.5)
-            return logits.scatter(1, dataset.labels[ids, None], place[:, None])
-
-    def collect(counts):
-        """In place of the sum over processes: what each has counted."""
-        totals.append(counts.clone())
-        counts[0] += 1                                                  # some have no image at all
-
-    monkeypatch.setattr(finetune.dist, "all_reduce", collect)
-    for rank in range(processes):
-        loader = data.Loader(dataset, [augment.TEST_VIEW], (32, 32), 4, rank=rank,
-                             processes=processes, shuffle=False)
-        batches, env = list(loader.batches(0)), run.Env(CPU.device, None, rank, processes)
-        found, confusion = finetune.evaluate(Right(), loader, env)
-        if processes == 1:
-            assert found["top5"] == 100
-            totals.append(torch.cat([confusion.flatten(), torch.tensor([n])]))
-    assert sorted(seen) == list(range(n))
-    total = sum(totals)
-    assert total[:-1].reshape(CLASSES, CLASSES).trace() == (n + 1) // 2
-    assert total[:-1].sum() == total[-1] == n
-
-
 # -------------------------------------------------------------------------------- augmentation
 @pytest.mark.parametrize("mixup, cutmix, kinds", [(0.8, 0, {"MixUp"}), (0, 1.0, {"CutMix"}),
                                                   (0.8, 1.0, {"MixUp", "CutMix"})])
@@ -350,20 +314,6 @@ def test_log_and_results_folder(made, tmp_path):
     assert json.loads(open(tmp_path / "results.jsonl").read()) == entry
     assert not os.path.exists(tmp_path / "run" / "results.jsonl")
     assert os.path.exists(tmp_path / "run" / "per-class-finetune.csv")
-
-
-def test_protocol_names(tmp_path):
-    def name(labels=None, share=1, **given):
-        given = dict(from_projector=False, freeze_blocks=0, probe_block=None, blocks=1) | given
-        return finetune.protocol_name(SimpleNamespace(labels=labels, **given), share)
-
-    (tmp_path / "list").write_text("a\n")
-    assert name() == "fine-tune" and name("10%", 0.1016) == "10% fine-tune"
-    assert name("0.4%", 0.004) == "0.4% fine-tune" and name("10%", 0.096) == "10% fine-tune"
-    assert name("2 per class", 0.1) == "2 per class fine-tune"
-    assert name(str(tmp_path / "list"), 128116 / 1281167) == "10% fine-tune"
-    assert name(freeze_blocks=9) == "partial fine-tune 9"
-    assert name(probe_block=6, blocks=2) == "probe block 6 + 2 blocks"
 
 
 def test_more_processes_than_images(made, tmp_path, monkeypatch):

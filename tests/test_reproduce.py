@@ -300,22 +300,6 @@ def test_the_figures_are_drawn_of_what_is_there(tmp_path, stubs):
     assert "vic" not in [argv[0] for _, argv in stubs[before:]] and len(stubs) == before + 6
 
 
-def test_images_are_read_once(tmp_path, stubs, monkeypatch):
-    read, seen = [], []
-    monkeypatch.setattr(data, "load", lambda *args, **more: read.append(args)
-                        or types.SimpleNamespace(labels=None))
-
-    def evaluated(args):
-        seen.append(data.load("folder", True, value_range=[0, 1]))
-        seen[-1].labels = "changed"
-        return dict(protocol="stub", top1=1.0, seed=0)
-
-    monkeypatch.setattr(reproduce.finetune, "main", evaluated)
-    before = data.load
-    reproduce.main(arguments(tmp_path, "--only", "table3"))
-    assert len(seen) == 3 and len(read) == 1 and data.load is before and seen[0] is not seen[1]
-
-
 def tiny_preset():
     """In place of the demonstration: an epoch of each, for the small world's network."""
     one = dict(epochs=1, batch_size=16)
