@@ -1,5 +1,6 @@
 """bench/: every case runs, what it counts is right, the references compute what ours do. No speed
 is asserted. And torch.compile as the stages use it: how many graphs it makes."""
+import multiprocessing
 from functools import partial
 
 import pytest
@@ -83,6 +84,8 @@ def test_codes_take_turns_and_the_median_counts(monkeypatch, capsys):
 
 
 def test_a_code_that_is_killed_for_want_of_memory_ends_in_a_line(monkeypatch):
+    forked = multiprocessing.get_context("forkserver")      # which need not import torch anew
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda _: forked)
     assert bench.alone(options(), "fewshot", 0, "ours").peak > 100 << 20    # a process of its own
 
     def killed(*_):

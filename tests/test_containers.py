@@ -3,9 +3,7 @@ bit; `data.py pack` writes one and survives kills; damage ends in one line."""
 import io
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import tarfile
 import time
 
@@ -245,20 +243,19 @@ def test_bad_images_are_skipped_named_and_counted(tmp_path, capsys):
     assert "199 of 199 images are good" in capsys.readouterr().out
 
 
-def test_packing_goes_on_after_kill_9(tmp_path, capsys):
+def test_packing_goes_on_after_kill_9(start, tmp_path, capsys):
     root = images(tmp_path / "f", ["00.jpg"], [(500, 600)])
     for i in range(1, 80):
         shutil.copy(f"{root}/00.jpg", f"{root}/{i:02}.jpg")
     path, part, small = tmp_path / "x.tar", tmp_path / "x.tar.200.part", ("--short-side", "200")
     whole = bytes_of(pack(root, tmp_path / "once.tar", *small))
-    job = subprocess.Popen([sys.executable, f"{ROOT}/data.py", "pack", root, path, *small,
-                            "--workers", "1"], stdout=subprocess.DEVNULL)
+    job = start(pack, root, path, *small)
     deadline = time.monotonic() + 120
     while not part.exists() or part.stat().st_size <= len(whole) // 5:
-        assert time.monotonic() < deadline and job.poll() is None
+        assert time.monotonic() < deadline and job.jobs[0].is_alive(), job.said()
         time.sleep(0.005)
-    job.send_signal(signal.SIGKILL)
-    assert job.wait() == -9 and not path.exists()
+    job.jobs[0].kill()
+    assert job.codes() == [-9] and not path.exists()
     lost = part.read_bytes()
     capsys.readouterr()
     for content in (b"", lost[:100], lost[:-100]):

@@ -139,13 +139,6 @@ def test_micro_batches_equal_the_undivided_step(case):
             assert_same(ours, expected)
 
 
-@pytest.mark.parametrize("n, size", [(6, 4), (7, 3), (6, 6), (5, 0), (5, 9), (1, 1), (8, 5)])
-def test_micro_batches_cover_the_batch_and_the_last_is_whole(n, size):
-    parts = model.micro_batches(n, size)
-    assert [i for part in parts for i in range(n)[part]] == list(range(n))
-    assert len(range(n)[parts[-1]]) == min(size or n, n)
-
-
 def test_micro_batches_keep_fewer_activations():
     """The bytes that autograd keeps for the encoder fall with the micro-batch."""
     def kept(micro):
@@ -258,12 +251,6 @@ def test_two_processes_equal_one_on_the_whole_batch(two_processes, case, micro):
     for _, ours, weights in both:
         assert_same(ours, grads)
         assert_same(weights, state)
-
-
-def test_batchnorm_in_one_process_is_torchs():
-    for ours, torchs in batchnorms():
-        for a, b in zip(normalised_batch(ours), normalised_batch(torchs)):
-            assert_same(a, b)
 
 
 def test_batchnorm_in_two_processes_is_torchs_on_the_whole_batch(two_processes):

@@ -260,11 +260,6 @@ def test_a_checkpoint_that_no_run_wrote_ends_in_a_line_or_starts_over(world, tmp
 
 
 # ---------------------------------------------------------------------------------------- the rest
-def test_a_batch_that_the_processes_do_not_divide():
-    with pytest.raises(run.UsageError, match="--batch-size 32 is not divided by 3 processes"):
-        run.Env(torch.device("cpu"), processes=3).share(32)
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_loss_that_is_not_finite_skips_its_step_and_leaves_no_trace(world, tmp_path, capsys,
                                                                       monkeypatch, stage):
