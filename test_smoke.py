@@ -98,9 +98,8 @@ def test_evaluations_read_what_the_stages_wrote(folder, mae, tmp_path):
     assert entry["tested"] == 96 and len(run.read_results(tmp_path / "results.jsonl")) == 4
 
 
-BOTH = [(mae_pretrain, [*NEW, "--lr", "0.02", "--micro-batch", "3"]),
-        (graft_train, [*GRAFT, "--mim-weight", "1", "--anchor-weight", "1e-4", "--micro-batch",
-                       "3"])]
+BOTH = [(mae_pretrain, [*NEW, "--lr", "0.02"]),
+        (graft_train, [*GRAFT, "--mim-weight", "1", "--anchor-weight", "1e-4"])]
 
 
 def train_both(rank, processes, port, folder, mae, out):
@@ -110,8 +109,8 @@ def train_both(rank, processes, port, folder, mae, out):
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     for (stage, options), init in zip(BOTH, ([], ["--init", mae])):
-        train(stage, "--data", folder, *SHORT, "--epochs", "1", *options, *init,
-              "--out", out / f"{stage.__name__}{processes}")
+        train(stage, "--data", folder, *SHORT, "--epochs", "1", "--batch-size", "32",
+              "--micro-batch", "6", *options, *init, "--out", out / f"{stage.__name__}{processes}")
 
 
 def test_two_processes_equal_one(folder, mae, tmp_path):
@@ -125,13 +124,13 @@ def test_two_processes_equal_one(folder, mae, tmp_path):
     for stage, _ in BOTH:
         one, two = (log_of(tmp_path / f"{stage.__name__}{n}") for n in (1, 2))
         steps = [line["step"] for line in one]
-        assert steps == [line["step"] for line in two] == list(range(1, 13))
+        assert steps == [line["step"] for line in two] == list(range(1, 7))
         for a, b in zip(one, two):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
 def test_a_stopped_run_goes_on_to_the_bit(folder, mae, tmp_path, monkeypatch):
-    options = ["--data", folder, *SHORT, *GRAFT, "--init", mae]
+    options = ["--data", folder, *SHORT, *GRAFT, "--init", mae, "--batch-size", "32"]
     train(graft_train, *options, "--out", tmp_path / "whole")
     vote = run.Job.vote
     with monkeypatch.context() as patch:

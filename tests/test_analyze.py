@@ -1,4 +1,6 @@
 """Tests of analyze.py and figures/: each analysis on a case with a known answer; bad input."""
+
+
 import contextlib
 import importlib.util
 import itertools
@@ -151,6 +153,20 @@ def test_gradients_of_an_mtl_run_and_its_kept_epochs(made, folder, tmp_path):
     assert len({round(r["cosine"], 6) for r in rows}) == len(rows)
     assert len(table(tmp_path / "gradients-summary.csv")) == 2 * DEPTH
     looks_drawn(tmp_path / "gradients.png")
+
+
+@pytest.mark.parametrize("kind", [model.VICReg, model.SimCLR])
+def test_an_mtl_run_with_another_contrastive_loss(kind, tmp_path):
+    encoder = model.MaskedAutoencoder(32, 1, 2, **SHAPE)
+    net, x = kind(encoder, 20, 12), torch.randn(2, 6, 3, SIZE, SIZE)
+    content = dict(model=net.state_dict(), config=encoder.config,
+                   settings=dict(loss=kind.__name__.lower(), temperature=0.3),
+                   meta=dict(mean=None, std=None, decoder=encoder.decoder_config))
+    checkpoint.save(content, tmp_path / "last.pt")
+    again, _ = analyze.load_two_losses(str(tmp_path))
+    net.temperature = 0.3
+    assert again.base_encoder.decoder_config == encoder.decoder_config
+    assert torch.equal(again(*x)[0], net(*x)[0])
 
 
 def test_gradients_say_what_they_need(made, folder):

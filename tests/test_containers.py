@@ -225,7 +225,7 @@ def test_the_short_side_is_shrunk_and_what_a_jpeg_cannot_hold_is_kept(tmp_path):
     for i in (0, 1, 4):
         size = ours.open(i).size[::-1]
         small = np.array(Image.fromarray(theirs.read(i).numpy()).resize(size, Image.LANCZOS))
-        assert np.abs(small.astype(int) - ours.read(i).numpy()).mean() < 2.5
+        assert np.abs(small.astype(int) - ours.read(i).numpy()).mean() < 5
 
 
 def test_bad_images_are_skipped_named_and_counted(tmp_path, capsys):
