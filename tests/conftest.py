@@ -231,7 +231,7 @@ class Started:
             return f.read()
         return ""
 
-    def until(self, words, seconds=60):
+    def until(self, words, seconds=120):
         """Wait for it to say these words."""
         end = time.monotonic() + seconds
         while words not in self.said():
@@ -240,7 +240,7 @@ class Started:
             time.sleep(0.005)
         return self
 
-    def codes(self, seconds=90):
+    def codes(self, seconds=180):
         """The exit codes, when all have ended."""
         for job in self.jobs:
             job.join(seconds)

@@ -320,4 +320,4 @@ def test_more_processes_than_images(made, tmp_path, monkeypatch):
     for processes, message in ((20, "fewer than the 20 processes"), (3, "not divided by 3")):
         monkeypatch.setattr(run, "setup", lambda args: run.Env(CPU.device, None, 0, processes))
         with pytest.raises(run.UsageError, match=message):
-            tune(made["graft"], tmp_path, "--labels", "1 per class", "--batch-size", "60")
+            tune(made["graft"], tmp_path, "--labels", "1 per class", "--batch-size", "40")

@@ -75,7 +75,7 @@ def test_a_process_that_dies_or_hangs_is_named(faulty, stage):
     (place, jobs), lost = faulty, FAULTS[stage][0]
     job, others = jobs[stage], [r for r in range(3) if r != lost]
     for r in others:
-        job.jobs[r].join(60)
+        job.jobs[r].join(120)
     assert [job.jobs[r].exitcode for r in others] == [1, 1], job.said()
     error, = job.errors()
     assert f"rank {lost} of 3 died or hangs" in error
@@ -116,7 +116,7 @@ def test_a_signal_to_one_stops_all_and_one_process_can_go_on(start, encoder, tmp
                 prepare=slow_steps)
     job.until(" step 6/")
     os.kill(job.jobs[1].pid, signal.SIGTERM)
-    assert job.codes(30) == [128 + signal.SIGTERM] * 2, job.said()
+    assert job.codes() == [128 + signal.SIGTERM] * 2, job.said()
     first = saved(parts)["step"]
     assert 6 <= first < 60 and log_of(parts)[-1]["step"] == first
     job = start("graft_train", *options("graft_train", encoder, parts, *more))
