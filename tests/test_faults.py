@@ -171,14 +171,14 @@ def test_a_signal_saves_and_ends_with_its_code(start, encoder, tmp_path, stage, 
 
 def test_a_second_ctrl_c_ends_at_once(start, encoder, tmp_path):
     job = start("mae_pretrain", *options("mae_pretrain", encoder, tmp_path, "--epochs", "3"),
-                prepare=partial(after_step, 2, stuck))
+                prepare=partial(after_step, 3, stuck))
     job.until("stuck")
     os.kill(job.jobs[0].pid, signal.SIGINT)
     time.sleep(0.3)
     assert job.jobs[0].is_alive()                           # it waits for the end of the step
     os.kill(job.jobs[0].pid, signal.SIGINT)
     assert job.codes() == [128 + signal.SIGINT]
-    assert saved(tmp_path)["step"] == 1
+    assert kept(tmp_path) in (1, 2)                         # the second may be half written
 
 
 @pytest.mark.parametrize("script", ["mae_pretrain.py", "evaluate.py"])

@@ -316,7 +316,7 @@ def test_for_real_in_two_processes(tmp_path, start):
     command = ["--out", tmp_path / "out", "--common", "--workers 0", "--only",
                "longtail,table3,table5,analyses"]
     job = start("reproduce", *command, processes=2, prepare=tiny_preset)
-    assert job.codes(300) == [0, 0], job.said()
+    assert job.codes(900) == [0, 0], job.said()
     entries = reproduce.run.read_results(tmp_path / "out" / "results.jsonl")
     keys = [(e["name"], e["protocol_name"]) for e in entries]
     assert len(keys) == len(set(keys)) == 3 + 2 + 2
