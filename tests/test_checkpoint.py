@@ -12,8 +12,7 @@ import torchvision.transforms.v2.functional as tv
 import checkpoint
 import model
 from checkpoint import CheckpointError
-
-torch.set_num_threads(1)
+from conftest import assert_identical
 
 # two heads of 64
 WIDE = dict(img_size=16, patch_size=4, dim=128, depth=2, heads=2)
