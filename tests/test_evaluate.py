@@ -383,7 +383,7 @@ def test_three_processes_give_the_result_of_one(start, encoder_folder, tmp_path)
     found, written, logits = [], [], []
     for out in (one, three):
         with open(out / "results.jsonl") as f:
-            found.append([json.loads(line) | dict(seconds=0) for line in f])
+            found.append([json.loads(line) | dict(seconds=0, commit="") for line in f])
         content = features_in(out)
         rows = {row["file"]: row for row in rows_of(out / "predictions.csv")}
         answers = {name: row["class"] for name, row in rows.items()}

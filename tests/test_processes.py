@@ -47,7 +47,7 @@ def no_last_pt():
     run.Job.path = lambda self, name: os.path.join(self.out, "elsewhere", name)
 
 
-DISTRIBUTED = ["--epochs", "2", "--timeout-minutes", "0.2", "--batch-size", "15"]
+DISTRIBUTED = ["--epochs", "2", "--timeout-minutes", "0.15", "--batch-size", "15"]
 
 
 FAULTS = {"mae_pretrain": (1, die), "graft_train": (2, stop), "finetune": (0, hang),
@@ -56,13 +56,14 @@ FAULTS = {"mae_pretrain": (1, die), "graft_train": (2, stop), "finetune": (0, ha
 
 @pytest.fixture(scope="module")
 def faulty(server, encoder, tmp_path_factory):
-    """Runs of three processes, all begun at once, since most of their time is waiting."""
+    """Runs of three processes; each is begun when the one before has met, since most of their
+    time is waiting."""
     jobs, place = {}, tmp_path_factory.mktemp("faulty")
     for name, (lost, fault) in FAULTS.items():
         stage, out = name.split(",")[0], place / name
         jobs[name] = Started(server, place / f"{name}.txt", stage,
                              *options(stage, encoder, out, *DISTRIBUTED), processes=3,
-                             prepare={lost: partial(after_step, 3, fault)})
+                             prepare={lost: partial(after_step, 3, fault)}).until(" step 1/")
     yield place, jobs
     for job in jobs.values():
         for process in job.jobs:
@@ -201,7 +202,7 @@ def test_two_machines_go_on_after_one_was_lost(start, server, images, tmp_path):
             meet = ["--nnodes", 2, "--nproc_per_node", 1, "--node_rank", node, "--max-restarts", 0,
                     "--rdzv_backend", "c10d", "--rdzv_id", attempt, "--rdzv_endpoint",
                     f"127.0.0.1:{port + attempt}"]
-            run_of = [*more, "--out", str(out["two"]), "--timeout-minutes", "0.2"]
+            run_of = [*more, "--out", str(out["two"]), "--timeout-minutes", "0.1"]
             found.append(server.Process(target=agent, args=(*meet, run_of, str(said[node]))))
             found[-1].start()
         return found
