@@ -359,25 +359,25 @@ def test_predict_refuses_another_encoder_and_broken_classifiers(encoder_folder, 
 
 
 # ------------------------------------------------------------------------------ several processes
-def every_mode(encoder_folder, root, out, parts):
+def every_mode(encoder_folder, root, clean, out, parts):
     """One result of each protocol, features and predictions; fine-tuning in parts of a batch."""
     for options in (["linear", "--epochs", 2, "--batch-size", 9, "--no-cache-features"],
                     ["knn", "--k", 3], ["fewshot", "--labels", "3 per class"], ["features"],
                     ["predict", "--classifier", out / "classifier-fewshot.pt", "--input", root]):
         run_mode(encoder_folder, out, "--mode", *options, "--data", root, "--max-bad", 0.2)
     still = ["--warmup-epochs", 0, "--drop-path", 0, "--mixup", 0, "--cutmix", 0]
-    options = ["--checkpoint", encoder_folder, "--out", out, *QUIET, "--data", root, "--max-bad",
-               0.2, "--batch-size", 9, "--epochs", 4, "--lr", 1e-2, "--micro-batch", parts, *still]
+    options = ["--checkpoint", encoder_folder, "--out", out, *QUIET, "--data", clean,
+               "--batch-size", 9, "--epochs", 4, "--lr", 1e-2, "--micro-batch", parts, *still]
     finetune.main(finetune.get_args([str(option) for option in options]))
 
 
 def test_three_processes_give_the_result_of_one(start, encoder_folder, tmp_path):
     """Of 2 images to test on one has none; of 12 to label, 4 each; each is counted once."""
-    root = class_folder(tmp_path / "data", 5, 1, sizes=2)
+    root, clean = (class_folder(tmp_path / name, 5, 1, sizes=2) for name in ("data", "clean"))
     corrupt(root / "train/cat/1.png")
     one, three = tmp_path / "one", tmp_path / "three"
-    every_mode(encoder_folder, root, one, 9)
-    job = start(every_mode, encoder_folder, root, three, 2, processes=3)
+    every_mode(encoder_folder, root, clean, one, 9)
+    job = start(every_mode, encoder_folder, root, clean, three, 2, processes=3)
     assert job.codes() == [0] * 3, job.said()
     assert job.said().count("wrote ") == 3              # by the first process alone
     found, written, logits = [], [], []
@@ -394,7 +394,7 @@ def test_three_processes_give_the_result_of_one(start, encoder_folder, tmp_path)
         assert (content["readable"] == ~np.array(bad)).all()
         assert (content["class_token"][bad] == 0).all()
         net, content = checkpoint.load_classifier(str(out))
-        images = data.load(str(root), max_bad=0.2)
+        images = data.load(str(clean))
         logits.append(run.extract(net, images, run.Env(torch.device("cpu")), mean=content["mean"],
                                   std=content["std"], function=lambda net, x: net(x))[0])
     assert found[0] == found[1] and len(found[0]) == 4
