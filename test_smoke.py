@@ -6,8 +6,7 @@
 import json
 import math
 import os
-import subprocess
-import sys
+import socket
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ import mae_pretrain
 import model
 import run
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = dict(img_size=[16, 16], patch_size=4, dim=24, depth=3, heads=3)
 # 96 images in class folders, a network of 3 blocks, float32 on the CPU
 SHORT = ["--epochs", "2", "--batch-size", "16", "--log-every", "1", "--amp", "off",
@@ -100,37 +98,39 @@ def test_evaluations_read_what_the_stages_wrote(folder, mae, tmp_path):
     assert entry["tested"] == 96 and len(run.read_results(tmp_path / "results.jsonl")) == 4
 
 
-def start(script, *options, processes=1):
-    """A script of ours in a process of its own, or in several under torchrun."""
-    command = [sys.executable]
+BOTH = [(mae_pretrain, [*NEW, "--lr", "0.02"]),
+        (graft_train, [*GRAFT, "--mim-weight", "1", "--anchor-weight", "1e-4"])]
+
+
+def train_both(rank, processes, port, folder, mae, out):
+    """The two steps, in one of several processes that meet as torchrun's do."""
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone",
-                    "--nproc_per_node", str(processes)]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.Popen([*command, os.path.join(HERE, script), *map(str, options)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    for (stage, options), init in zip(BOTH, ([], ["--init", mae])):
+        train(stage, "--data", folder, *SHORT, "--epochs", "1", "--batch-size", "32",
+              "--micro-batch", "6", *options, *init, "--out", out / f"{stage.__name__}{processes}")
 
 
-@pytest.mark.parametrize("script, options", [
-    ("mae_pretrain.py", [*NEW, "--lr", "0.02", "--micro-batch", "3"]),
-    ("graft_train.py", [*GRAFT, "--mim-weight", "1", "--anchor-weight", "1e-4",
-                        "--micro-batch", "3"])])
-def test_two_processes_equal_one(folder, mae, tmp_path, script, options):
+def test_two_processes_equal_one(folder, mae, tmp_path):
     """Order, crops, masks are those of the images; BatchNorm, keys, losses those of the batch."""
-    options = ["--data", folder, *SHORT, "--epochs", "1", *options]
-    options += ["--init", mae] if script[0] == "g" else []
-    jobs = [start(script, *options, "--out", tmp_path / str(n), processes=n) for n in (1, 2)]
-    for job in jobs:
-        said, _ = job.communicate(timeout=300)
-        assert job.returncode == 0, said
-    one, two = (log_of(tmp_path / str(n)) for n in (1, 2))
-    assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 13))
-    for a, b in zip(one, two):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        train_both, (2, port, folder, mae, tmp_path), nprocs=2, start_method="forkserver")
+    train_both(0, 1, None, folder, mae, tmp_path)
+    for stage, _ in BOTH:
+        one, two = (log_of(tmp_path / f"{stage.__name__}{n}") for n in (1, 2))
+        steps = [line["step"] for line in one]
+        assert steps == [line["step"] for line in two] == list(range(1, 7))
+        for a, b in zip(one, two):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
 def test_a_stopped_run_goes_on_to_the_bit(folder, mae, tmp_path, monkeypatch):
-    options = ["--data", folder, *SHORT, *GRAFT, "--init", mae]
+    options = ["--data", folder, *SHORT, *GRAFT, "--init", mae, "--batch-size", "32"]
     train(graft_train, *options, "--out", tmp_path / "whole")
     vote = run.Job.vote
     with monkeypatch.context() as patch:

@@ -3,7 +3,9 @@
 Processes are forked from a server that has imported torch: they start in a tenth of a second.
 """
 import contextlib
+import csv
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -22,6 +24,7 @@ for place in (HERE, ROOT):
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -31,19 +34,44 @@ import run
 torch.set_num_threads(1)
 
 STAGES = ("mae_pretrain", "graft_train", "finetune")
+# as this is imported, since test_smoke.py forks from the same server, and first
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["conftest", *STAGES, "evaluate", "segment", "analyze", "reproduce"])
 SMALL_SET = 96                                              # embedded images of the small world
 QUIET = ["--amp", "off", "--device", "cpu", "--workers", "0"]
 
 
 # ------------------------------------------------------------------------------------------ files
+def images_like(n, h, w, seed=0):
+    """Random uint8 images (n, 3, h, w) with large and small structure."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 4, 4, generator=generator)
+    fine = torch.rand(n, 3, h, w, generator=generator)
+    x = 0.7 * F.interpolate(coarse, size=(h, w), mode="bilinear") + 0.3 * fine
+    return (x * 255).to(torch.uint8)
+
+
 def folder_of(root, names, size=(16, 16), seed=0):
-    """A folder with a drawn image, each another one, for each name. Returns its path."""
-    drawn = data.draw(torch.arange(len(names)) + 1000 * seed, max(size))[:, :, :size[0], :size[1]]
-    for name, pixels in zip(names, drawn.permute(0, 2, 3, 1)):
+    """A folder with an image, each another one, for each name. Returns its path."""
+    pixels = images_like(len(names), *size, seed).permute(0, 2, 3, 1).numpy()
+    for name, image in zip(names, pixels):
         path = os.path.join(root, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        Image.fromarray(pixels.contiguous().numpy()).save(path)
+        Image.fromarray(image).save(path)
     return str(root)
+
+
+def class_folder(root, train=6, val=6, classes=("cat", "dog"), sizes=1):
+    """train/CLASS and val/CLASS of embedded images, so many of each class: of one size they are
+    held in memory, of several (width 32, 33, ...) read as files."""
+    images = iter(data.draw(torch.arange((train + val) * len(classes))))
+    for part, each in (("train", train), ("val", val)):
+        for name in classes if each else ():
+            (root / part / name).mkdir(parents=True)
+            for i in range(each):
+                image = Image.fromarray(next(images).permute(1, 2, 0).numpy())
+                image.resize((32 + i % sizes, 32)).save(root / part / name / f"{i}.png")
+    return root
 
 
 def corrupt(path, content=b"this is no image\n" * 9):
@@ -63,6 +91,12 @@ def log_of(out):
 
     with open(os.path.join(out, "log.jsonl")) as f:
         return [json.loads(line, parse_constant=refuse) for line in f]
+
+
+def rows_of(path):
+    """A CSV as a list of dicts."""
+    with open(path) as f:
+        return list(csv.DictReader(f))
 
 
 def essence(out):
@@ -116,9 +150,9 @@ def world(monkeypatch):
 def options(stage, encoder, out, *more):
     """A short run of the small world: every step logged and saved."""
     own = {"mae_pretrain": ["--arch", "vit_test"],
-           "graft_train": ["--init", encoder, "--hidden-dim", "32"],
-           "finetune": ["--checkpoint", encoder, "--mixup", "0.8", "--drop-path", "0.3",
-                        "--erasing", "0.5"]}[stage]
+           "graft_train": ["--init", encoder, "--hidden-dim", "32", "--mim-weight", "1"],
+           "finetune": ["--checkpoint", encoder, "--mixup", "0.8", "--cutmix", "1", "--drop-path",
+                        "0.3", "--erasing", "0.5", "--rand-augment", "9"]}[stage]
     every = ["--log-every", "1", "--save-minutes", "1e-9"]
     return [str(x) for x in (*own, "--lr", "0.02", "--batch-size", "16", *every, *QUIET,
                              "--out", out, *more)]
@@ -130,19 +164,43 @@ def train(stage, encoder, out, *more):
     return program.main(program.get_args(options(stage, encoder, out, *more)))
 
 
+def ended(program, *arguments, work=True):
+    """(exit code, lines of its errors, what it printed) of a script as from the command line, in
+    this process. work=False: its options alone, and None as code where they are taken."""
+    module, reached = importlib.import_module(program), []
+    errors, printed = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(printed):
+        with pytest.raises(SystemExit) as end, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{program}.py", *map(str, arguments)])
+            run.program(module.main if work else reached.append, module.get_args)
+    code = None if reached else end.value.code
+    return code, errors.getvalue().splitlines(), printed.getvalue()
+
+
+def refused(program, *arguments, code=2):
+    """The one line in which a script ends."""
+    found, lines, _ = ended(program, *arguments)
+    assert found == code and len(lines) == 1 and ": error: " in lines[0], lines
+    return lines[0]
+
+
 # --------------------------------------------------------------------------- runs as processes
 def child(program, arguments, log, environment, prepare):
-    """The body of a process: a script as from the command line, what it says in a file."""
+    """The body of a process: a script as from the command line, or a function, what it says in a
+    file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout = open(1, "w", closefd=False)
     sys.stderr = open(2, "w", closefd=False)
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)    # of reading processes, as everywhere
     small_world(lambda where, key, value: where.update({key: value}), setattr)
-    sys.argv = [f"{program}.py", *arguments]
     if prepare:
         prepare()
+    if callable(program):
+        run.program(lambda _: program(*arguments), lambda: None)
+    sys.argv = [f"{program}.py", *map(str, arguments)]
     module = importlib.import_module(program)
     run.program(module.main, module.get_args)
 
@@ -160,7 +218,6 @@ class Started:
                 meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
             meet["WORLD_SIZE"] = str(processes)
             environments = [dict(meet, RANK=str(r), LOCAL_RANK=str(r)) for r in range(processes)]
-        arguments = [str(a) for a in arguments]
         if not isinstance(prepare, dict):
             prepare = dict.fromkeys(range(processes), prepare)
         self.jobs = []
@@ -174,7 +231,7 @@ class Started:
             return f.read()
         return ""
 
-    def until(self, words, seconds=60):
+    def until(self, words, seconds=120):
         """Wait for it to say these words."""
         end = time.monotonic() + seconds
         while words not in self.said():
@@ -183,7 +240,7 @@ class Started:
             time.sleep(0.005)
         return self
 
-    def codes(self, seconds=90):
+    def codes(self, seconds=180):
         """The exit codes, when all have ended."""
         for job in self.jobs:
             job.join(seconds)
@@ -202,9 +259,7 @@ class Started:
 @pytest.fixture(scope="session")
 def server():
     """Where processes are forked from: it has imported everything, and done nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", *STAGES, "evaluate"])
-    return context
+    return multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture
@@ -229,8 +284,9 @@ def encoder(server, tmp_path_factory):
     """The folder of a grafting run: an encoder.pt to graft onto and to fine-tune."""
     place = tmp_path_factory.mktemp("encoder")
     first, second = place / "mae", place / "graft"
-    for program, init, out in (("mae_pretrain", None, first), ("graft_train", first, second)):
-        arguments = options(program, init, out, "--epochs", "1", "--save-minutes", "10")
+    for program, init, out, more in (("mae_pretrain", None, first, []),
+                                     ("graft_train", first, second, ["--mim-weight", "0"])):
+        arguments = options(program, init, out, "--epochs", "1", "--save-minutes", "10", *more)
         job = Started(server, place / f"{program}.txt", program, *arguments)
         assert job.codes() == [0], job.said()
     return second

@@ -1,5 +1,7 @@
 """Tests of analyze.py and figures/: each analysis on a case with a known answer; bad input."""
-import csv
+
+
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -19,14 +21,13 @@ import data
 import graft_train
 import mae_pretrain
 import model
-import run
-from conftest import folder_of
+from conftest import folder_of, refused, rows_of
 from figures import plots, sheets
 
 DEPTH, DIM, HEADS, SIZE, PATCH = 3, 24, 3, 16, 4
 GRID = SIZE // PATCH
-SHAPE = dict(img_size=SIZE, patch_size=PATCH, dim=DIM, depth=DEPTH, heads=HEADS)
 QUIET = ["--device", "cpu", "--workers", "0"]
+SHAPE = dict(img_size=SIZE, patch_size=PATCH, dim=DIM, depth=DEPTH, heads=HEADS)
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +64,16 @@ def call(*options):
 
 def table(path):
     """A CSV as a list of dicts, numbers as floats."""
-    def value(text):
-        try:
-            return float(text)
-        except ValueError:
-            return text
+    rows = rows_of(path)
+    for row in rows:
+        for key, text in row.items():
+            with contextlib.suppress(ValueError):
+                row[key] = float(text)
+    return rows
 
-    with open(path) as f:
-        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+def fails(*options):
+    return refused("analyze", *options)
 
 
 def looks_drawn(path):
@@ -80,15 +83,6 @@ def looks_drawn(path):
         return
     with Image.open(path) as image:
         assert np.asarray(image.convert("L")).std() > 5
-
-
-def fails(capsys, *options):
-    """The one line with which the command ends with exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        run.program(analyze.main, lambda: analyze.get_args([str(option) for option in options]))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "error:" in error, error
-    return error
 
 
 # ------------------------------------------------------------------------------------- gradients
@@ -161,39 +155,31 @@ def test_gradients_of_an_mtl_run_and_its_kept_epochs(made, folder, tmp_path):
     looks_drawn(tmp_path / "gradients.png")
 
 
-@pytest.mark.parametrize("loss", ["vicreg", "simclr"])
-def test_an_mtl_run_with_another_contrastive_loss(loss, tmp_path):
+@pytest.mark.parametrize("kind", [model.VICReg, model.SimCLR])
+def test_an_mtl_run_with_another_contrastive_loss(kind, tmp_path):
     encoder = model.MaskedAutoencoder(32, 1, 2, **SHAPE)
-    net = {"vicreg": model.VICReg, "simclr": model.SimCLR}[loss](encoder, 20, 12)
+    net, x = kind(encoder, 20, 12), torch.randn(2, 6, 3, SIZE, SIZE)
     content = dict(model=net.state_dict(), config=encoder.config,
-                   settings=dict(loss=loss, temperature=0.3),
+                   settings=dict(loss=kind.__name__.lower(), temperature=0.3),
                    meta=dict(mean=None, std=None, decoder=encoder.decoder_config))
     checkpoint.save(content, tmp_path / "last.pt")
     again, _ = analyze.load_two_losses(str(tmp_path))
+    net.temperature = 0.3
     assert again.base_encoder.decoder_config == encoder.decoder_config
-    x = torch.randn(2, 6, 3, SIZE, SIZE)
-    if loss == "simclr":
-        net.temperature = 0.3
     assert torch.equal(again(*x)[0], net(*x)[0])
 
 
-def test_gradients_say_what_they_need(made, folder, capsys):
+def test_gradients_say_what_they_need(made, folder):
     for path, lacking in ((made["mae"], "no contrastive head"), (made["graft"], "no MAE decoder"),
                           (os.path.join(made["mtl"], "encoder.pt"), "no MAE decoder")):
-        error = fails(capsys, "gradients", "--checkpoint", path, "--data", folder)
+        error = fails("gradients", "--checkpoint", path, "--data", folder)
         assert lacking in error and "--mim-weight 1" in error
-    error = fails(capsys, "gradients", "--checkpoint", made["mtl"], "--data", folder,
+    error = fails("gradients", "--checkpoint", made["mtl"], "--data", folder,
                   "--batch-size", 49, *QUIET)
     assert "--batch-size 49 is more than the 48 images" in error
 
 
 # ------------------------------------------------------------------------------------------- vic
-def test_identical_views_are_invariant_and_opposite_ones_are_not():
-    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    assert analyze.vic_terms(x, 3 * x)[1] == pytest.approx(0, abs=1e-12)    # unit length
-    assert analyze.vic_terms(x, -x)[1] == pytest.approx(4 / 8)
-
-
 def test_vic_terms_equal_numpy():
     x, y = np.random.default_rng(1).normal(1, 1, (2, 40, 5))
 
@@ -215,14 +201,12 @@ def test_vic_of_several_models_with_a_fine_tuned_one(made, folder, tmp_path):
     source = checkpoint.read(os.path.join(made["graft"], "encoder.pt"))
     state = {k: v for k, v in source["model"].items() if not k.startswith("head.")}
     state |= {"head.weight": torch.ones(3, DIM), "head.bias": torch.ones(3)}
-    tuned = tmp_path / "tuned"
-    tuned.mkdir()
     meta = source["meta"] | dict(system="Layer grafted, fine-tune")
-    checkpoint.save(dict(model=state, config=source["config"], head=dict(kind="linear"),
-                         classes=["a", "b", "c"], mean=meta["mean"], std=meta["std"], meta=meta),
-                    tuned / "classifier.pt")
+    content = dict(model=state, config=source["config"], head=dict(kind="linear"), meta=meta,
+                   classes=["a", "b", "c"], mean=meta["mean"], std=meta["std"])
+    checkpoint.save(content, tmp_path / "classifier.pt")
     options = ["vic", *QUIET, "--data", folder, "--images", 30, "--checkpoint", made["mae"]]
-    call(*options, made["graft"], tuned, "--batch-size", 7, "--out", tmp_path)
+    call(*options, made["graft"], tmp_path / "classifier.pt", "--batch-size", 7, "--out", tmp_path)
     rows = table(tmp_path / "vic.csv")
     names = plots.unique(r["system"] for r in rows)
     assert names[1:] == ["Layer grafted", "Layer grafted, fine-tune"] and len(rows) == 3 * DEPTH
@@ -236,6 +220,9 @@ def test_vic_of_several_models_with_a_fine_tuned_one(made, folder, tmp_path):
     call(*options, "--batch-size", 30, "--out", tmp_path / "b")
     for r, again in zip(rows, table(tmp_path / "b" / "vic.csv")):
         assert [r[k] for k in terms] == pytest.approx([again[k] for k in terms], rel=1e-3)
+    grey = model.VisionTransformer(in_chans=1, **SHAPE)
+    checkpoint.save(dict(model=grey.state_dict(), config=grey.config, meta={}), tmp_path / "g.pt")
+    assert "numbers of channels" in fails(*options, tmp_path / "g.pt")
 
 
 # ------------------------------------------------------------------------------------- attention
@@ -246,23 +233,14 @@ def mean_patch_distance(height, width, patch_size):
     return total / len(places) ** 2
 
 
-def test_attention_distances_of_known_maps():
-    distance, length = analyze.patch_distances((3, 5), 8), 15
-    uniform = torch.full((2, 4, 1 + length, 1 + length), 1 / (1 + length))
-    raw, renormalised, share = analyze.attention_distances(uniform, distance).unbind(-1)
-    expected = torch.full((2, 4), mean_patch_distance(3, 5, 8))
-    torch.testing.assert_close(renormalised, expected)
-    torch.testing.assert_close(raw, expected * length / (1 + length))
-    torch.testing.assert_close(share, torch.full((2, 4), 1 / (1 + length)))
-    distance = analyze.patch_distances((4, 4), 16)
-    itself = analyze.attention_distances(torch.eye(17)[None, None], distance)
-    torch.testing.assert_close(itself, torch.zeros(1, 1, 3))
+def test_attention_distances_of_a_known_map():
+    """A model that cannot tell its tokens apart follows."""
     weights = torch.zeros(1, 1, 5, 5)
     weights[..., 1:, 2], weights[..., 1:, 0] = 0.25, 0.75   # of four patches the upper right
     distance = analyze.patch_distances((2, 2), 4)
-    raw, renormalised, _ = analyze.attention_distances(weights, distance)[0, 0].tolist()
+    raw, renormalised, share = analyze.attention_distances(weights, distance)[0, 0].tolist()
     assert renormalised == pytest.approx((4 + 0 + 4 * math.sqrt(2) + 4) / 4)
-    assert raw == pytest.approx(renormalised / 4)
+    assert raw == pytest.approx(renormalised / 4) and share == pytest.approx(0.75)
 
 
 def test_attention_of_a_model_that_cannot_tell_its_tokens_apart(folder, tmp_path):
@@ -292,7 +270,7 @@ def test_attention_of_a_model_that_cannot_tell_its_tokens_apart(folder, tmp_path
         assert found["block"] == DEPTH and found["images"].shape == (2, SIZE, SIZE, 3)
 
 
-def test_attention_maps_of_given_images(made, folder, tmp_path, capsys):
+def test_attention_maps_of_given_images(made, folder, tmp_path):
     given = [os.path.join(folder, "test", "class1", "00.png"),
              os.path.join(folder, "test", "class2")]
     options = ["attention", *QUIET, "--data", folder, "--images", 4, "--out", tmp_path,
@@ -306,13 +284,13 @@ def test_attention_maps_of_given_images(made, folder, tmp_path, capsys):
         assert found["maps"].shape == (5, HEADS, GRID, GRID) and found["block"] == 2
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    assert "not an image that can be read" in fails(capsys, *options, "--files", broken)
-    assert "no images found" in fails(capsys, *options, "--files", made["mae"])
-    assert "--block 9: the encoder has 3 blocks" in fails(capsys, *options, "--block", 9)
+    assert "not an image that can be read" in fails(*options, "--files", broken)
+    assert "no images found" in fails(*options, "--files", made["mae"])
+    assert "--block 9: the encoder has 3 blocks" in fails(*options, "--block", 9)
 
 
 # ------------------------------------------------------------------------------------------ tsne
-def test_tsne_shows_the_same_images_for_each_model(made, folder, tmp_path, capsys):
+def test_tsne_shows_the_same_images_for_each_model(made, folder, tmp_path):
     pytest.importorskip("sklearn")
     rows = call("tsne", *QUIET, "--data", folder, "--split", "test", "--classes", 2,
                 "--per-class", 3, "--checkpoint", made["mae"], made["graft"], "--out", tmp_path)
@@ -326,7 +304,7 @@ def test_tsne_shows_the_same_images_for_each_model(made, folder, tmp_path, capsy
         assert found["classes"][found["labels"]].tolist() == [c for _, c in graft]
     looks_drawn(tmp_path / "tsne.png")
     flat = os.path.join(folder, "train", "class0")
-    assert "no labels" in fails(capsys, "tsne", *QUIET, "--data", flat, "--checkpoint", made["mae"])
+    assert "no labels" in fails("tsne", *QUIET, "--data", flat, "--checkpoint", made["mae"])
 
 
 @pytest.mark.parametrize("missing, analysis, kept", [
@@ -369,7 +347,7 @@ def test_a_perfect_decoder_returns_the_image_and_visible_patches_are_untouched(n
     assert (found["reconstruction"] - images)[~removed].abs().mean() > 0.1
 
 
-def test_reconstructions_of_our_runs(made, folder, tmp_path, capsys):
+def test_reconstructions_of_our_runs(made, folder, tmp_path):
     call("reconstruct", "--data", folder, "--show", 3, "--seed", 1, "--out", tmp_path,
          "--checkpoint", made["mae"], os.path.join(made["mtl"], "epoch0002.pt"))
     for name in ("mae", "mtl-mae-moco-v3"):
@@ -383,7 +361,7 @@ def test_reconstructions_of_our_runs(made, folder, tmp_path, capsys):
             with Image.open(os.path.join(folder, "train", found["files"][0])) as image:
                 np.testing.assert_array_equal(found["original"][0], np.asarray(image))
     for path in (os.path.join(made["mae"], "encoder.pt"), made["graft"]):
-        error = fails(capsys, "reconstruct", "--data", folder, "--checkpoint", path)
+        error = fails("reconstruct", "--data", folder, "--checkpoint", path)
         assert "no MAE decoder in it" in error
 
 
@@ -403,7 +381,7 @@ def test_reconstruction_from_the_official_layout(folder, tmp_path, capsys):
     state = net.state_dict()
     del state["decoder_norm.weight"]
     torch.save({"model": state}, path)
-    assert "decoder_norm.weight" in fails(capsys, *options)
+    assert "decoder_norm.weight" in fails(*options)
 
 
 def test_the_sheet_shows_the_views_of_the_training(folder, tmp_path):
@@ -457,7 +435,7 @@ def test_lr_grid_has_a_heat_map_for_each_third_rate_and_protocol(tmp_path, monke
     looks_drawn(tmp_path / "lr-grid.png")
 
 
-def test_partial_fine_tuning(tmp_path):
+def test_partial_fine_tuning_and_depth_probes(tmp_path):
     protocols = {0: "fine-tune", 2: "partial fine-tune 2"}
     entries = [dict(system=system, protocol=protocols[k], top1=80.0 - k + seed, seed=seed)
                for system in ("Layer grafted", "mae") for k in protocols for seed in (0, 2)]
@@ -468,47 +446,43 @@ def test_partial_fine_tuning(tmp_path):
     # not of the kind, and a system that was only fine-tuned as a whole
     entries += [dict(system="Layer grafted", protocol="10% fine-tune", top1=1.0),
                 dict(system="MoCo v3", protocol="fine-tune", top1=70.0)]
-    call("partial", "--results", write_results(tmp_path / "in", entries) / "results.jsonl",
-         "--out", tmp_path)
+    entries += [dict(system=system, protocol=f"probe block {k} + {n} blocks", top1=10 * k + n)
+                for system in ("MAE", "MoCo v3") for k in (6, 12) for n in (1, 4)]
+    # without new blocks: linear evaluation, as reproduce.py files it
+    entries += [dict(system="MAE", protocol="linear", probe_block=12, blocks=0, top1=50.0)]
+    place = write_results(tmp_path / "in", entries)
+    call("partial", "--results", place / "results.jsonl", "--out", tmp_path)
     found = [(r["system"][0], r["freeze_blocks"], r["top1"], r["seeds"])
              for r in table(tmp_path / "partial.csv")]
     assert found == [("L", 0, 81, 2), ("L", 2, 79, 2), ("L", 6, 60, 1), ("M", 0, 81, 2),
                      ("M", 2, 79, 2)]
-    looks_drawn(tmp_path / "partial.png")
-
-
-def test_depth_probes(tmp_path):
-    entries = [dict(system=system, protocol=f"probe block {k} + {n} blocks", top1=10 * k + n)
-               for system in ("MAE", "MoCo v3") for k in (6, 12) for n in (1, 4)]
-    # without new blocks: linear evaluation, as reproduce.py files it
-    entries += [dict(system=system, protocol="linear", probe_block=12, blocks=0, top1=50.0)
-                for system in ("MAE", "VICReg")] + [dict(system="MAE", protocol="x", top1=1.0)]
-    call("depth", "--results", write_results(tmp_path / "in", entries), "--out", tmp_path)
+    call("depth", "--results", place, "--out", tmp_path)
     found = {(r["system"], r["probe_block"], r["blocks"]): r["top1"]
              for r in table(tmp_path / "depth.csv")}
     assert len(found) == 9 and found["MAE", 12, 4] == 124 and found["MAE", 12, 0] == 50
+    looks_drawn(tmp_path / "partial.png")
     looks_drawn(tmp_path / "depth.png")
 
 
-def test_results_that_hold_nothing_of_the_kind(tmp_path, capsys):
+def test_results_that_hold_nothing_of_the_kind(tmp_path):
     place = write_results(tmp_path / "in", [dict(protocol="fine-tune", top1=80.0, lr=0.1)])
-    assert "rates of three stages" in fails(capsys, "lr-grid", "--results", place)
-    assert "--freeze-blocks" in fails(capsys, "partial", "--results", place)
-    assert "--probe-block" in fails(capsys, "depth", "--results", place)
+    for analysis, lacking in (("lr-grid", "rates of three stages"), ("partial", "--freeze-blocks"),
+                              ("depth", "--probe-block")):
+        assert lacking in fails(analysis, "--results", place)
     two = write_results(tmp_path / "two", [
         dict(protocol="probe block 3 + 1 blocks", top1=1.0, data=name) for name in ("a", "b")])
-    assert "several datasets (a, b)" in fails(capsys, "depth", "--results", two)
-    assert "reproduce.py" in fails(capsys, "lr-grid", "--results", tmp_path / "none")
+    assert "several datasets (a, b)" in fails("depth", "--results", two)
+    assert "reproduce.py" in fails("lr-grid", "--results", tmp_path / "none")
 
 
-def test_curves(made, tmp_path, capsys):
-    other = tmp_path / "other"
-    other.mkdir()
+def test_curves(made, tmp_path):
+    log = tmp_path / "other" / "log.jsonl"
+    log.parent.mkdir()
     lines = [dict(step=i, epoch=i / 2, loss=100.0 / i, lr=[1e-6, 0.0, 1e-3], knn=5.0 * i)
              for i in range(1, 5)]
     text = "".join(json.dumps(e) + "\n" for e in lines)
-    (other / "log.jsonl").write_text(text + '{"step": 5, "ep')              # being written
-    call("curves", "--checkpoint", made["graft"], other / "log.jsonl", "--out", tmp_path)
+    log.write_text(text + '{"step": 5, "ep')                                # being written
+    call("curves", "--checkpoint", made["graft"], log, "--out", tmp_path)
     rows = table(tmp_path / "curves.csv")
     ours, own = ([r for r in rows if r["run"] == name] for name in ("graft", "other"))
     assert [(r["step"], r["loss"], r["knn"], r["lr_1"], r["lr_3"], r["rank"]) for r in own] == [
@@ -516,30 +490,5 @@ def test_curves(made, tmp_path, capsys):
     assert [r["step"] for r in ours] == [1, 2, 3, 4]
     assert all(r["knn"] == "" and r["rank"] > 1 for r in ours)
     looks_drawn(tmp_path / "curves.png")
-    (other / "log.jsonl").write_text("")
-    assert "nothing in it yet" in fails(capsys, "curves", "--checkpoint", other)
-
-
-# --------------------------------------------------------------------------------- all of them
-def test_bad_input_ends_in_one_line(made, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DATA", raising=False)
-    for analysis in ("gradients", "vic", "attention", "tsne", "reconstruct", "curves"):
-        hint = "--mim-weight 1" if analysis == "gradients" else "mae_pretrain.py"
-        assert hint in fails(capsys, analysis)
-        assert "no checkpoint none.pt" in fails(capsys, analysis, "--checkpoint", "none.pt")
-    assert os.listdir(tmp_path) == []                                       # nothing was written
-    grey = model.VisionTransformer(in_chans=1, **SHAPE)
-    checkpoint.save(dict(model=grey.state_dict(), config=grey.config, meta={}), "grey.pt")
-    options = ["vic", "--checkpoint", made["mae"], "grey.pt", "--data", folder, *QUIET]
-    assert "numbers of channels" in fails(capsys, *options)
-    assert "out of range" in fails(capsys, "vic", "--images", 1)
-    assert "required" in fails(capsys) and "invalid choice" in fails(capsys, "nothing")
-
-
-def test_labels_tell_checkpoints_apart():
-    assert plots.labelled(["out/mae", "out/graft/encoder.pt"], ["MAE", None]) == ["MAE", "graft"]
-    assert plots.labelled(["a/x", "b/last.pt"], ["MTL"] * 2) == ["MTL (x)", "MTL (b)"]
-    assert plots.labelled(["a/x", "b/x"], ["MTL", "MTL"]) == ["MTL (a/x)", "MTL (b/x)"]
-    assert plots.labelled(["a.pth", "a/mae", "b/mae"], [None] * 3) == ["a.pth", "a/mae", "b/mae"]
-    assert plots.slug("MTL (MAE + MoCo v3), epoch 2") == "mtl-mae-moco-v3-epoch-2"
+    log.write_text("")
+    assert "nothing in it yet" in fails("curves", "--checkpoint", log.parent)

@@ -12,8 +12,7 @@ import torchvision.transforms.v2.functional as tv
 import checkpoint
 import model
 from checkpoint import CheckpointError
-
-torch.set_num_threads(1)
+from conftest import assert_identical
 
 # two heads of 64
 WIDE = dict(img_size=16, patch_size=4, dim=128, depth=2, heads=2)
@@ -39,11 +38,6 @@ def images(n=2, channels=3, height=16, width=16):
 
 def prefixed(prefix, state):
     return {prefix + name: value for name, value in state.items()}
-
-
-def assert_identical(a, b):
-    assert set(a) == set(b)
-    assert not [key for key in a if not torch.equal(a[key], b[key])]
 
 
 def encoder_of(source):
@@ -244,18 +238,6 @@ def test_timm_models_are_read_or_refused_by_what_differs(tmp_path, options, word
     pooled = net_here.norm(net_here.intermediate(images(), [2])[0][:, 1:].mean(1))
     expected = net.forward_head(net.forward_features(images()), pre_logits=True)
     torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_small_vit_of_timm_saved_from_ddp(tmp_path):
-    timm = pytest.importorskip("timm")
-    net = randomise(timm.create_model("vit_small_patch16_224", img_size=32, depth=2), scale=0.02)
-    source = read_as({"state_dict": prefixed("module.", net.state_dict())}, tmp_path / "x.pt")
-    x = images(1, 3, 32, 32)
-    torch.testing.assert_close(encoder_of(source)(x), net.forward_features(x)[:, 0],
-                               rtol=1e-4, atol=1e-5)
-    state = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1).state_dict()
-    with pytest.raises(CheckpointError, match="a distillation token"):
-        read_as(state, tmp_path / "x.pt")
 
 
 def test_torchvision_models(tmp_path):

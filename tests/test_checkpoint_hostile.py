@@ -17,8 +17,6 @@ import model
 from checkpoint import CheckpointError
 from test_checkpoint import vit
 
-torch.set_num_threads(1)
-
 
 class Payload:
     """A pickled object that would run code when it is read."""

@@ -1,9 +1,4 @@
 """The contrastive models of model.py: formulas, micro-batches, and two processes against one."""
-import os
-
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.pop("DATA", None)
-
 import copy
 import itertools
 
@@ -15,13 +10,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import model
-from test_model import (EXACT, SYSTEMS, TINY, assert_identical, assert_same, contrastive, gradients,
-                        rand, vit, vit_names)
-
-torch.set_num_threads(1)
-
-
-# ------------------------------------------------------------------------------- contrastive models
+from test_model import (EXACT, SYSTEMS, assert_same, contrastive, gradients, rand, vit, vit_names)
 
 
 
@@ -37,17 +26,6 @@ def test_moco_state_names_are_the_official_ones():
     expected = {f"{net}.{name}" for net in ("base_encoder", "momentum_encoder") for name in names}
     expected |= head_names("predictor", (0, 3), (1,), (4,))
     assert set(contrastive("moco").state_dict()) == expected
-
-
-def test_moco_starts_with_a_copy_as_momentum_encoder():
-    torch.manual_seed(0)
-    net = model.MoCoV3(model.VisionTransformer(**TINY), 32, 16)
-    assert_identical(net.base_encoder.state_dict(), net.momentum_encoder.state_dict())
-    assert not any(p.requires_grad for p in net.momentum_encoder.parameters())
-    shapes = [tuple(p.shape) for name, p in net.base_encoder.head.named_parameters() if p.ndim == 2]
-    assert shapes == [(32, 24), (32, 32), (16, 32)]
-    shapes = [tuple(p.shape) for p in net.predictor.parameters() if p.ndim == 2]
-    assert shapes == [(32, 16), (16, 32)]
 
 
 def head_by_hand(head, x):
@@ -105,19 +83,7 @@ def test_momentum_update():
         assert torch.equal(p, dict(net.base_encoder.named_parameters())[name]), name
 
 
-def test_multi_task_loss_is_the_sum():
-    net, x1, x2 = contrastive("moco", mim=True), rand(4, 3, 16, 16), rand(4, 3, 16, 16, seed=1)
-    images, noise = rand(4, 3, 16, 16, seed=2), rand(4, 16, seed=3).sigmoid()
-    loss, log = net(x1, x2, mim=(images, noise, 0.75))
-    alone = net(x1, x2)[0]
-    reconstruction = net.base_encoder(images, 0.75, noise)[0]
-    torch.testing.assert_close(loss, alone + 0.7 * reconstruction, **EXACT)
-    torch.testing.assert_close(log["contrastive"], alone.detach(), **EXACT)
-    torch.testing.assert_close(log["mim"], reconstruction.detach(), **EXACT)
-
-
-@pytest.mark.parametrize("mim", [False, True])
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system, mim", [("moco", True), ("vicreg", False), ("simclr", False)])
 def test_the_loss_of_a_fixed_batch_falls(system, mim):
     net = contrastive(system, mim, torch.float32)
     views = [rand(8, 3, 16, 16, seed=s, dtype=torch.float32) for s in (1, 2, 3)]
@@ -168,29 +134,9 @@ def one_step(case, part=slice(None), micro=0, wrap=lambda net: net):
 def test_micro_batches_equal_the_undivided_step(case):
     whole = one_step(case)
     assert any("running_mean" in name for name in whole[2])
-    for micro in (1, 2, 4, BATCH, 100):                                     # 4 does not divide 6
+    for micro in (1, 4, 100):                                               # 4 does not divide 6
         for ours, expected in zip(one_step(case, micro=micro), whole):
             assert_same(ours, expected)
-
-
-@pytest.mark.parametrize("n, size", [(6, 4), (7, 3), (6, 6), (5, 0), (5, 9), (1, 1), (8, 5)])
-def test_micro_batches_cover_the_batch_and_the_last_is_whole(n, size):
-    parts = model.micro_batches(n, size)
-    assert [i for part in parts for i in range(n)[part]] == list(range(n))
-    assert len(range(n)[parts[-1]]) == min(size or n, n)
-
-
-@pytest.mark.parametrize("mim", [False, True])
-def test_the_last_micro_batch_is_not_computed_again(mim):
-    """With MTL it is MAE's last one that is kept: not both, for the sake of memory."""
-    net, seen = contrastive("simclr", mim), []
-    patches = net.base_encoder.patch_embed
-    patches.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    x, noise = rand(6, 3, 16, 16), rand(6, 16).sigmoid()
-    loss, _ = net(x, x.flip(3), 4, (x, noise, 0.75) if mim else None)
-    assert seen == ([4, 8, 2, 4] if mim else [4, 8])
-    loss.backward()
-    assert sorted(seen[4 if mim else 2:]) == ([2, 4, 8] if mim else [4])
 
 
 def test_micro_batches_keep_fewer_activations():
@@ -292,7 +238,7 @@ def in_a_process(rank, folder):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("processes"))
-    torch.multiprocessing.spawn(in_a_process, (folder,), nprocs=2)
+    torch.multiprocessing.start_processes(in_a_process, (folder,), 2, start_method="forkserver")
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
@@ -305,12 +251,6 @@ def test_two_processes_equal_one_on_the_whole_batch(two_processes, case, micro):
     for _, ours, weights in both:
         assert_same(ours, grads)
         assert_same(weights, state)
-
-
-def test_batchnorm_in_one_process_is_torchs():
-    for ours, torchs in batchnorms():
-        for a, b in zip(normalised_batch(ours), normalised_batch(torchs)):
-            assert_same(a, b)
 
 
 def test_batchnorm_in_two_processes_is_torchs_on_the_whole_batch(two_processes):
@@ -364,8 +304,3 @@ def test_batchnorm_keeps_its_statistics_when_a_batch_is_not_finite():
     assert norm(torch.full((8, 5), float("nan"))).isnan().all()
     for name in ("running_mean", "running_var"):
         assert torch.equal(norm.state_dict()[name], before[name])
-
-
-def test_batchnorm_leaves_half_precision():
-    norm = model.BatchNorm1d(5)
-    assert norm(rand(8, 5).bfloat16()).dtype == torch.float32

@@ -3,10 +3,6 @@
 Run on stand-ins that have a device, a type and a shape but no data (torch's fake tensors), so that
 no GPU is needed to notice it. What draws on the CPU stays out.
 """
-import os
-
-os.environ["OMP_NUM_THREADS"] = "1"
-
 from types import SimpleNamespace
 
 import pytest
@@ -45,63 +41,62 @@ def on_gpu(build):
         return build()
 
 
-def all_there(*found):
-    assert found and all(x.device == GPU for x in found)
-
-
 def test_a_tensor_of_the_cpu_would_be_noticed(fake):
     with pytest.raises(RuntimeError, match="cuda:0.*cpu|cpu.*cuda:0"):
         fake.images + torch.rand(8, 3, 32, 32)
 
 
-def test_masked_autoencoder(fake):
+def masked_autoencoder(fake):
     net = on_gpu(lambda: model.MaskedAutoencoder(16, 2, 2, **VIT))
-    all_there(*net(fake.images), *net.intermediate(fake.images),
-              model.unpatchify(net.target(fake.images), 8, net.grid))
+    return (*net(fake.images), *net.intermediate(fake.images),
+            model.unpatchify(net.target(fake.images), 8, net.grid))
 
 
-@pytest.mark.parametrize("kind", [model.MoCoV3, model.VICReg, model.SimCLR])
-@pytest.mark.parametrize("micro_batch", [0, 3])
-def test_two_views_with_mae_beside(fake, kind, micro_batch):
-    net = on_gpu(lambda: kind(model.MaskedAutoencoder(16, 2, 2, **VIT), 16, 8, mim_weight=0.1))
-    mim = (fake.images, torch.rand(8, 16, device=GPU), 0.75)
-    loss, log = net(fake.images, fake.images, micro_batch, mim)
-    net.update_momentum(0.99)
-    statistics = model.feature_stats(log["features"], log["q"], log["k"])
-    all_there(loss, *log.values(), *statistics.values())
+def two_views(kind, micro_batch):
+    def found(fake):
+        net = on_gpu(lambda: kind(model.MaskedAutoencoder(16, 2, 2, **VIT), 16, 8, mim_weight=0.1))
+        mim = (fake.images, torch.rand(8, 16, device=GPU), 0.75)
+        loss, log = net(fake.images, fake.images, micro_batch, mim)
+        net.update_momentum(0.99)
+        statistics = model.feature_stats(log["features"], log["q"], log["k"])
+        return loss, *log.values(), *statistics.values()
+    return found
 
 
-def test_augmentations(fake):
-    numbers = fake.numbers.to(GPU)[:, :, None, None, None]
-    ids = torch.arange(8, device=GPU)
-    all_there(augment.blend_(fake.images, *numbers[:, :3].unbind(1)),
-              augment.turn_hue_(fake.images, numbers[:, 3]),
-              augment.color_jitter_(fake.images, ids, torch.rand(8, 13, device=GPU),
-                                    [0, 0, 1, 1, 2, 3, 4, 4]),
-              augment.gaussian_blur(fake.images, numbers[:, 0].flatten()))
+def augmentations(fake):
+    numbers, ids = fake.numbers.to(GPU)[:, :, None, None, None], torch.arange(8, device=GPU)
+    crops = [augment.resample(fake.files, fake.numbers, (32, 32), mode)
+             for mode in ("bilinear", "bicubic")]
+    return (augment.blend_(fake.images, *numbers[:, :3].unbind(1)),
+            augment.turn_hue_(fake.images, numbers[:, 3]),
+            augment.color_jitter_(fake.images, ids, torch.rand(8, 13, device=GPU),
+                                  [0, 0, 1, 1, 2, 3, 4, 4]),
+            augment.gaussian_blur(fake.images, numbers[:, 0].flatten()), *crops)
 
 
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_crops(fake, mode):
-    all_there(augment.resample(fake.files, fake.numbers, (32, 32), mode))
-
-
-def test_linear_sweep_and_nearest_neighbours(fake):
+def linear_sweep_and_nearest_neighbours(fake):
+    found = [*model.knn_scores(fake.features, fake.features, fake.labels, 3, [2, 3])]
     for batchnorm in (False, True):
         sweep = evaluate.LinearSweep([0.1, 0.2], 24, 3, GPU, batchnorm, 0)
         sweep.step(fake.features, fake.labels, 0.5)
-        all_there(sweep.accuracies(fake.features, fake.labels), sweep.scores(fake.features, 0),
-                  *sweep.classifier(1))
-    all_there(*model.knn_scores(fake.features, fake.features, fake.labels, 3, [2, 3]))
+        found += [sweep.accuracies(fake.features, fake.labels), sweep.scores(fake.features, 0),
+                  *sweep.classifier(1)]
+    return found
 
 
-@pytest.mark.parametrize("head", [dict(kind="linear"),
-                                  dict(kind="projector", width=16, bias=True)])
-def test_classifiers_in_training(fake, head):
-    all_there(on_gpu(lambda: model.Classifier(VIT, head, 3, 0.1)).train()(fake.images))
-
-
-def test_attention_distances(fake):
+def classifiers_and_attention(fake):
+    heads = dict(kind="linear"), dict(kind="projector", width=16, bias=True)
     net = on_gpu(lambda: model.VisionTransformer(**VIT))
     weights = net.intermediate(fake.images, attention=True)[1]
-    all_there(*(analyze.attention_distances(w, torch.rand(16, 16, device=GPU)) for w in weights))
+    return (*(on_gpu(lambda: model.Classifier(VIT, head, 3, 0.1)).train()(fake.images)
+              for head in heads),
+            *(analyze.attention_distances(w, torch.rand(16, 16, device=GPU)) for w in weights))
+
+
+@pytest.mark.parametrize("use", [
+    masked_autoencoder, two_views(model.MoCoV3, 0), two_views(model.MoCoV3, 3),
+    two_views(model.VICReg, 3), two_views(model.SimCLR, 3), augmentations,
+    linear_sweep_and_nearest_neighbours, classifiers_and_attention])
+def test_all_is_on_the_device(fake, use):
+    found = use(fake)
+    assert found and all(x.device == GPU for x in found)

@@ -3,9 +3,9 @@ import csv
 import json
 import math
 import os
-import subprocess
+import runpy
+import shutil
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +19,8 @@ import data
 import evaluate
 import finetune
 import run
-from model import VisionTransformer, accuracies, confusion_matrix, knn_scores
-
-ROOT = os.path.dirname(os.path.abspath(evaluate.__file__))
+from conftest import QUIET, class_folder, corrupt, folder_of, rows_of
+from model import VisionTransformer, accuracies, confusion_matrix
 
 
 @pytest.fixture(scope="module")
@@ -34,47 +33,14 @@ def encoder_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """The embedded set with 640 training and 96 test images."""
-    full = data.embedded
-    monkeypatch.setattr(data, "embedded", lambda train=True, in_chans=3, n=None: full(
-        train, in_chans, n or (640 if train else 96)))
-
-
 def run_mode(encoder_folder, out, *options):
-    own = ["--checkpoint", encoder_folder, "--out", out, "--amp", "off", "--workers", 0]
+    own = ["--checkpoint", encoder_folder, "--out", out, *QUIET]
     return evaluate.main(evaluate.get_args([str(option) for option in [*own, *options]]))
 
 
-def run_python(*command):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
-                          text=True)
-
-
-def encoder_of(folder):
-    return checkpoint.load(str(folder))
-
-
-def image_folder(root, classes=("cat", "dog"), n=6, sizes=1, parts=("train", "val")):
-    """root/train and root/val with n PNGs a class; several sizes are read as files, one is held."""
-    images = data.embedded(n=2 * n * len(classes)).images
-    number = 0
-    for part in parts:
-        for name in classes:
-            (root / part / name).mkdir(parents=True)
-            for i in range(n):
-                image = Image.fromarray(images[number].permute(1, 2, 0).numpy())
-                side = 32 + i % sizes
-                image.resize((side, 32)).save(root / part / name / f"{i}.png")
-                number += 1
-    return root
-
-
-def features_of(encoder, dataset):
-    """All tokens after the final norm, image by image."""
-    loader = data.Loader(dataset, [augment.TEST_VIEW], encoder.config["img_size"], 1, shuffle=False)
-    return torch.cat([encoder.tokens(batch.view(0)) for batch in loader.epoch(0)])
+def features_in(out):
+    path, = out.glob("features-*.npz")
+    return np.load(path)
 
 
 # ---------------------------------------------------------------------------------------- linear
@@ -111,87 +77,77 @@ def test_linear_sweep_equals_one_sgd_run_per_rate(batchnorm):
 
 
 @pytest.mark.parametrize("cache", ["--cache-features", "--no-cache-features"])
-def test_linear_chooses_on_held_out_images(encoder_folder, small, tmp_path, cache):
-    entry, = run_mode(encoder_folder, tmp_path, "--epochs", 2, cache, "--lr", "0.01,0.1,1")
+def test_linear_chooses_on_held_out_images(encoder_folder, tmp_path, monkeypatch, cache):
+    drawn = data.embedded
+    monkeypatch.setattr(data, "embedded", lambda train, *more: drawn(train, n=640 if train else 96))
+    (entry,), _ = (run_mode(encoder_folder, tmp_path, "--epochs", 2, cache, "--lr", "0.01,0.1,1")
+                   for _ in range(2))
     assert entry["chosen_on"] == "64 held-out training images"
     assert entry["best_on_test"] >= entry["top1"] and entry["top5"] >= entry["top1"]
     assert ("cached" in entry["protocol"]) == (cache == "--cache-features")
-    needed = {"protocol", "checkpoint", "digest", "data", "labels", "top1", "top5", "seed",
-              "chosen_on", "commit", "system", "balanced", "tested", "unreadable"}
-    assert needed <= set(entry)
-    run_mode(encoder_folder, tmp_path, "--epochs", 2, cache, "--lr", "0.01,0.1,1")
-    written = [json.loads(line) for line in open(tmp_path / "results.jsonl")]
-    assert written == [entry]                           # the same result once, not as a second seed
+    assert {"checkpoint", "digest", "data", "labels", "seed", "commit", "system", "balanced",
+            "tested", "unreadable"} <= set(entry)
+    with open(tmp_path / "results.jsonl") as f:         # the same result once, not as a second seed
+        assert [json.loads(line) for line in f] == [entry]
 
 
-@pytest.mark.parametrize("cache", ["--cache-features", "--no-cache-features"])
-@pytest.mark.parametrize("labels, folds", [("1 per class", 4), ("3 per class", 5)])
+@pytest.mark.parametrize("labels, folds, cache", [("1 per class", 4, "--cache-features"),
+                                                  ("3 per class", 5, "--no-cache-features")])
 def test_few_labels_choose_by_cross_validation(encoder_folder, tmp_path, cache, labels, folds,
                                                monkeypatch):
-    root = image_folder(tmp_path / "data", ("a", "b", "c", "d"), 4)
-    seen = []
-    step = evaluate.LinearSweep.step
-    monkeypatch.setattr(evaluate.LinearSweep, "step", lambda self, x, *more: (
-        seen.append((self, len(x))), step(self, x, *more)))
+    root, seen, step = class_folder(tmp_path / "data", 4, 4, "abcd"), {}, evaluate.LinearSweep.step
+
+    def counted(sweep, x, *more):
+        seen[sweep] = seen.get(sweep, 0) + len(x)
+        step(sweep, x, *more)
+
+    monkeypatch.setattr(evaluate.LinearSweep, "step", counted)
     entry, = run_mode(encoder_folder, tmp_path, "--data", root, "--labels", labels, "--epochs", 2,
                       "--lr", "0.1,1", cache)
     n = 4 * int(labels[0])
     assert entry["chosen_on"] == f"{folds}-fold cross-validation of {n} training images"
-    sweeps = list(dict.fromkeys(sweep for sweep, _ in seen))
-    shown = [sum(m for other, m in seen if other is sweep) for sweep in sweeps]
-    assert shown[0] == 2 * n and sum(shown[1:]) == 2 * n * (folds - 1) and len(shown) == 1 + folds
-    labels = torch.arange(40) % 4                       # each class is dealt out
-    dealt = evaluate.folds_of(labels, augment.shuffled(40, 1))
-    assert all(dealt[labels == c].bincount().tolist() == [2] * 5 for c in range(4))
+    whole, *parts = seen.values()
+    assert whole == 2 * n and sum(parts) == 2 * n * (folds - 1) and len(parts) == folds
 
 
 @pytest.mark.parametrize("norm", [[], ["--batchnorm"]])
 def test_a_stopped_linear_evaluation_goes_on(encoder_folder, tmp_path, monkeypatch, norm, capsys):
-    root = image_folder(tmp_path / "data", n=8)
-    options = ["--data", root, "--epochs", 3, "--batch-size", 8, "--no-cache-features", *norm]
-    whole, = run_mode(encoder_folder, tmp_path / "whole", *options)
-    step, taken, killed_at = evaluate.LinearSweep.step, [], None
+    root = class_folder(tmp_path / "data", 8, 8)
+    step, taken, stop_at = evaluate.LinearSweep.step, [], None
 
-    def killed(self, x, labels, factor):
+    def noted(self, x, labels, factor):
         taken.append(factor)
-        if len(taken) == killed_at:
+        if len(taken) == stop_at:
             raise KeyboardInterrupt
         return step(self, x, labels, factor)
 
-    monkeypatch.setattr(evaluate.LinearSweep, "step", killed)
-    run_mode(encoder_folder, tmp_path / "count", *options)
-    every = list(taken)
-    killed_at = 2 * len(every) // 3 + 1                                 # in the third epoch
-    taken.clear()
+    def go(name):
+        """The result, and the factors of the rate of every step taken."""
+        taken.clear()
+        entry, = run_mode(encoder_folder, tmp_path / name, "--data", root, "--epochs", 3,
+                          "--batch-size", 8, "--no-cache-features", *norm)
+        return entry, list(taken)
+
+    monkeypatch.setattr(evaluate.LinearSweep, "step", noted)
+    whole, every = go("whole")
+    stop_at = 2 * len(every) // 3 + 1                                   # in the third epoch
     with pytest.raises(KeyboardInterrupt):
-        run_mode(encoder_folder, tmp_path / "parts", *options)
+        go("parts")
     kept, = (tmp_path / "parts").glob("linear-*.part.pt")
-    killed_at = None
-    taken.clear()
-    parts, = run_mode(encoder_folder, tmp_path / "parts", *options)
-    assert taken == every[-len(every) // 3:] and not kept.exists()
+    stop_at = None
+    parts, steps = go("parts")
+    assert steps == every[-len(every) // 3:] and not kept.exists()
     for key in ("top1", "best_on_test", "held_out_top1", "lr"):
         assert parts[key] == whole[key], key
     ours, theirs = (checkpoint.read(tmp_path / name / "classifier-linear.pt")["classifier"]
                     for name in ("parts", "whole"))
     assert torch.equal(ours["weight"], theirs["weight"])
     kept.write_bytes(b"half")                                       # a damaged one is left aside
-    taken.clear()
-    run_mode(encoder_folder, tmp_path / "parts", *options)
-    assert taken == every and "starts over" in capsys.readouterr().out
-
-
-def test_linear_learns_what_is_linear(encoder_folder, small, tmp_path, monkeypatch):
-    """Features that are the label itself are classified without fault."""
-    def features_of_labels(encoder, dataset, env, **how):
-        return F.one_hot(dataset.labels, 16).float(), torch.ones(len(dataset), dtype=torch.bool)
-    monkeypatch.setattr(run, "extract", features_of_labels)
-    entry, = run_mode(encoder_folder, tmp_path, "--epochs", 20, "--cache-features")
-    assert entry["top1"] == entry["balanced"] == 100
+    assert go("parts")[1] == every and "starts over" in capsys.readouterr().out
 
 
 def test_a_block_of_linear_is_its_class_token_after_the_norm(encoder_folder, tmp_path, monkeypatch):
-    root, encoder = image_folder(tmp_path / "data"), encoder_of(encoder_folder)
+    root, encoder = class_folder(tmp_path / "data"), checkpoint.load(str(encoder_folder))
     seen = {}
     knn = evaluate.knn_scores
     monkeypatch.setattr(evaluate, "knn_scores", lambda queries, *more, **options: seen.update(
@@ -208,12 +164,19 @@ def test_a_block_of_linear_is_its_class_token_after_the_norm(encoder_folder, tmp
 
 
 # ---------------------------------------------------------------------------------------- k-NN
-def test_knn_reports_every_k(encoder_folder, small, tmp_path):
-    entry, = run_mode(encoder_folder, tmp_path, "--mode", "knn", "--k", "5,20", "--per-class")
-    assert set(entry["by_k"]) == {"5", "20"} and entry["top1"] == round(entry["by_k"]["5"], 2)
+def test_knn_reports_every_k(encoder_folder, tmp_path):
+    root = class_folder(tmp_path / "data", 3, 3, "abcdef")
+    entry, = run_mode(encoder_folder, tmp_path, "--mode", "knn", "--data", root, "--k", "3,5",
+                      "--per-class")
+    assert set(entry["by_k"]) == {"3", "5"} and entry["top1"] == round(entry["by_k"]["3"], 2)
     assert entry["balanced"] == entry["top1"] <= entry["top5"]          # as many of each class
     path, = tmp_path.glob("per-class-knn-*.csv")
-    assert sum(int(row["support"]) for row in csv.DictReader(open(path))) == 96
+    assert sum(int(row["support"]) for row in rows_of(path)) == 18
+    shutil.rmtree(root / "val" / "a")                                   # fewer classes, and one
+    for name in "bcde":
+        shutil.rmtree(root / "val" / name)
+    entry, = run_mode(encoder_folder, tmp_path, "--mode", "knn", "--data", root, "--k", 3)
+    assert entry["tested"] == 3 and entry["balanced"] == entry["top1"]
 
 
 # ------------------------------------------------------------------------------------- few labels
@@ -242,7 +205,7 @@ def test_logistic_regression_has_scikit_learns_optimum(n, dim, classes, decay):
     assert torch.autograd.grad(loss, weight)[0].abs().max() < 1e-7
 
 
-def test_fewshot_over_seeds_and_the_table(encoder_folder, small, tmp_path, capsys):
+def test_fewshot_over_seeds_and_the_table(encoder_folder, world, tmp_path, capsys):
     entries = run_mode(encoder_folder, tmp_path, "--mode", "fewshot", "--labels", "2 per class",
                        "--seeds", "0,1,2")
     assert [e["seed"] for e in entries] == [0, 1, 2] and all(e["labelled"] == 32 for e in entries)
@@ -257,19 +220,14 @@ def test_fewshot_over_seeds_and_the_table(encoder_folder, small, tmp_path, capsy
 
 def test_labels_from_a_file_and_a_share_to_test_on(encoder_folder, tmp_path):
     """A flat folder: labels from a CSV, a quarter of each class to test on."""
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    lines = ["file,label"]
-    for path in sorted(image_folder(tmp_path / "data", n=8, parts=("train",)).rglob("*.png")):
-        name = f"{path.parent.name}{path.name}"
-        path.rename(flat / name)
-        lines.append(f"{name},{path.parent.name}")
-    (tmp_path / "labels.csv").write_text("\n".join(lines))
-    options = ["--data", flat, "--labels-file", tmp_path / "labels.csv", "--val-share", 0.25]
+    names = [f"{c}{i}.png" for c in ("cat", "dog") for i in range(8)]
+    flat, table = folder_of(tmp_path / "flat", names, (32, 32)), tmp_path / "labels.csv"
+    table.write_text("file,label\n" + "\n".join(f"{name},{name[:3]}" for name in names))
+    options = ["--data", flat, "--labels-file", table, "--val-share", 0.25]
     entry, = run_mode(encoder_folder, tmp_path, "--mode", "knn", "--k", 3, *options)
     assert entry["labelled"] == 12 and entry["tested"] == 4
     run_mode(encoder_folder, tmp_path, "--mode", "features", *options)
-    content = np.load(next(tmp_path.glob("features-*.npz")))
+    content = features_in(tmp_path)
     assert sorted(content["classes"]) == ["cat", "dog"] and len(content["labels"]) == 12
     args = finetune.get_args(["--checkpoint", str(encoder_folder), *map(str, options)])
     source = checkpoint.read_encoder(args.checkpoint)
@@ -277,8 +235,8 @@ def test_labels_from_a_file_and_a_share_to_test_on(encoder_folder, tmp_path):
     assert (len(dataset), len(everything), len(test)) == (12, 12, 4)
 
 
-def test_a_natural_draw_keeps_the_frequencies_and_a_balanced_one_does_not(small):
-    dataset = data.embedded()
+def test_a_natural_draw_keeps_the_frequencies_and_a_balanced_one_does_not():
+    dataset = data.embedded(n=640)
     dataset.labels = (torch.arange(640) % 8 == 0).long()                # one in eight
     dataset.classes = ["often", "seldom"]
     ids, how = data.labelled(dataset, "80 per class", 0, "balanced")
@@ -306,7 +264,7 @@ def test_figures_are_scikit_learns(tmp_path):
     assert found["balanced"] == pytest.approx(balanced) and found["top5"] == 95
     assert "top5" not in accuracies(confusion[:5, :5], 190)
     run.write_per_class(str(tmp_path), "x", confusion, classes)
-    rows = list(csv.DictReader(open(tmp_path / "per-class-x.csv")))
+    rows = rows_of(tmp_path / "per-class-x.csv")
     assert [row["class"] for row in rows] == ["'=a", *classes[1:]]
     theirs = metrics.precision_recall_fscore_support(labels, predicted, zero_division=0)
     for name, values in zip(("precision", "recall", "f1", "support"), theirs):
@@ -320,91 +278,49 @@ def test_figures_are_scikit_learns(tmp_path):
 
 
 # --------------------------------------------------------------------------- unreadable images
-@pytest.mark.parametrize("sizes", [1, 3])
-@pytest.mark.parametrize("options", [["knn", "--k", 3], ["fewshot", "--labels", "5 per class"],
-                                     ["linear", "--cache-features", "--epochs", 3],
-                                     ["linear", "--no-cache-features", "--epochs", 2]], ids=str)
+@pytest.mark.parametrize("sizes, options", [
+    (1, ["knn", "--k", 3]), (3, ["fewshot", "--labels", "5 per class"]),
+    (1, ["linear", "--cache-features", "--epochs", 3]),
+    (3, ["linear", "--no-cache-features", "--epochs", 2])], ids=str)
 def test_what_cannot_be_read_is_left_out_and_counted(encoder_folder, tmp_path, options, sizes):
-    root = image_folder(tmp_path / "data", n=6, sizes=sizes)
-    for name in ("train/cat/2.png", "train/dog/5.png", "val/dog/1.png"):
-        (root / name).write_bytes(b"junk")
+    root = class_folder(tmp_path / "data", sizes=sizes)
+    bad = [root / name for name in ("train/cat/2.png", "train/dog/5.png", "val/dog/1.png")]
+    for path in bad:
+        corrupt(path)
     entry, = run_mode(encoder_folder, tmp_path, "--mode", *options, "--data", root, "--max-bad",
                       0.3)
-    assert entry["tested"] == 11
-    if options[0] == "fewshot":                         # of the two of train, those that were drawn
-        assert entry["unreadable"] in (1, 2, 3)
-        return
-    assert entry["unreadable"] == 3
+    # of few-shot's two in train, those that were drawn
+    assert entry["tested"] == 11 and entry["unreadable"] in ((1, 2, 3) if sizes == 3 else (3,))
     if options[0] == "knn":
-        for name in ("train/cat/2.png", "train/dog/5.png", "val/dog/1.png"):
-            (root / name).unlink()
+        for path in bad:
+            path.unlink()
         clean, = run_mode(encoder_folder, tmp_path, "--mode", *options, "--data", root)
         assert clean["top1"] == entry["top1"] and clean["unreadable"] == 0
-    with pytest.raises(Exception, match="--max-bad") as stop:
-        for name in ("0", "3", "4"):
-            (root / "val" / "dog" / f"{name}.png").write_bytes(b"junk")
+    for i in (0, 3, 4):
+        corrupt(root / f"val/dog/{i}.png")
+    with pytest.raises((run.RunError, data.DataError), match="--max-bad") as stop:
         run_mode(encoder_folder, tmp_path, "--mode", *options, "--data", root)
     assert stop.value.exit_code == 1
 
 
-@pytest.mark.parametrize("sizes", [1, 3])
-def test_unreadable_images_are_marked_in_features_and_predictions(encoder_folder, tmp_path, sizes):
-    root = image_folder(tmp_path / "data", n=6, sizes=sizes)
-    run_mode(encoder_folder, tmp_path, "--mode", "fewshot", "--data", root, "--labels",
-             "5 per class")
-    (root / "val" / "cat" / "2.png").write_bytes(b"junk")
-    more = ["--input", root / "val", "--max-bad", 0.2]
-    run_mode(encoder_folder, tmp_path, "--mode", "features", *more)
-    path, = tmp_path.glob("features-*.npz")
-    content = np.load(path)
-    bad = [str(name).endswith("cat/2.png") for name in content["files"]]
-    assert sum(bad) == 1 and (content["readable"] == ~np.array(bad)).all()
-    assert (content["class_token"][bad] == 0).all() and len(content["labels"]) == 12
-    assert len(np.unique(content["class_token"], axis=0)) == 12
-    run_mode(encoder_folder, tmp_path, "--mode", "predict", "--classifier",
-             tmp_path / "classifier-fewshot.pt", *more)
-    rows = {row["file"]: row for row in csv.DictReader(open(tmp_path / "predictions.csv"))}
-    assert rows["cat/2.png"] == {"file": "cat/2.png", "class": "", "probability": "unreadable"}
-    del rows["cat/2.png"]
-    assert all(float(row["probability"]) >= 0.5 for row in rows.values())
-
-
 # ------------------------------------------------------------------- features, prediction, export
 def test_features_of_an_unlabelled_folder_and_of_a_block(encoder_folder, tmp_path):
-    folder = image_folder(tmp_path / "data", n=3) / "val" / "cat"
-    encoder = encoder_of(encoder_folder)
-    run_mode(encoder_folder, tmp_path, "--mode", "features", "--input", folder)
-    content = np.load(next(tmp_path.glob("features-*.npz")))
-    assert list(content["files"]) == ["0.png", "1.png", "2.png"] and "labels" not in content
-    tokens = features_of(encoder, data.load(str(folder)))
-    assert np.allclose(content["class_token"], tokens[:, 0], atol=1e-5)
-    assert np.allclose(content["patch_mean"], tokens[:, 1:].mean(1), atol=1e-5)
-    run_mode(encoder_folder, tmp_path, "--mode", "features", "--input", folder, "--block", 2)
-    content = np.load(next(tmp_path.glob("features-*.npz")))
-    loader = data.Loader(data.load(str(folder)), [augment.TEST_VIEW], (32, 32), 8, shuffle=False)
-    tokens, = encoder.intermediate(next(iter(loader.epoch(0))).view(0), [2])
-    assert np.allclose(content["class_token"], tokens[:, 0], atol=1e-5)
-
-
-def test_a_full_disk_leaves_the_file_before(encoder_folder, tmp_path, monkeypatch):
-    options = ["--mode", "features", "--input", image_folder(tmp_path / "data", n=2) / "val"]
-    run_mode(encoder_folder, tmp_path, *options)
-    path, = tmp_path.glob("features-*.npz")
-    before = path.read_bytes()
-
-    def full(f, **fields):
-        f.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(run.RunError, match="cannot write .*No space left"):
-        run_mode(encoder_folder, tmp_path, *options)
-    assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+    folder = class_folder(tmp_path / "data", 3, 3) / "val" / "cat"
+    encoder = checkpoint.load(str(encoder_folder))
+    loader = data.Loader(data.load(str(folder)), [augment.TEST_VIEW], (32, 32), 3, shuffle=False)
+    x = next(iter(loader.epoch(0))).view(0)
+    second, = encoder.intermediate(x, [2])
+    for more, tokens in (([], encoder.tokens(x)), (["--block", 2], second)):
+        run_mode(encoder_folder, tmp_path, "--mode", "features", "--input", folder, *more)
+        content = features_in(tmp_path)
+        assert list(content["files"]) == ["0.png", "1.png", "2.png"] and "labels" not in content
+        assert np.allclose(content["class_token"], tokens[:, 0], atol=1e-5)
+        assert np.allclose(content["patch_mean"], tokens[:, 1:].mean(1), atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["linear", "fewshot"])
 def test_predict_gives_the_tested_answers(encoder_folder, tmp_path, mode):
-    root = image_folder(tmp_path / "data", n=12)
+    root = class_folder(tmp_path / "data", 12, 12)
     options = ["--labels", "8 per class"]
     if mode == "linear":
         options = ["--epochs", 30, "--cache-features"]
@@ -413,19 +329,19 @@ def test_predict_gives_the_tested_answers(encoder_folder, tmp_path, mode):
     predict = ["--mode", "predict", "--classifier", tmp_path / f"classifier-{mode}.pt", "--input",
                root / "val"]
     run_mode(encoder_folder, tmp_path, *predict)            # at the size that it was trained at
-    rows = list(csv.DictReader(open(tmp_path / "predictions.csv")))
+    rows = rows_of(tmp_path / "predictions.csv")
     right = np.mean([row["class"] == row["file"].split("/")[0] for row in rows])
     assert len(rows) == 24 and 100 * right == pytest.approx(entry["top1"], abs=0.01)
     assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
     run_mode(encoder_folder, tmp_path, *predict, "--all-probabilities")
-    for row in csv.DictReader(open(tmp_path / "predictions.csv")):
+    for row in rows_of(tmp_path / "predictions.csv"):
         every = {name: float(row[name]) for name in ("cat", "dog")}
         assert sum(every.values()) == pytest.approx(1, abs=2e-3)
         assert every[row["class"]] == max(every.values()) == float(row["probability"])
 
 
 def test_predict_refuses_another_encoder_and_broken_classifiers(encoder_folder, tmp_path):
-    root = image_folder(tmp_path / "data", n=3)
+    root = class_folder(tmp_path / "data", 3, 3)
     run_mode(encoder_folder, tmp_path, "--mode", "fewshot", "--labels", "2 per class", "--data",
              root)
     torch.manual_seed(5)
@@ -443,52 +359,54 @@ def test_predict_refuses_another_encoder_and_broken_classifiers(encoder_folder, 
 
 
 # ------------------------------------------------------------------------------ several processes
-def every_mode(encoder_folder, root, out):
-    """One result of each protocol, features and predictions."""
-    for options in (["linear", "--epochs", 2, "--batch-size", 8, "--no-cache-features"],
+def every_mode(encoder_folder, root, clean, out, parts):
+    """One result of each protocol, features and predictions; fine-tuning in parts of a batch."""
+    for options in (["linear", "--epochs", 2, "--batch-size", 9, "--no-cache-features"],
                     ["knn", "--k", 3], ["fewshot", "--labels", "3 per class"], ["features"],
                     ["predict", "--classifier", out / "classifier-fewshot.pt", "--input", root]):
-        run_mode(encoder_folder, out, "--mode", *options, "--data", root, "--max-bad", 0.2,
-                 "--device", "cpu")
+        run_mode(encoder_folder, out, "--mode", *options, "--data", root, "--max-bad", 0.2)
+    still = ["--warmup-epochs", 0, "--drop-path", 0, "--mixup", 0, "--cutmix", 0]
+    options = ["--checkpoint", encoder_folder, "--out", out, *QUIET, "--data", clean,
+               "--batch-size", 9, "--epochs", 4, "--lr", 1e-2, "--micro-batch", parts, *still]
+    finetune.main(finetune.get_args([str(option) for option in options]))
 
 
-def test_two_processes_give_the_result_of_one(encoder_folder, tmp_path):
-    root = image_folder(tmp_path / "data", n=5, sizes=2)
-    (root / "train" / "cat" / "1.png").write_bytes(b"junk")
-    places = encoder_folder, root, tmp_path / "one", tmp_path / "two"
-    every_mode(*places[:3])
-    code = ("import pathlib, test_evaluate, sys; "
-            "test_evaluate.every_mode(*map(pathlib.Path, sys.argv[1:]))")
-    (tmp_path / "drive.py").write_text(code)
-    done = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                      tmp_path / "drive.py", encoder_folder, root, places[3])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote ") == 2             # by the first process alone
-    found, written = [], []
-    for out in places[2:]:
-        found.append([{k: v for k, v in json.loads(line).items() if k != "seconds"}
-                      for line in open(out / "results.jsonl")])
-        content = np.load(next(out.glob("features-*.npz")))
-        rows = list(csv.DictReader(open(out / "predictions.csv")))
-        answers = [row["class"] for row in rows]
+def test_three_processes_give_the_result_of_one(start, encoder_folder, tmp_path):
+    """Of 2 images to test on one has none; of 12 to label, 4 each; each is counted once."""
+    root, clean = (class_folder(tmp_path / name, 5, 1, sizes=2) for name in ("data", "clean"))
+    corrupt(root / "train/cat/1.png")
+    one, three = tmp_path / "one", tmp_path / "three"
+    every_mode(encoder_folder, root, clean, one, 9)
+    job = start(every_mode, encoder_folder, root, clean, three, 2, processes=3)
+    assert job.codes() == [0] * 3, job.said()
+    assert job.said().count("wrote ") == 3              # by the first process alone
+    found, written, logits = [], [], []
+    for out in (one, three):
+        with open(out / "results.jsonl") as f:
+            found.append([json.loads(line) | dict(seconds=0, commit="") for line in f])
+        content = features_in(out)
+        rows = {row["file"]: row for row in rows_of(out / "predictions.csv")}
+        answers = {name: row["class"] for name, row in rows.items()}
         written.append((content["class_token"], content["readable"].tolist(), answers))
-    assert found[0] == found[1] and len(found[0]) == 3 and found[0][0]["unreadable"] == 1
+        unread = rows["train/cat/1.png"]
+        assert unread | {"file": ""} == {"file": "", "class": "", "probability": "unreadable"}
+        bad = [str(name).endswith("cat/1.png") for name in content["files"]]
+        assert (content["readable"] == ~np.array(bad)).all()
+        assert (content["class_token"][bad] == 0).all()
+        net, content = checkpoint.load_classifier(str(out))
+        images = data.load(str(clean))
+        logits.append(run.extract(net, images, run.Env(torch.device("cpu")), mean=content["mean"],
+                                  std=content["std"], function=lambda net, x: net(x))[0])
+    assert found[0] == found[1] and len(found[0]) == 4
+    assert found[0][0]["unreadable"] == 1 and {entry["tested"] for entry in found[0]} == {2}
     assert np.allclose(written[0][0], written[1][0], atol=1e-5)
     assert written[0][1:] == written[1][1:] and written[0][1].count(False) == 1
-    assert written[0][2].count("") == 1
+    assert (logits[0].std(0) > 1e-3).all()              # it tells images apart
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
 
 
-def test_more_processes_than_the_batch_has_images(encoder_folder, tmp_path):
-    train = data.load(str(image_folder(tmp_path / "data")))
-    frozen = SimpleNamespace(env=run.Env(torch.device("cpu"), None, 0, 3))
-    args = evaluate.get_args(["--checkpoint", str(encoder_folder), "--batch-size", "2",
-                              "--no-cache-features"])
-    with pytest.raises(run.UsageError, match="too few for 3 processes"):
-        evaluate.linear(frozen, train, train, args, 0)
-
-
-# -------------------------------------------------------------------------------------- bad input
-def test_finetune_and_probe_from_the_command_line(capsys):
+# ------------------------------------------------------------------------------- the command line
+def test_finetune_and_probe_from_the_command_line(capsys, monkeypatch):
     hand = evaluate.handed_on
     assert hand(["--mode", "finetune", "--lr", "1"]) == ["--lr", "1"]
     assert hand(["--lr", "1"]) is None
@@ -498,44 +416,9 @@ def test_finetune_and_probe_from_the_command_line(capsys):
     with pytest.raises(SystemExit) as stop:
         hand(["--mode", "probe", "--blocks", "1"])
     assert stop.value.code == 2 and "--mode probe needs --block" in capsys.readouterr().err
-    done = run_python("evaluate.py", "--mode", "finetune", "--blocks", 1)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "--blocks goes with --probe-block" in done.stderr
-
-
-def test_a_test_set_of_one_class(encoder_folder, tmp_path):
-    root = image_folder(tmp_path / "data")
-    for i in range(6):
-        (root / "val" / "dog" / f"{i}.png").unlink()
-    (root / "val" / "dog").rmdir()
-    entry, = run_mode(encoder_folder, tmp_path, "--mode", "knn", "--data", root, "--k", 3)
-    assert entry["tested"] == 6 and entry["balanced"] == entry["top1"]
-
-
-@pytest.mark.parametrize("options, message", [
-    (["--labels", "500 per class"], "has only"), (["--labels", "nonsense"], "neither a share"),
-    (["--labels", "0%"], "out of range"), (["--labels", "LIST"], "one class only"),
-    (["--data", "ONE"], "labels|class"), (["--out", "/proc/nothing"], "cannot write there"),
-])
-def test_bad_input(encoder_folder, tmp_path, options, message):
-    root = image_folder(tmp_path / "data", n=2)
-    image_folder(tmp_path / "ONE", ("cat",), 2)
-    (tmp_path / "LIST").write_text("cat/0.png\ncat/1.png\n")
-    options = [tmp_path / o if o in ("LIST", "ONE") else o for o in options]
-    with pytest.raises(ValueError, match=message) as stop:
-        run_mode(encoder_folder, tmp_path / "out", "--mode", "fewshot", "--data", root, *options)
-    assert stop.value.exit_code == 2 and not (tmp_path / "out" / "results.jsonl").exists()
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--mode", "linaer"], "invalid choice"), (["--checkpoint", "nowhere"], "no checkpoint"),
-    (["--mode", "predict"], "needs --classifier"), (["--lr", "nan"], "out of range"),
-    (["--epochs", "0"], "out of range"), (["--k", "0"], "out of range"),
-    (["--export", "onyx", "x"], "timm, hf or onnx"), (["--seeds", "-1"], "out of range"),
-    (["--mode", "finetune"], "finetune.main"), (["--all-probabilities"], "--mode predict"),
-])
-def test_bad_arguments_end_in_one_line_and_code_2(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        evaluate.get_args(argv)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    called = []
+    monkeypatch.setattr(os, "execv", lambda program, argv: called.append(argv) or exit(3))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--mode", "finetune", "--epochs", "1"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(evaluate.__file__, run_name="__main__")
+    assert called == [[sys.executable, finetune.__file__, "--epochs", "1"]]

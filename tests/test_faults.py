@@ -23,7 +23,7 @@ import data
 import mae_pretrain
 import run
 from conftest import (QUIET, ROOT, STAGES, assert_identical, assert_same_run, corrupt, essence,
-                      folder_of, log_of, options, saved, train)
+                      folder_of, log_of, options, refused, saved, train)
 
 KILLS = int(os.environ.get("KILLS", "2"))
 
@@ -136,6 +136,10 @@ def test_damaged_files_of_a_run_start_it_over_or_are_mended(world, encoder, tmp_
         f.write('\0\0\0\n{"step": 3, "lo')
     train("mae_pretrain", encoder, parts, "--epochs", "1")
     assert essence(parts) == essence(whole)
+    os.truncate(parts / "last.pt", 1000)
+    train("mae_pretrain", encoder, parts, "--epochs", "1")
+    assert "step 5 of 6" in capsys.readouterr().out
+    assert_same_run(parts, whole)
     corrupt(parts / "last.pt", b"")
     torch.save({"model": 1}, parts / "previous.pt")         # readable, and not of a run
     train("mae_pretrain", encoder, parts, "--epochs", "1")
@@ -167,14 +171,14 @@ def test_a_signal_saves_and_ends_with_its_code(start, encoder, tmp_path, stage, 
 
 def test_a_second_ctrl_c_ends_at_once(start, encoder, tmp_path):
     job = start("mae_pretrain", *options("mae_pretrain", encoder, tmp_path, "--epochs", "3"),
-                prepare=partial(after_step, 2, stuck))
+                prepare=partial(after_step, 3, stuck))
     job.until("stuck")
     os.kill(job.jobs[0].pid, signal.SIGINT)
     time.sleep(0.3)
     assert job.jobs[0].is_alive()                           # it waits for the end of the step
     os.kill(job.jobs[0].pid, signal.SIGINT)
-    assert job.codes(5) == [128 + signal.SIGINT]
-    assert saved(tmp_path)["step"] == 1
+    assert job.codes() == [128 + signal.SIGINT]
+    assert kept(tmp_path) in (1, 2)                         # the second may be half written
 
 
 @pytest.mark.parametrize("script", ["mae_pretrain.py", "evaluate.py"])
@@ -237,8 +241,7 @@ def no_room_for_a_line():
 
 @pytest.mark.parametrize("stage, prepare, words", [
     ("mae_pretrain", room_for_part_of_a_checkpoint, ".pt: "),
-    ("graft_train", no_room_for_a_line, "log.jsonl: No space left"),
-    ("finetune", room_for_part_of_a_checkpoint, ".pt: ")])
+    ("graft_train", no_room_for_a_line, "log.jsonl: No space left")])
 def test_a_failed_write_ends_in_a_line_and_harms_nothing(start, encoder, tmp_path, stage, prepare,
                                                          words):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -257,41 +260,10 @@ def test_a_failed_write_ends_in_a_line_and_harms_nothing(start, encoder, tmp_pat
     assert_same_run(parts, whole)
 
 
-def mounted(place, size):
-    """A small disk at a folder, if one may mount."""
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount")
-
-
-def test_a_disk_that_is_full_keeps_what_is_on_it(start, encoder, tmp_path):
-    disk = tmp_path / "disk"
-    mounted(disk, "700k")
-    try:
-        more = options("mae_pretrain", encoder, disk / "run", "--epochs", "1")
-        job = start("mae_pretrain", *more)
-        assert job.codes() == [1], job.said()
-        error, = job.errors()
-        assert "the disk is full" in error
-        step = kept(disk / "run")
-        assert not any(name.endswith(".tmp") for name in os.listdir(disk / "run"))
-        subprocess.run(["mount", "-o", "remount,size=40m", disk], check=True)
-        job = start("mae_pretrain", *more)
-        assert job.codes() == [0] and (f"at step {step} of 6" in job.said() or step == 0)
-        assert saved(disk / "run")["step"] == 6
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
-def test_a_folder_that_cannot_be_written_to(world, encoder, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_to(world, encoder, tmp_path):
     for place in ("/proc/nowhere/run", "/dev/full/run"):
-        argv = ["mae_pretrain.py", *options("mae_pretrain", encoder, place)]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as end:
-            run.program(mae_pretrain.main, mae_pretrain.get_args)
-        lines = capsys.readouterr().err.splitlines()
-        assert end.value.code == 2 and len(lines) == 1 and "cannot write there" in lines[0]
+        line = refused("mae_pretrain", *options("mae_pretrain", encoder, place))
+        assert "cannot write there" in line
     (tmp_path / "closed").mkdir(mode=0o555)
     reachable(tmp_path / "closed")
 
@@ -442,17 +414,6 @@ def test_a_collapse_is_told_once_with_what_to_try(tmp_path, capsys, loss, more, 
         if sign and step == 7:
             assert sign in said and "Try a lower --lr" in said.replace("\n", " ")
     job.leave()
-
-
-def test_features_that_collapse_in_training_are_told(world, encoder, tmp_path, monkeypatch, capsys):
-    """Equal images leave nothing to tell apart: the loss stays at its chance level."""
-    images = torch.full((96, 3, 32, 32), 128, dtype=torch.uint8)
-    monkeypatch.setattr(data, "embedded", lambda *more: data.Dataset(images=images, name="blank"))
-    plain = (dict(scale=(0.2, 1.0), mode="bilinear"),) * 2
-    monkeypatch.setattr(augment, "MOCO_VIEWS", plain)
-    train("graft_train", encoder, tmp_path, "--epochs", "2", "--lr", "0.001")
-    said = capsys.readouterr().out
-    assert said.count("warning: the features may have collapsed") == 1 and "chance level" in said
 
 
 def test_deterministic_is_asked_of_torch_while_a_run_lasts(world, tmp_path, monkeypatch):

@@ -1,74 +1,45 @@
 """finetune.py: what each protocol trains, that nothing else moves, restarts, bad input."""
 import json
 import os
-import shutil
-import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
-import augment
 import checkpoint
 import data
 import finetune
-import graft_train
-import mae_pretrain
 import model
 import run
+from conftest import QUIET, class_folder, corrupt, log_of
 
 DEPTH, DIM, CLASSES = 3, 24, 16
-QUIET = ["--device", "cpu", "--amp", "off", "--workers", "0"]
+SCALE = 96 / 256                                            # of rates, where a batch is every image
 # everything that draws random numbers
 HARD = ["--rand-augment", "9", "--mixup", "0.8", "--cutmix", "1", "--erasing", "0.5",
         "--drop-path", "0.3"]
 CPU = run.Env(torch.device("cpu"))
-torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    """A tiny vit_mini, and an embedded set of 160 and 83 images."""
-    patch = pytest.MonkeyPatch()
-    sets = {train: data.embedded(train, n=160 if train else 83) for train in (True, False)}
-    patch.setattr(data, "embedded", lambda train, in_chans: sets[train].select(
-        range(len(sets[train]))))
-    patch.setitem(model.ARCHS, "vit_mini", ((8, DIM, DEPTH, 3), (16, 1, 2)))
-    patch.delenv("DATA", raising=False)
-    yield
-    patch.undo()
+@pytest.fixture(autouse=True)
+def small(world):
+    """96 images to train on, 50 to test; a vit_mini of three blocks."""
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
+@pytest.fixture
+def made(encoder):
     """Folders of a MAE and of a grafted run, made by our own scripts."""
-    mae, graft = (str(tmp_path_factory.mktemp(name)) for name in ("mae", "graft"))
-    short = [*QUIET, "--epochs", "1", "--batch-size", "80"]
-    mae_pretrain.main(mae_pretrain.get_args([*short, "--out", mae]))
-    graft_train.main(graft_train.get_args([*short, "--init", mae, "--out", graft, "--hidden-dim",
-                                           "20"]))
-    return dict(mae=mae, graft=graft)
+    return dict(mae=str(encoder.parent / "mae"), graft=str(encoder))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Files of several sizes, read and not held: 4 classes, 24 images to train on, 13 to test."""
-    root = tmp_path_factory.mktemp("files")
-    images = data.embedded(True, 3).images
-    for part, n, first in (("train", 24, 0), ("val", 13, 24)):
-        for i in range(n):
-            place = root / part / f"class{i % 4}"
-            place.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray(images[first + i].permute(1, 2, 0).numpy())
-            image.resize((32 + i % 3, 40)).save(place / f"{i:02}.png")
-    return str(root)
+    """Files of several sizes, read and not held: 4 classes, 24 images to train on, 16 to test."""
+    return str(class_folder(tmp_path_factory.mktemp("files"), 6, 4, list("abcd"), sizes=3))
 
 
 def arguments(path, out, *more):
-    return finetune.get_args([*QUIET, "--checkpoint", path, "--out", str(out), "--batch-size", "40",
+    return finetune.get_args([*QUIET, "--checkpoint", path, "--out", str(out), "--batch-size", "24",
                               "--epochs", "1", *more])
 
 
@@ -85,10 +56,6 @@ def built(path, *more):
     return finetune.build(args, source, CLASSES)[0], source
 
 
-def log_of(out):
-    return [json.loads(line) for line in open(out / "log.jsonl")]
-
-
 def moved_by(out, start, names):
     """Adam's first step moves a parameter by its rate, whatever the gradient: its median way."""
     last = checkpoint.read(str(out / "last.pt"))
@@ -98,14 +65,14 @@ def moved_by(out, start, names):
 
 # ------------------------------------------------------------------------------------ rates
 def test_rates_fall_with_depth(made, tmp_path):
-    lr, decay, scale = 1e-3, 0.5, 160 / 256
+    lr, decay = 1e-3, 0.5
     tune(made["graft"], tmp_path, "--lr", str(lr), "--layer-decay", str(decay), "--batch-size",
-         "160", "--warmup-epochs", "0", "--drop-path", "0")
+         "96", "--warmup-epochs", "0", "--drop-path", "0")
     start = checkpoint.read_encoder(made["graft"])["state"]
     layers = {"patch_embed.proj.bias": 0, "blocks.0.mlp.fc2.bias": 1, "blocks.1.mlp.fc2.bias": 2,
               "blocks.2.mlp.fc2.bias": 3, "norm.weight": 4}
     for name, way in moved_by(tmp_path, start, layers).items():
-        assert way == pytest.approx(lr * scale * decay ** (DEPTH + 1 - layers[name]), rel=0.1), name
+        assert way == pytest.approx(lr * SCALE * decay ** (DEPTH + 1 - layers[name]), rel=0.1), name
     last = checkpoint.read(str(tmp_path / "last.pt"))
     assert torch.equal(last["model"]["pos_embed"], start["pos_embed"])
     groups = {name: group for group in last["optimizer"]["param_groups"] for name in group["names"]}
@@ -116,9 +83,9 @@ def test_rates_fall_with_depth(made, tmp_path):
 
 
 def test_rate_ends_at_min_lr(made, tmp_path):
-    tune(made["graft"], tmp_path, "--lr", "1e-3", "--min-lr", "1e-4", "--log-every", "1",
+    tune(made["graft"], tmp_path, "--lr", "1e-3", "--min-lr", "1e-5", "--log-every", "1",
          "--warmup-epochs", "0")
-    lines, scale, floor = log_of(tmp_path), 40 / 256, 1e-4
+    lines, scale, floor = log_of(tmp_path), 24 / 256, 1e-5
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[0]["lr"] == pytest.approx([1e-3 * scale])
     assert lines[2]["lr"] == pytest.approx([floor + (1e-3 * scale - floor) / 2])
@@ -159,7 +126,7 @@ def test_classifier_starts_near_zero(made):
 def test_full_fine_tuning_moves_everything(made, tmp_path):
     entry, content = tune(made["graft"], tmp_path, *HARD)
     start = checkpoint.read_encoder(made["graft"])
-    expected = dict(protocol="fine-tune", labels="all", labelled=160, tested=83, unreadable=0,
+    expected = dict(protocol="fine-tune", labels="all", labelled=96, tested=50, unreadable=0,
                     system="Layer grafted")
     assert {k: entry[k] for k in expected} == expected
     for name, value in start["state"].items():
@@ -191,10 +158,10 @@ def test_frozen_blocks_stay(made, tmp_path):
 def test_probe_trains_only_what_is_new(made, tmp_path, block, blocks):
     """New blocks directly on the block's tokens, then a new norm, also for the last block; dropped
     paths and layer decay count them as the highest layers."""
-    lr, decay, scale = 1e-3, 0.5, 160 / 256
+    lr, decay = 1e-3, 0.5
     options = ("--probe-block", str(block), "--blocks", str(blocks))
     entry, content = tune(made["graft"], tmp_path, *options, "--drop-path", "0", "--lr", str(lr),
-                          "--layer-decay", str(decay), "--batch-size", "160", "--warmup-epochs",
+                          "--layer-decay", str(decay), "--batch-size", "96", "--warmup-epochs",
                           "0")
     source = checkpoint.read_encoder(made["graft"])
     assert entry["protocol"] == f"probe block {block} + {blocks} blocks"
@@ -211,7 +178,7 @@ def test_probe_trains_only_what_is_new(made, tmp_path, block, blocks):
     layers = {f"blocks.{block + i}.mlp.fc2.bias": i for i in range(blocks)}
     layers["norm.weight"] = blocks
     for name, way in moved_by(tmp_path, fresh.state_dict(), layers).items():
-        assert way == pytest.approx(lr * scale * decay ** (blocks - layers[name]), rel=0.1), name
+        assert way == pytest.approx(lr * SCALE * decay ** (blocks - layers[name]), rel=0.1), name
     # the definition, written out with a plain encoder
     net, _ = checkpoint.load_classifier(str(tmp_path))
     encoder, x = checkpoint.load(made["graft"]), torch.rand(5, 3, 32, 32)
@@ -225,22 +192,19 @@ def test_probe_trains_only_what_is_new(made, tmp_path, block, blocks):
 def test_from_projector(made, tmp_path):
     entry, content = tune(made["graft"], tmp_path, "--from-projector", "--labels", "20%",
                           "--layer-decay", "0.6")
-    assert entry["protocol"] == "20% from projector" and entry["labelled"] == 32
-    assert entry["labels"].startswith("20%") and entry["batch_size"] == 32
+    assert entry["protocol"] == "20% from projector" and entry["labelled"] == 16
+    assert entry["labels"].startswith("20%") and entry["batch_size"] == 16
+    with pytest.raises(run.UsageError, match="no projector in it"):
+        tune(made["mae"], tmp_path, "--from-projector")
     net, source = built(made["graft"], "--from-projector")
     weight = source["rest"]["head.0.weight"]
-    assert weight.shape == (20, DIM) and torch.equal(net.head[0].weight, weight)
+    assert weight.shape == (32, DIM) and torch.equal(net.head[0].weight, weight)
     assert 0 < (content["model"]["head.0.weight"] - weight).abs().max() < 1e-2  # started there
     x = torch.rand(2, 3, 32, 32)
     net.eval()
     with torch.no_grad():
         expected = net.forward_features(x) @ weight.T @ net.head[1].weight.T
         assert net.head[0].bias is None and torch.allclose(net(x), expected, rtol=1e-4, atol=1e-9)
-
-
-def test_no_projector_no_from_projector(made, tmp_path):
-    with pytest.raises(run.UsageError, match="no projector in it"):
-        tune(made["mae"], tmp_path, "--from-projector")
 
 
 def test_official_layout_and_weights(made, tmp_path):
@@ -256,105 +220,7 @@ def test_official_layout_and_weights(made, tmp_path):
         assert torch.equal(net.state_dict()[name], last[f"{which}_encoder.{name}"])
 
 
-# ------------------------------------------------------------------------- restarts, processes
-def test_stop_and_resume_is_exact(made, tmp_path, monkeypatch):
-    """A signal within the second epoch, then the same command: bit for bit an unbroken run."""
-    options = [*HARD, "--epochs", "3", "--log-every", "1"]
-    entry, content = tune(made["graft"], tmp_path / "whole", *options)
-    record = run.Job.record
-
-    def stop_at_six(job, *rest, **more):
-        record(job, *rest, **more)
-        if job.step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(run.Job, "record", stop_at_six)
-    with pytest.raises(run.Stopped):
-        tune(made["graft"], tmp_path / "broken", *options)
-    monkeypatch.undo()
-    assert checkpoint.read(str(tmp_path / "broken" / "last.pt"))["step"] == 6
-    torch.rand(7)                                                       # torch's generator moves on
-    resumed, again = tune(made["graft"], tmp_path / "broken", *options)
-    assert resumed | {"seconds": 0} == entry | {"seconds": 0}
-    assert all(torch.equal(again["model"][name], v) for name, v in content["model"].items())
-    whole, broken = ([line["loss"] for line in log_of(tmp_path / name)]
-                     for name in ("whole", "broken"))
-    assert len(whole) == 12 and whole == broken
-    tune(made["graft"], tmp_path / "broken", *options)                  # done: the result stays one
-    assert len(open(tmp_path / "broken" / "results.jsonl").readlines()) == 1
-    with pytest.raises(run.UsageError, match="mixup"):                  # nor with other settings
-        tune(made["graft"], tmp_path / "broken", *options, "--mixup", "0.1")
-
-
-def test_seed_matters(made, tmp_path):
-    first, second = (tune(made["graft"], tmp_path / seed, *HARD, "--seed", seed)[1]["model"]
-                     for seed in "01")
-    assert not torch.equal(first["norm.weight"], second["norm.weight"])
-
-
-def logits_of(path, folder=None):
-    net, content = checkpoint.load_classifier(str(path))
-    return run.extract(net, data.load(folder, False), CPU, function=lambda net, x: net(x),
-                       mean=content["mean"], std=content["std"])[0]
-
-
-def test_two_processes_and_micro_batches_change_nothing(made, folder, tmp_path):
-    """To rounding, where no batch is mixed and no path dropped; the rest goes by image."""
-    options = ["--data", folder, "--batch-size", "12", "--epochs", "2", "--lr", "5e-3",
-               "--warmup-epochs", "0", "--drop-path", "0", "--mixup", "0", "--cutmix", "0"]
-    one, content = tune(made["graft"], tmp_path / "one", *options)
-    assert one["tested"] == 13 and one["epochs"] == 2
-    reference = logits_of(tmp_path / "one", folder)
-    assert (reference.std(0) > 1e-3).all()                              # it tells images apart
-    tune(made["graft"], tmp_path / "parts", *options, "--micro-batch", "5")
-    assert torch.allclose(logits_of(tmp_path / "parts", folder), reference, atol=1e-4)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-               "2", "finetune.py", *QUIET, "--checkpoint", made["graft"], "--out",
-               str(tmp_path / "two"), *options]
-    result = subprocess.run(command, cwd=os.path.dirname(finetune.__file__), capture_output=True,
-                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    two = json.loads(open(tmp_path / "two" / "results.jsonl").read())
-    same = ("protocol", "top1", "balanced", "digest", "tested", "labelled", "batch_size", "lr")
-    assert {k: two[k] for k in same} == {k: one[k] for k in same}
-    assert torch.allclose(logits_of(tmp_path / "two", folder), reference, atol=1e-4)
-
-
-@pytest.mark.parametrize("n, processes", [(83, 1), (83, 2), (83, 3), (10, 4), (3, 4)])
-def test_every_test_image_is_counted_once(n, processes, monkeypatch):
-    dataset = data.embedded(False, 3).select(range(n))
-    seen, totals = [], []
-
-    class Right(torch.nn.Module):
-        """Knows the label of images whose number is even; of others the right class comes third."""
-
-        def forward(self, x):
-            ids = batches.pop(0)
-            seen.extend(ids.tolist())
-            logits = torch.arange(CLASSES).float().expand(len(x), -1).clone()
-            place = torch.where(ids % 2 == 0, 100.0, CLASSES - 2.5)
-            return logits.scatter(1, dataset.labels[ids, None], place[:, None])
-
-    def collect(counts):
-        """In place of the sum over processes: what each has counted."""
-        totals.append(counts.clone())
-        counts[0] += 1                                                  # some have no image at all
-
-    monkeypatch.setattr(finetune.dist, "all_reduce", collect)
-    for rank in range(processes):
-        loader = data.Loader(dataset, [augment.TEST_VIEW], (32, 32), 4, rank=rank,
-                             processes=processes, shuffle=False)
-        batches, env = list(loader.batches(0)), run.Env(CPU.device, None, rank, processes)
-        found, confusion = finetune.evaluate(Right(), loader, env)
-        if processes == 1:
-            assert found["top5"] == 100
-            totals.append(torch.cat([confusion.flatten(), torch.tensor([n])]))
-    assert sorted(seen) == list(range(n))
-    total = sum(totals)
-    assert total[:-1].reshape(CLASSES, CLASSES).trace() == (n + 1) // 2
-    assert total[:-1].sum() == total[-1] == n
-
-
+# ------------------------------------------------------------------------- seeds, processes
 # -------------------------------------------------------------------------------- augmentation
 @pytest.mark.parametrize("mixup, cutmix, kinds", [(0.8, 0, {"MixUp"}), (0, 1.0, {"CutMix"}),
                                                   (0.8, 1.0, {"MixUp", "CutMix"})])
@@ -395,24 +261,30 @@ def test_rand_augment_goes_by_image(made, folder):
 
 
 # ---------------------------------------------------------------------------- what is read, written
-def test_unreadable_images_are_left_out(made, tmp_path, folder, monkeypatch):
-    shutil.copytree(folder, tmp_path / "files")
-    for name in ("train/class1/01.png", "val/class2/02.png"):
-        (tmp_path / "files" / name).write_bytes(b"junk")
+def test_unreadable_images_are_left_out(made, tmp_path, monkeypatch):
+    root = class_folder(tmp_path / "files", 6, 4, sizes=3)
+    for name in ("train/cat/1.png", "val/dog/2.png"):
+        corrupt(root / name)
     seen, mixing = [], finetune.mixing
     monkeypatch.setattr(finetune, "mixing", lambda *a: lambda images, labels: (
         seen.append(len(images)), mixing(*a)(images, labels))[1])
-    entry, _ = tune(made["graft"], tmp_path / "out", "--data", str(tmp_path / "files"), "--max-bad",
-                    "0.1", "--batch-size", "24", "--epochs", "2")
-    assert entry["tested"] == 12 and entry["labelled"] == 24 and entry["unreadable"] == 2
-    assert seen == [23, 23]                                         # no image under a wrong label
+    entry, _ = tune(made["graft"], tmp_path / "out", "--data", str(root), "--max-bad", "0.2",
+                    "--batch-size", "12", "--epochs", "2")
+    assert entry["tested"] == 7 and entry["labelled"] == 12 and entry["unreadable"] == 2
+    assert seen == [11, 11]                                         # no image under a wrong label
+
+
+def logits_of(out, folder=None):
+    net, content = checkpoint.load_classifier(str(out))
+    return run.extract(net, data.load(folder, False), CPU, function=lambda net, x: net(x),
+                       mean=content["mean"], std=content["std"])[0]
 
 
 def test_saved_classifier_gives_the_same_logits(made, tmp_path):
     for i, more in enumerate(((), ("--from-projector",), ("--probe-block", "2"))):
         out = tmp_path / str(i)
         entry, content = tune(made["graft"], out, *more, "--lr", "1e-2", "--epochs", "3")
-        x, labels = logits_of(out), data.embedded(False, 3).labels
+        x, labels = logits_of(out), data.embedded(False).labels
         right = (x.argmax(1) == labels).float().mean().item() * 100
         assert right == pytest.approx(entry["top1"], abs=0.006) and x.argmax(1).unique().numel() > 1
     with pytest.raises(checkpoint.CheckpointError, match="not a classifier"):
@@ -444,55 +316,8 @@ def test_log_and_results_folder(made, tmp_path):
     assert os.path.exists(tmp_path / "run" / "per-class-finetune.csv")
 
 
-def test_protocol_names(tmp_path):
-    def name(labels=None, share=1, **given):
-        given = dict(from_projector=False, freeze_blocks=0, probe_block=None, blocks=1) | given
-        return finetune.protocol_name(SimpleNamespace(labels=labels, **given), share)
-
-    (tmp_path / "list").write_text("a\n")
-    assert name() == "fine-tune" and name("10%", 0.1016) == "10% fine-tune"
-    assert name("0.4%", 0.004) == "0.4% fine-tune" and name("10%", 0.096) == "10% fine-tune"
-    assert name("2 per class", 0.1) == "2 per class fine-tune"
-    assert name(str(tmp_path / "list"), 128116 / 1281167) == "10% fine-tune"
-    assert name(freeze_blocks=9) == "partial fine-tune 9"
-    assert name(probe_block=6, blocks=2) == "probe block 6 + 2 blocks"
-
-
-@pytest.mark.parametrize("options, message", [
-    (("--labels", "90 per class"), "has only"), (("--labels", "0%"), "out of range"),
-    (("--labels", "some"), "neither a share"), (("--labels", "ONE_MISSING"), "1 of the 4 classes"),
-    (("--labels", "ONE_CLASS"), "one class only"), (("--labels", "UNKNOWN"), "do(es)? not exist"),
-    (("--data", "UNLABELLED"), "labels|class"), (("--freeze-blocks", "4"), "has 3 blocks"),
-    (("--probe-block", "4"), "the encoder has 3 blocks"),
-])
-def test_bad_input(made, folder, tmp_path, options, message):
-    lists = dict(ONE_MISSING=["class0/00.png", "class1/01.png", "class3/03.png"],
-                 ONE_CLASS=["class0/00.png", "class0/04.png"], UNKNOWN=["class0/00.png", "no.png"])
-    for name, lines in lists.items():
-        (tmp_path / name).write_text("\n".join(lines))
-    for part in ("train", "val"):
-        (tmp_path / "UNLABELLED" / part).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "UNLABELLED" / part / "a.png")
-    options = [str(tmp_path / word) if (tmp_path / word).exists() else word for word in options]
-    with pytest.raises(ValueError, match=message) as stop:
-        tune(made["graft"], tmp_path / "out", "--data", folder, *options)
-    assert stop.value.exit_code == 2
-
-
-@pytest.mark.parametrize("options, message", [
-    (("--blocks", "2"), "--blocks goes with"), (("--rand-augment", "11"), "at most 10"),
-    (("--from-projector", "--freeze-blocks", "2"), "not allowed with"),
-    (("--checkpoint", "nowhere"), "no checkpoint nowhere"),
-    (("--probe-block", "2", "--blocks", "0"), "at least 1"),
-])
-def test_bad_options(made, options, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        arguments(made["graft"], "unused", *options)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
 def test_more_processes_than_images(made, tmp_path, monkeypatch):
     for processes, message in ((20, "fewer than the 20 processes"), (3, "not divided by 3")):
         monkeypatch.setattr(run, "setup", lambda args: run.Env(CPU.device, None, 0, processes))
         with pytest.raises(run.UsageError, match=message):
-            tune(made["graft"], tmp_path, "--labels", "1 per class")
+            tune(made["graft"], tmp_path, "--labels", "1 per class", "--batch-size", "40")

@@ -1,4 +1,5 @@
 """Tests of segment.py: identities of measure, windows, networks and rates; labels; runs."""
+import itertools
 import json
 import os
 from types import SimpleNamespace
@@ -17,7 +18,6 @@ from data import DataError
 from figures import segmentation as figures
 from run import UsageError
 
-torch.set_num_threads(1)
 CONFIG = dict(img_size=[16, 24], patch_size=4, in_chans=3, dim=24, depth=6, heads=3, mlp_ratio=4.0)
 ENV = SimpleNamespace(device=torch.device("cpu"), rank=0, processes=1, autocast=lambda net: net)
 QUIET = ["--device", "cpu", "--amp", "off", "--workers", "0", "--log-every", "1", "--show", "2"]
@@ -78,43 +78,53 @@ def test_miou_by_hand():
     assert found["miou"] == 50.0 and found["accuracy"] == 66.67
     other = torch.where(truth == 255, 4, guess)    # whatever is said where 255 is
     assert torch.equal(matrix, segment.confusion(truth, other, 5))
-    # a class that is only predicted counts, with 0
-    matrix = segment.confusion(torch.tensor([0, 0]), torch.tensor([0, 3]), 5)
-    assert segment.measures(matrix)["miou"] == 25.0
-    # accumulated, no mean over images
-    a = segment.confusion(torch.tensor([0] * 8), torch.tensor([0] * 8), 2)
-    b = segment.confusion(torch.tensor([0, 1]), torch.tensor([1, 1]), 2)
-    assert segment.measures(a + b)["miou"] == pytest.approx(100 * (8 / 9 + 1 / 2) / 2, abs=0.01)
+    # a class that is only predicted counts, with 0; accumulated, no mean over images
+    one, two = (segment.confusion(torch.tensor(a), torch.tensor(b), 5)
+                for a, b in (([0] * 8, [0] * 8), ([0, 1], [1, 3])))
+    expected = pytest.approx(100 * (8 / 9 + 0 + 0) / 3, abs=0.01)
+    assert segment.measures(one + two)["miou"] == expected
 
 
-def test_windows_and_constant_network():
+def test_windows_of_one_size_cover_any_image():
     assert segment.corners(512, 512, 341) == [0]
     assert segment.corners(683, 512, 341) == [0, 171]
     assert segment.corners(1024, 512, 341) == [0, 341, 512]
     assert segment.corners(853, 512, 341) == [0, 341]    # fits to the pixel
     logits = torch.arange(40.0)[:, None, None]    # more classes than are resized at once
-
-    def forward(x):
-        return logits.expand(len(x), 40, 4, 6), None
-
-    found = segment.slide(forward, torch.randn(3, 41, 67), (16, 24), 11)
-    assert found.shape == (40, 41, 67)
+    found = segment.slide(lambda x: (logits.expand(len(x), 40, 4, 6), None),
+                          torch.randn(3, 41, 67), (16, 24), 11)
     torch.testing.assert_close(found, logits.expand(40, 41, 67))
-    labels = segment.label_map(found, (50, 33))
-    assert labels.shape == (50, 33) and (labels == 39).all()
+    assert (segment.label_map(found, (50, 33)) == torch.full((50, 33), 39)).all()
     x = torch.randn(40, 5, 7)
     expected = segment.resized(x[None], (9, 9))[0].argmax(0)
     assert torch.equal(segment.label_map(x, (9, 9)).long(), expected)
-
-
-def test_one_window_is_the_whole_and_small_images_are_padded():
-    net = network().eval()
-    x = torch.randn(3, 16, 24)
+    # one window is the whole; small images are padded
+    net, x = network().eval(), torch.randn(3, 16, 24)
     whole = segment.resized(net(x[None])[0], (16, 24))[0]
     assert torch.equal(segment.slide(net, x, (16, 24), 8), whole)
     again = net(F.pad(x[:, :10, :20], (0, 4, 0, 6))[None])[0]
     expected = segment.resized(again, (16, 24))[0, :, :10, :20]
     assert torch.equal(segment.slide(net, x[:, :10, :20], (16, 24), 8), expected)
+
+
+def test_relative_bias_is_by_offset_and_of_zero_the_plain_encoder():
+    layer = segment.RelativeAttention(24, 3, (3, 4))
+    torch.nn.init.normal_(layer.offsets)
+    torch.nn.init.normal_(layer.class_bias)
+    bias = layer.bias(torch.float32)
+    for asks, asked in itertools.product(range(12), range(12)):
+        dy, dx = asks // 4 - asked // 4, asks % 4 - asked % 4
+        assert torch.equal(bias[:, 1 + asks, 1 + asked], layer.offsets[:, dy + 2, dx + 3])
+    to_patches, to_class, own = layer.class_bias.unbind(1)
+    assert torch.equal(bias[:, 0, 1:], to_patches[:, None].expand(3, 12))
+    assert torch.equal(bias[:, 0, 0], own)
+    assert torch.equal(bias[:, 1:, 0], to_class[:, None].expand(3, 12))
+    net, plain = network().eval(), model.VisionTransformer(**CONFIG).eval()
+    state = {k: v for k, v in net.state_dict().items() if k in plain.state_dict()}
+    plain.load_state_dict(state, strict=False)
+    x = torch.randn(2, 3, 16, 24)
+    for ours, theirs in zip(net.intermediate(x, net.taps), plain.intermediate(x, net.taps)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", [(5, 7), (4, 6), (2, 3)])
@@ -128,34 +138,6 @@ def test_pyramid_and_head_take_odd_grids(grid):
     assert net.eval()(x)[1] is None
     assert segment.describe("upernet", 12, 150)["taps"] == [4, 6, 8, 12]
     assert segment.describe("linear", 24, 150)["taps"] == [24]
-
-
-def test_relative_bias_of_zero_is_the_plain_encoder():
-    net, plain = network().eval(), model.VisionTransformer(**CONFIG).eval()
-    state = {k: v for k, v in net.state_dict().items() if k in plain.state_dict()}
-    plain.load_state_dict(state, strict=False)
-    x = torch.randn(2, 3, 16, 24)
-    for ours, theirs in zip(net.intermediate(x, net.taps), plain.intermediate(x, net.taps)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    # to the bit where both are computed as two products
-    ours, weights = net.intermediate(x, attention=True)
-    theirs, expected = plain.intermediate(x, attention=True)
-    assert all(torch.equal(a, b) for a, b in zip(ours + weights, theirs + expected))
-
-
-def test_relative_bias_is_by_offset():
-    layer = segment.RelativeAttention(24, 3, (3, 4))
-    torch.nn.init.normal_(layer.offsets)
-    torch.nn.init.normal_(layer.class_bias)
-    bias = layer.bias(torch.float32)
-    for asks in range(12):
-        for asked in range(12):
-            dy, dx = asks // 4 - asked // 4, asks % 4 - asked % 4
-            assert torch.equal(bias[:, 1 + asks, 1 + asked], layer.offsets[:, dy + 2, dx + 3])
-    to_patches, to_class, own = layer.class_bias.unbind(1)
-    assert torch.equal(bias[:, 0, 1:], to_patches[:, None].expand(3, 12))
-    assert torch.equal(bias[:, 0, 0], own)
-    assert torch.equal(bias[:, 1:, 0], to_class[:, None].expand(3, 12))
 
 
 def test_gradient_is_zero_at_ignored_pixels():
@@ -173,7 +155,12 @@ def test_gradient_is_zero_at_ignored_pixels():
     torch.testing.assert_close(segment.pixel_loss(logits, labels), mean * 36 / 48)
 
 
-def test_layer_decay_of_every_tensor():
+def test_batchnorm_schedule_and_the_layer_decay_of_every_tensor():
+    ours, theirs, x = segment.BatchNorm2d(5), torch.nn.BatchNorm2d(5), torch.randn(3, 5, 4, 6)
+    factors = [segment.linear_factor(step, 100, 10) for step in (0, 5, 10, 55, 100)]
+    assert factors == pytest.approx([1e-6, 0.95 * (0.5 + 0.5e-6), 0.9, 0.45, 0.0])
+    assert torch.equal(ours(x), theirs(x))
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
     net = network()
     groups = model.param_groups(net, net.depth, [1.0], 0.05, layer_decay=0.5)
     rates = {name: group["base_lr"] for group in groups for name in group["names"]}
@@ -189,23 +176,6 @@ def test_layer_decay_of_every_tensor():
     for protocol in ("linear", "linear4"):
         trained = {name: p.requires_grad for name, p in network(protocol).named_parameters()}
         assert all(name.startswith("head.") == trains for name, trains in trained.items())
-
-
-def test_rates():
-    factor = [segment.linear_factor(step, 100, 10) for step in range(101)]
-    expected = [1e-6, 0.95 * (0.5 + 0.5e-6), 0.9, 0.45, 0.0]
-    assert [factor[step] for step in (0, 5, 10, 55, 100)] == pytest.approx(expected)
-
-
-def test_batchnorm():
-    torch.manual_seed(0)
-    ours, theirs = segment.BatchNorm2d(5), torch.nn.BatchNorm2d(5)
-    x = torch.randn(3, 5, 4, 6)
-    assert torch.equal(ours(x), theirs(x))
-    torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
-    ours(torch.full_like(x, torch.nan))
-    assert torch.equal(ours.running_mean, theirs.running_mean)
-    assert torch.equal(ours.eval()(x), theirs.eval()(x))
 
 
 def test_image_and_label_are_cropped_and_flipped_together():
@@ -378,13 +348,6 @@ def test_unreadable_files_are_left_out(tmp_path):
         (tmp_path / part / "images" / "01.png").write_bytes(b"no image")
     result = go(tmp_path, tmp_path / "out", "--max-bad", "0.5", "--labels", "3")
     assert result["tested"] == 2 and result["labelled"] == 3
-
-
-def test_colours_can_be_told_apart():
-    """OKLab distance above 0.1 between any two of 11 classes, for each kind of colour vision."""
-    seen = figures.appearances(figures.palette(11))
-    distance = np.linalg.norm(seen[:, :, None] - seen[:, None], axis=-1) + np.eye(11)
-    assert distance.min() > 0.1
 
 
 @pytest.mark.parametrize("more", [["--stride", "17"], ["--crop-size", "4"], ["--crop-size", "18"],

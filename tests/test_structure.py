@@ -1,11 +1,13 @@
 """The shape of the code: who imports whom, what stands alone when copied, how long lines are."""
 import ast
+import functools
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from conftest import QUIET, ROOT, folder_of
 
@@ -21,12 +23,13 @@ MAY = {"model": {"torch"}, "augment": {"torch"}, "data": {"augment"} | NEEDED,
        "reproduce": LIBRARY | NEEDED | STAGES}
 
 
-def sources(folder=ROOT):
-    """{module: syntax tree} of the files of a folder that belong to the product."""
+@functools.cache
+def sources():
+    """{module: syntax tree} of the files that belong to the product."""
     found = {}
-    for name in os.listdir(folder):
+    for name in os.listdir(ROOT):
         if name.endswith(".py") and not name.startswith("test_"):
-            with open(os.path.join(folder, name)) as f:
+            with open(os.path.join(ROOT, name)) as f:
                 found[name.removesuffix(".py")] = ast.parse(f.read(), name)
     return found
 
@@ -91,31 +94,44 @@ def test_the_diff_of_the_two_steps_is_the_method():
     assert 0 < sum(line.startswith(("<", ">")) for line in diff.splitlines()) <= 110
 
 
-COPIES = {
-    "model": "net = model.MaskedAutoencoder(16, 1, 2, img_size=16, patch_size=8, dim=24, depth=2, "
-             "heads=3); net(torch.zeros(2, 3, 16, 16), 0.5)[0].backward()",
-    "augment": "x = augment.augment(torch.rand(2, 3, 16, 16), torch.arange(2), "
-               "augment.MOCO_VIEWS[0], 0); assert x.shape == (2, 3, 16, 16)"}
+def copied(folder, *names):
+    """Prepare a process that knows copies of these files, and of nothing else of ours."""
+    for name in names:
+        shutil.copy(os.path.join(ROOT, f"{name}.py"), folder)
+    return functools.partial(alone, str(folder))
 
 
-@pytest.mark.parametrize("module", COPIES)
-def test_a_copied_file_works_alone(tmp_path, module):
-    shutil.copy(os.path.join(ROOT, f"{module}.py"), tmp_path)
-    run_in(tmp_path, "-c", f"import torch, {module}; {COPIES[module]}")
+def alone(folder):
+    for name in [*STAGES, *LIBRARY]:
+        sys.modules.pop(name, None)
+    sys.path[:] = [folder, *(place for place in sys.path if place not in ("", ROOT))]
+    os.chdir(folder)
 
 
-def test_grafting_runs_when_copied_with_five_files(tmp_path):
-    for name in ("graft_train", *LIBRARY):
-        shutil.copy(os.path.join(ROOT, f"{name}.py"), tmp_path)
+def use_model():
+    import model
+    net = model.MaskedAutoencoder(16, 1, 2, img_size=16, patch_size=8, dim=24, depth=2, heads=3)
+    net(torch.zeros(2, 3, 16, 16), 0.5)[0].backward()
+    print(model.__file__)
+
+
+def use_augment():
+    import augment
+    x = augment.augment(torch.rand(2, 3, 16, 16), torch.arange(2), augment.MOCO_VIEWS[0], 0)
+    assert x.shape == (2, 3, 16, 16)
+    print(augment.__file__)
+
+
+@pytest.mark.parametrize("name, use", [("model", use_model), ("augment", use_augment)])
+def test_a_copied_file_works_alone(start, tmp_path, name, use):
+    job = start(use, prepare=copied(tmp_path, name))
+    assert job.codes() == [0] and job.said().strip() == f"{tmp_path}/{name}.py", job.said()
+
+
+def test_grafting_runs_when_copied_with_five_files(start, tmp_path):
     folder_of(tmp_path / "images", [f"{i}.png" for i in range(4)], (32, 32))
-    run_in(tmp_path, "graft_train.py", "--init", "none", "--arch", "vit_mini", "--hidden-dim", "16",
-           "--data", "images", "--epochs", "1", "--batch-size", "4", "--img-size", "32", *QUIET)
+    job = start("graft_train", "--init", "none", "--arch", "vit_mini", "--hidden-dim", "16",
+                "--data", "images", "--epochs", "1", "--batch-size", "4", "--img-size", "32",
+                *QUIET, prepare=copied(tmp_path, "graft_train", *LIBRARY))
+    assert job.codes() == [0], job.said()
     assert (tmp_path / "out/graft/encoder.pt").exists()
-
-
-def run_in(folder, *command):
-    """Python in an empty folder that knows of nothing else of ours."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DATA")}
-    ended = subprocess.run([sys.executable, *command], cwd=folder, env=environment, text=True,
-                           capture_output=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
