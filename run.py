@@ -1209,6 +1209,8 @@ class Job:
 
     def way_out(self):
         """What to do when a run has gone wrong."""
+        with contextlib.suppress(RunError):
+            self.written()                                  # it may be the first checkpoint
         last = self.path("last.pt")
         kept = f"the last good checkpoint is {last}" if os.path.exists(last) else "nothing is saved"
         return f"{kept}. Try a lower --lr, a longer warm-up or --amp off"

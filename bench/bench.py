@@ -51,7 +51,7 @@ MATRIX = {"cuda": 8192, "cpu": 2048}            # side of the square matrices of
 HEADS = (4096, 256)                             # MoCo v3's
 EPOCHS = dict(linear=90, loop=3)                # the protocol's; of the demonstration's
 LINEAR_BATCH = {"cuda": 1024, "cpu": 64}        # the protocol's; what a CPU does in seconds
-SCALE = dict(classes=100, files=640, labels=1281167, voters=64, copies=16)      # of the scale case
+SCALE = dict(classes=100, files=640, labels=1281167, voters=64, images=64, copies=16, side=320)
 FEWSHOT = {"cuda": (12811, 1000), "cpu": (1280, 100)}       # images, classes: 1 % of ImageNet; less
 
 # batch: images a call; flops(): of an image, or None; codes: {name: Code}, ours first
@@ -441,7 +441,7 @@ def epoch_case(b):
     batch, read by two processes as fast as they can."""
     def of(first):
         place = tempfile.TemporaryDirectory()
-        for i, image in enumerate(data.draw(torch.arange(64), 320)):    # too large to be held
+        for i, image in enumerate(data.draw(torch.arange(SCALE["images"]), SCALE["side"])):
             image = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
             for j in range(SCALE["copies"]):
                 image.save(os.path.join(place.name, f"{i}_{j}.jpg"))
