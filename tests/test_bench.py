@@ -27,7 +27,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench, "HEADS", (64, 16))
     monkeypatch.setattr(bench, "EPOCHS", dict(linear=2, loop=2))
     monkeypatch.setattr(bench, "SEGMENT", 64)
-    monkeypatch.setattr(bench, "SCALE", dict(classes=2, files=3, labels=5000, voters=3, images=32,
+    monkeypatch.setattr(bench, "SCALE", dict(classes=2, files=3, labels=5000, voters=3, images=64,
                                             copies=1, side=130))      # too large to be held
     monkeypatch.setitem(model.ARCHS, "vit_mini", ((8, 24, 3, 3), (16, 1, 2)))
     monkeypatch.setitem(bench.MATRIX, "cpu", 64)
