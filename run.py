@@ -492,22 +492,25 @@ class Peers:
         """What every process answers to the same question, by rank (JSON values). A RunError names
         those that do not answer."""
         self.questions += 1
-        keys = [f"answer {self.questions}/{r}" for r in range(self.n)]
-        self.store.set(keys[self.rank], json.dumps(value))
+        key, before = f"answers {self.questions}", f"answers {self.questions - 1}"
+        self.store.append(key, json.dumps([self.rank, value]) + "\n")
+        self.store.add(f"{key} count", 1)                   # one number to ask for, not n answers
         end = time.monotonic() + self.seconds
-        while not self.arrived(keys, GLANCE_SECONDS):
+        while not self.until(lambda: self.store.add(f"{key} count", 0) == self.n, GLANCE_SECONDS):
             if time.monotonic() > end or self.store.check(["failure"]):
                 raise self.roll_call() or RunError("the processes lost each other while they "
                                                    f"compared {question}")
-        # who answers has read the answers before
-        self.store.delete_key(f"answer {self.questions - 1}/{self.rank}")
-        return [json.loads(answer) for answer in self.store.multi_get(keys)]
+        if self.rank == 0:                                  # who answers has read those before
+            self.store.delete_key(before)
+            self.store.delete_key(f"{before} count")
+        answers = dict(map(json.loads, self.store.get(key).decode().splitlines()))
+        return [answers[rank] for rank in range(self.n)]
 
-    def arrived(self, keys, seconds):
-        """Whether all these keys are in the store, after waiting at most so long. Asks again and
-        again: the store's own waiting writes lines to the screen when its time is over."""
+    def until(self, there, seconds):
+        """Whether there() becomes true within so long. Asks again and again: the store's own
+        waiting writes lines to the screen when its time is over."""
         end, pause = time.monotonic() + seconds, 0.0005
-        while not self.store.check(keys):
+        while not there():
             if time.monotonic() > end:
                 return False
             time.sleep(pause)
@@ -532,7 +535,8 @@ class Peers:
         """
         for key in ("failure", f"alive/{self.rank}", f"waiting/{self.rank}"):
             self.store.set(key, "")
-        self.arrived([f"waiting/{r}" for r in range(self.n)], SIGN_IN_SECONDS)
+        waiting = [f"waiting/{r}" for r in range(self.n)]
+        self.until(lambda: self.store.check(waiting), SIGN_IN_SECONDS)
         for word in ("alive", "waiting"):
             lost = [r for r in range(self.n) if not self.store.check([f"{word}/{r}"])]
             if lost:
@@ -566,7 +570,8 @@ class Peers:
         with contextlib.suppress(RuntimeError):
             self.store.set(f"left/{self.rank}", "")
             if self.rank == 0:
-                self.arrived([f"left/{r}" for r in range(self.n)], SIGN_IN_SECONDS)
+                left = [f"left/{r}" for r in range(self.n)]
+                self.until(lambda: self.store.check(left), SIGN_IN_SECONDS)
 
     def speaks(self):
         """Whether this process is to print what several may have to say: the first to come."""
