@@ -215,10 +215,6 @@ def test_bad_input_ends_in_one_line(capsys, arguments, message):
 def test_the_short_side_is_shrunk_and_what_a_jpeg_cannot_hold_is_kept(tmp_path):
     sizes = [(150, 301), (200, 160), (90, 300)]
     root = images(tmp_path / "f", ["a.jpg", "b.png", "c.jpg"], sizes)
-    for name, drawn in zip("ab", data.draw(torch.arange(2), 301)):      # smooth, as photographs are
-        path, = (tmp_path / "f").glob(f"{name}.*")
-        width, height = Image.open(path).size
-        Image.fromarray(drawn[:, :height, :width].permute(1, 2, 0).contiguous().numpy()).save(path)
     Image.open(f"{root}/b.png").convert("RGBA").save(f"{root}/d.png")
     turned = Image.Exif()
     turned[0x0112] = 6
