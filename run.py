@@ -1042,7 +1042,7 @@ class Job:
             path = self.path(name)
             if os.path.exists(path):
                 try:
-                    state = once_a_node(checkpoint.read, path)
+                    state = checkpoint.read(path)
                     if not (isinstance(state, dict) and self.NEEDED <= set(state)
                             and isinstance(state["settings"], dict) and type(state["step"]) is int):
                         raise UsageError(f"{path}: not a checkpoint to resume from")
@@ -1053,7 +1053,7 @@ class Job:
 
     def resume(self):
         """Put back what last.pt holds; returns the step. It must come from the same settings."""
-        path, state = self.find()
+        path, state = once_a_node(self.find)
         step = state["step"]
         if path:
             self.refuse_changes(path, state["settings"])
