@@ -263,7 +263,7 @@ def draw_grid(rows):
     first, second, third = (sorted(set(column(rows, f"lr_{stage}"))) for stage in (1, 2, 3))
     protocols = by(rows, "protocol")
     drawn, axes = figure(len(protocols), len(third), 0.9 + 0.85 * max(len(first), 2) * len(third),
-                         0.5 + (0.55 + 0.7 * len(second)) * len(protocols))
+                         0.5 + (0.55 + 0.7 * max(len(second), 2)) * len(protocols))
     for line, (protocol, own) in zip(axes, protocols.items()):
         low = min(column(own, "top1"))
         high = max(*column(own, "top1"), low + 1e-6)
@@ -283,7 +283,7 @@ def draw_grid(rows):
             axis.label_outer()
             axis.grid(False)
         line[0].set_ylabel("base rate of stage 2")
-        drawn.colorbar(image, ax=list(line), label=f"{protocol}, top-1 (%)", pad=0.01)
+        drawn.colorbar(image, ax=list(line), label=f"{protocol},\ntop-1 (%)", pad=0.01)
     return drawn
 
 
