@@ -1111,7 +1111,7 @@ class Job:
     # -- log
     def cut_log(self, step):
         """Drop what log.jsonl says of steps after `step`, which are run again, and a torn end."""
-        path, kept = self.path("log.jsonl"), []
+        path = self.path("log.jsonl")
         if self.env.rank or not os.path.exists(path):
             return
         with atomic(path) as name, open(path, errors="replace") as f, open(name, "w") as new:
