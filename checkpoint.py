@@ -158,6 +158,11 @@ HARMLESS = [argparse.Namespace, standing_for("numpy.dtype", Dtype)] + [
         dtype.order + FORMATS[dtype.code], content)[0]) for core in ("core", "_core")]
 
 
+# what a download may have left in the place of weights
+NOT_WEIGHTS = {b"<": "a web page, not weights: download the file that it links to",
+               b"version https://git-lfs": "the pointer of Git LFS, not the weights: git lfs pull"}
+
+
 def read(path):
     """What a checkpoint holds, on the CPU: tensors and plain values. Code is refused, not run."""
     if not os.path.isfile(path):
@@ -184,7 +189,10 @@ def read(path):
                 f"({named[2] if named else 'a class':.60}), which could run code when read. If you "
                 "trust it, save its weights alone: c = torch.load(FILE, weights_only=False); "
                 "torch.save(c.get('model') or c['state_dict'], NEW)")
-        raise CheckpointError(f"not a readable checkpoint ({said.split('. ')[0]:.80})")
+        with open(path, "rb") as f:
+            head = f.read(512).lstrip().lower()
+        what = next((what for start, what in NOT_WEIGHTS.items() if head.startswith(start)), None)
+        raise CheckpointError(what or f"not a readable checkpoint ({said.split('. ')[0]:.80})")
 
 
 def check_pickle(path):

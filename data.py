@@ -585,6 +585,11 @@ COLUMNS = {"file": ("file", "filename", "file_name", "path", "filepath", "image"
                     "img", "name"),
            "label": ("label", "labels", "class", "class_name", "target", "category"),
            "split": ("split", "part", "subset", "set")}
+# beside images, what segmentation has: in folders of their own, or cell_mask.png beside cell.png
+SUFFIX = "s?(8bit|fine|tr|class|[-_].*)?"
+MASKS = re.compile(f"(?i)(label|mask|ann|annotation|seg|segmentation|ground.?truth|gt){SUFFIX}")
+PICTURES = re.compile(f"(?i)(image|img|jpegimage|leftimg|picture|photo|rgb){SUFFIX}")
+MASK_OF = re.compile(rb"(?i)[-_ ](mask|seg|gt|label)s?([-_]\d+)?(?=\.)")
 NOT_LISTS = {b"PK\3\4": "a zip archive: unpack it",
              b"PAR1": "a parquet table: write its images to files",
              b"\x93NUMPY": "a numpy array: write its images to files",
@@ -713,7 +718,7 @@ def open_source(path, train=None, whole=False):
     tars = find_tars(path)
     if tars:
         source = open_tars(path, tars)
-        tops = map(os.fsdecode, set(source.names.folders()) - {b""})
+        tops = list(map(os.fsdecode, set(source.names.folders()) - {b""}))
     elif os.path.isdir(path):
         inner = next(os.walk(path), (path, [], []))[1]
         tops = [name for name in inner if name[0] != "."]
@@ -724,11 +729,33 @@ def open_source(path, train=None, whole=False):
     if not tars:
         root = os.path.join(path, part) if part else path
         source = FileSource(root, list_files(root, warn=True))
+        tops = next(os.walk(root))[1]
     elif part:
         source = source.select(source.names.below(part), len(os.fsencode(part)) + 1)
+        tops = map(os.fsdecode, set(source.names.folders()))
     if not len(source):
         raise DataError(f"{path}: no images found (looked for {', '.join(EXTENSIONS)})")
-    return source, parts
+    return source if train is None or whole else without_masks(source, tops), parts
+
+
+def without_masks(source, folders):
+    """The source without masks that lie beside their images; DataError: the folders of its names
+    are of images and of masks."""
+    folders = sorted(folders)
+    masks, images = (list(filter(kind.fullmatch, folders)) for kind in (MASKS, PICTURES))
+    if masks and images:
+        raise DataError(f"{source.root}: {masks[0]}/ beside {images[0]}/ looks like masks, which "
+                        f"are not to be learnt from: give a set of {images[0]}/ alone")
+    text = source.names.array.tobytes().lower()
+    if not any(word in text for word in (b"mask", b"seg", b"gt", b"label")):
+        return source                       # nearly always, and of a million in 0.1 s
+    stems = [os.path.splitext(name)[0] for name in source.names.array.tolist()]
+    plain, known = [MASK_OF.sub(b"", stem + b".")[:-1] for stem in stems], set(stems)
+    beside = [i for i, stem in enumerate(stems) if plain[i] != stem and plain[i] in known]
+    if beside:
+        note(f"{source.root}: passed over {len(beside)} masks beside their images, such as "
+             f"{source.names[beside[0]]}")
+    return source.select(sorted(set(range(len(stems))).difference(beside)))
 
 
 def read_table(path):

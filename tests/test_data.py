@@ -67,11 +67,22 @@ def test_parts_of_any_case_and_common_names(tmp_path, train, test):
     (["boat/1.png", "bus/1.png", "plane/1.png", "train/1.png"], True,
      "train/, beside boat, bus, plane, a part or a class"),
     (["train/a/1.png"], False, "no val/ or test/"), (["1.png"], False, "no train/ and no val/"),
+    (["train/imagesTr/1.png", "train/labelsTr/1.png"], True, "labelsTr/ beside imagesTr/ looks"),
     ([".hidden.png"], True, "no images found")])
 def test_parts_that_are_in_doubt_or_missing_are_refused(tmp_path, names, train, message):
     folder_of(tmp_path, names)
     with pytest.raises(data.DataError, match=message):
         data.load(str(tmp_path), train)
+
+
+def test_masks_beside_their_images_are_passed_over(tmp_path, capsys):
+    own = ["a/1.png", "a/2.png", "a/lone_mask.png", "b/1.png"]
+    folder_of(tmp_path, [*own, "a/1_mask.png", "a/1_mask_2.png", "b/1-Label.png"])
+    assert list(data.load(str(tmp_path)).files) == own
+    assert "passed over 3 masks beside their images, such as a/1_m" in capsys.readouterr().out
+    rows = "file,label\n" + "".join(f"a/{name},{name}\n" for name in ("1.png", "1_mask.png"))
+    (tmp_path / "list.csv").write_text(rows)                # what is asked for by name is read
+    assert len(data.load(str(tmp_path / "list.csv"))) == 2
 
 
 @pytest.mark.parametrize("names, why", [
