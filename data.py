@@ -723,7 +723,7 @@ def open_source(path, train=None, whole=False):
         inner = next(os.walk(path), (path, [], []))[1]
         tops = [name for name in inner if name[0] != "."]
     else:
-        raise DataError(f"{path}: no such folder, list file or tar (--data)")
+        raise DataError(f"{path}: no such folder, list file, tar or image")
     parts = {} if train is None else parts_of(path, tops)
     part = "" if train is None or whole else choose_part(path, parts, train)
     if not tars:
@@ -931,8 +931,13 @@ def first_of_each(labels, wanted, order):
 
 
 def every_image(path, in_chans=3, value_range=None):
-    """All images below a folder or in tars, of all parts, without labels. DataError: none."""
-    dataset = Dataset(open_source(path)[0], in_chans=in_chans, name=path)
+    """All images below a folder or in tars, of all parts, without labels, or the one that path is.
+    DataError: none."""
+    if os.path.isfile(path) and path.lower().endswith(EXTENSIONS):
+        source = FileSource(os.path.dirname(path), [os.path.basename(path)])
+    else:
+        source, _ = open_source(path)
+    dataset = Dataset(source, in_chans=in_chans, name=path)
     dataset.range = find_range(dataset, value_range)
     return dataset
 

@@ -80,7 +80,7 @@ def get_args(argv=None):
     add("--per-class", action="store_true", help="also write precision, recall and F1 of each "
         "class and the confusion matrix")
     add("--classifier", help="predict: what linear, fewshot or finetune.py wrote")
-    add("--input", help="features, predict: a folder of images, with or without classes")
+    add("--input", help="features, predict: a folder of images, or an image")
     add("--all-probabilities", action="store_true", help="predict: a column for each class")
     add = parser.group("run")
     run.add_options(add, "out device amp compile timeout-minutes", out="out")

@@ -338,6 +338,9 @@ def test_predict_gives_the_tested_answers(encoder_folder, tmp_path, mode):
         every = {name: float(row[name]) for name in ("cat", "dog")}
         assert sum(every.values()) == pytest.approx(1, abs=2e-3)
         assert every[row["class"]] == max(every.values()) == float(row["probability"])
+    run_mode(encoder_folder, tmp_path, *predict[:-1], root / "val" / rows[5]["file"])
+    one, = rows_of(tmp_path / "predictions.csv")
+    assert (one["class"], one["probability"]) == (rows[5]["class"], rows[5]["probability"])
 
 
 def test_predict_refuses_another_encoder_and_broken_classifiers(encoder_folder, tmp_path):
