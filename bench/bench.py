@@ -66,7 +66,7 @@ def get_args(argv=None):
     add("--only", nargs="+", choices=list(CASES), default=list(CASES), help="(default: all)")
     add("--against", action="store_true", help="beside the references that can be imported")
     add("--arch", choices=ARCHS, default="vit_base", help="at 224 pixels, vit_mini at 32")
-    add("--batch-size", type=run.number(int, 1), help="default 256 on a GPU, else 16")
+    add("--batch-size", type=run.number(int, 1), help="default 256 on a GPU, else 8")
     add("--data", help="for reading: a folder, a tar or a list file of images")
     add("--repeats", type=run.number(int, 1), default=5, help="turns, of which the median counts")
     add("--json", action="store_true", help="print a line of JSON for each row, not a table")
@@ -82,7 +82,7 @@ class Bench:
     def __init__(self, args):
         self.args, self.env, self.rates = args, run.setup(args), {}
         self.device, self.dtype = self.env.device, self.env.dtype
-        self.batch = args.batch_size or (256 if self.device.type == "cuda" else 16)
+        self.batch = args.batch_size or (256 if self.device.type == "cuda" else 8)
         (patch, dim, depth, heads), self.decoder = ARCHS[args.arch]
         self.side = 32 if args.arch == "vit_mini" else 224
         self.config = dict(img_size=[self.side] * 2, patch_size=patch, in_chans=3, dim=dim,
