@@ -306,7 +306,8 @@ def main(args):
         for part in run.slices(model, len(images), at_once):    # no image sees another: exact
             part_loss = F.cross_entropy(forward(images[part]).float(), targets[part],
                                         label_smoothing=args.label_smoothing)
-            part_loss = part_loss * (len(targets[part]) / len(targets))
+            # of the batch, also where some could not be read: processes weigh all images alike
+            part_loss = part_loss * (len(targets[part]) / len(batch))
             scaler.scale(part_loss).backward()
             loss = loss + part_loss.detach()
         scaler.step(optimizer)

@@ -274,6 +274,22 @@ def test_unreadable_images_are_left_out(made, tmp_path, monkeypatch):
     assert seen == [11, 11]                                         # no image under a wrong label
 
 
+def test_processes_weigh_all_images_alike_where_one_cannot_be_read(made, tmp_path, start):
+    root = class_folder(tmp_path / "files", 6, 4, sizes=3)
+    corrupt(root / "train/cat/1.png")
+    still = [word for option in ("rand-augment", "mixup", "cutmix", "erasing", "drop-path")
+             for word in (f"--{option}", "0")]
+    gradients = []                                                  # a tenth of that of one step
+    for n in (1, 2):
+        out = tmp_path / str(n)
+        job = start("finetune", *QUIET, "--checkpoint", made["graft"], "--out", out, "--data", root,
+                    *still, "--max-bad", "0.2", "--batch-size", "12", "--epochs", "1", processes=n)
+        assert job.codes() == [0] * n, job.said()
+        state = checkpoint.read(str(out / "last.pt"))["optimizer"]["state"].values()
+        gradients.append(torch.cat([moments["exp_avg"].flatten() for moments in state]))
+    assert (gradients[1] - gradients[0]).norm() < 1e-4 * gradients[0].norm()
+
+
 def logits_of(out, folder=None):
     net, content = checkpoint.load_classifier(str(out))
     return run.extract(net, data.load(folder, False), CPU, function=lambda net, x: net(x),
