@@ -175,7 +175,7 @@ def read(path):
             check_pickle(path)
             with torch.serialization.safe_globals(HARMLESS):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-            check_sizes(content)
+            check_sizes(content, os.path.getsize(path))
             return content
         except CheckpointError:
             raise
@@ -214,9 +214,10 @@ def check_pickle(path):
                               f"(over {LONGEST:,} operations)")
 
 
-def check_sizes(content):
-    """Refuse tensors that are larger than their bytes in the file, before one is touched."""
-    todo, seen = [content], set()
+def check_sizes(content, size):
+    """Refuse tensors that are larger than their bytes in a file of that size, before one is
+    touched."""
+    todo, seen, stored = [content], set(), {}
     while todo:
         value = todo.pop()
         if id(value) in seen:                           # what is nested in itself ends here
@@ -225,16 +226,19 @@ def check_sizes(content):
         if isinstance(value, torch.Tensor):
             if value.layout is not torch.strided or value.device.type != "cpu":
                 raise CheckpointError("refused, it holds a tensor that is not dense or not stored")
-            stored = value.untyped_storage().nbytes()
-            if value.numel() * value.element_size() > stored:
+            storage = value.untyped_storage()
+            stored[storage.data_ptr()] = storage.nbytes()
+            if value.numel() * value.element_size() > storage.nbytes():
                 raise CheckpointError(f"refused, a tensor of shape {tuple(value.shape)} has only "
-                                      f"{stored} bytes in the file")
+                                      f"{storage.nbytes()} bytes in the file")
         elif isinstance(value, dict):
             todo += [*value, *value.values()]
         elif isinstance(value, (list, tuple, set)):
             todo += value
         elif isinstance(value, argparse.Namespace):
             todo.append(vars(value))
+    if sum(stored.values()) > size:                     # torch 2.6 would read what is not there
+        raise CheckpointError("refused, its tensors claim more bytes than the file has")
 
 
 def digest(encoder, only=lambda name: True):
