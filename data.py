@@ -35,7 +35,7 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central_boxes, grey,
                      per_image, random_bits, random_boxes, resample, shuffled, uniform, upload)
@@ -43,8 +43,10 @@ from augment import (COLOUR, CROP, MASK, ORDER, PIXELS, SUBSET, augment, central
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 DOWNLOADS = ("cifar10", "cifar100")     # fetched by name: all that uses the network
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff",
-              ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")  # no helper programs
+              ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif")
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000"]  # no helper programs
+if "avif" in features.modules and features.check("avif"):                   # pillow from 11.3 on
+    FORMATS.append("AVIF")
 MOST_PIXELS = 1 << 27       # of one image: what claims more is refused before it is allocated
 LARGE_FILE = 64 << 20       # bytes: beyond, a file's header is read before the rest is allocated
 MEMORY_LIMIT = 4 << 30      # bytes of pixels up to which images of one size are held in memory

@@ -288,6 +288,10 @@ def test_kinds_of_images_are_read_right(tmp_path):
     exif = Image.Exif()
     for exif[0x0112], turned in ((3, rgb[::-1, ::-1]), (6, np.rot90(rgb, -1)), (8, np.rot90(rgb))):
         assert np.array_equal(read_back(tmp_path, Image.fromarray(rgb), exif=exif), turned)
+    if "AVIF" in data.FORMATS:
+        got = read_back(tmp_path, Image.fromarray(rgb), name="p.avif", quality=100,
+                        subsampling="4:4:4")
+        assert got.shape == rgb.shape and np.abs(got - rgb.astype(int)).mean() < 4      # lossy
 
 
 def ramp(low, high, kind):
