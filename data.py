@@ -584,8 +584,9 @@ class Dataset:
 PARTS = {"train": "train|training|trn", "val": "val|valid|validation|dev",
          "test": "test|testing|tst|eval"}
 COLUMNS = {"file": ("file", "filename", "file_name", "path", "filepath", "image", "image_path",
-                    "img", "name"),
-           "label": ("label", "labels", "class", "class_name", "target", "category"),
+                    "image_id", "image_name", "img", "name", "id"),
+           "label": ("label", "labels", "class", "class_name", "target", "category", "diagnosis",
+                     "dx"),
            "split": ("split", "part", "subset", "set")}
 # beside images, what segmentation has: in folders of their own, or cell_mask.png beside cell.png
 SUFFIX = "s?(8bit|fine|tr|class|[-_].*)?"
@@ -728,6 +729,9 @@ def open_source(path, train=None, whole=False):
         raise DataError(f"{path}: no such folder, list file, tar or image")
     parts = {} if train is None else parts_of(path, tops)
     part = "" if train is None or whole else choose_part(path, parts, train)
+    others = sorted(set(tops) - set(parts.values()))
+    if part and others:
+        note(f"{path}: {part}/ is read, not {', '.join(others[:4])}{' ...' * (len(others) > 4)}")
     if not tars:
         root = os.path.join(path, part) if part else path
         source = FileSource(root, list_files(root, warn=True))
@@ -792,7 +796,7 @@ def read_table(path):
 
 def table_of(lines):
     """The rows of a CSV, see `read_table`, or None where the lines are none."""
-    for delimiter in ",;\t":
+    for delimiter in ",;\t|":
         rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
         with contextlib.suppress(StopIteration, csv.Error):
             first = next(rows)
@@ -812,10 +816,12 @@ def table_of(lines):
 
 def find_listed(source, rows, where):
     """Indices into a source of the listed names; all must be found. By the whole name, else by its
-    last two parts or one; absolute where they lie below its root."""
-    position = {}
+    last two parts or one; absolute where they lie below its root; with or without an ending."""
+    position, whole = {}, all(name.lower().endswith(EXTENSIONS) for name, *_ in rows)
     for i, file in enumerate(source.names):
-        position.setdefault(nfc(file[file.rfind("/") + 1:]), []).append(i)
+        last = nfc(file[file.rfind("/") + 1:])
+        for key in {last} if whole else {last, os.path.splitext(last)[0]}:
+            position.setdefault(key, []).append(i)
     chosen, missing, doubtful = [], [], []
     for listed, *_ in rows:
         name = nfc(listed if "/" in listed else listed.replace("\\", "/"))
@@ -824,17 +830,18 @@ def find_listed(source, rows, where):
         parts = os.path.normpath(name).split("/")
         if parts[0] in ("", ".."):
             raise DataError(f"{where}: the name {listed!r} leads out of the data folder")
-        hits = {i: nfc(source.names[i]).split("/") for i in position.get(parts[-1], ())}
-        fits = [i for i, own in hits.items() if own == parts] or [
-            i for i, own in hits.items()        # a file in no folder goes by its name alone
-            if len(parts) == 1 or own[-2:-1] in ([], parts[-2:-1])]
+        hits = {i: nfc(source.names[i]).split("/")[:-1] for i in position.get(parts[-1], ())}
+        fits = [i for i, folders in hits.items() if folders == parts[:-1]] or [
+            i for i, folders in hits.items()    # a file in no folder goes by its name alone
+            if len(parts) == 1 or folders[-1:] in ([], parts[-2:-1])]
         if len(fits) == 1:
             chosen += fits
         else:
             (doubtful if fits else missing).append(listed)
     if missing:
+        table = "; a table begins with a line that names its columns, file and label"
         raise DataError(f"{where}: {len(missing)} of {len(rows)} listed images do not exist, "
-                        f"first {missing[0]}")
+                        f"first {missing[0]}{table * bool(re.search('[,;|]', missing[0]))}")
     if doubtful:
         raise DataError(f"{where}: {doubtful[0]} stands for several images; list it with its "
                         "folder")
@@ -854,6 +861,9 @@ def open_folder(path, train, in_chans, labels_file=None, val_share=0):
     if is_list:
         path, labels_file = os.path.dirname(os.path.abspath(path)), path
     rows = read_table(labels_file) if labels_file else []
+    if rows and not is_list and not any(label for _, label, _ in rows):
+        raise DataError(f"--labels-file {labels_file}: no column of labels in it (they are known "
+                        f"by their names: {', '.join(COLUMNS['label'])})")
     source, parts = open_source(path, None if is_list else part, whole=bool(rows))
     if rows:
         source, labels, parts = listed_images(source, rows, labels_file, parts, part)

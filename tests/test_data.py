@@ -53,12 +53,14 @@ def test_class_folders(tmp_path):
 
 @pytest.mark.parametrize("train, test", [("Train", "Test"), ("training", "validation"),
                                          ("TRAIN_SET", "valid"), ("train", "dev")])
-def test_parts_of_any_case_and_common_names(tmp_path, train, test):
+def test_parts_of_any_case_and_common_names(tmp_path, train, test, capsys):
     """Whose classes are compared by what they spell."""
     classes_in(tmp_path, train, [unicodedata.normalize("NFC", "caf\u00e9"), "tea"])
     classes_in(tmp_path, test, [unicodedata.normalize("NFD", "caf\u00e9"), "tea"], each=2)
+    folder_of(tmp_path, ["unlabeled/1.png"])
     train, test = data.load(str(tmp_path)), data.load(str(tmp_path), False)
     assert len(train) == 6 and data.same_classes(train, test).labels.tolist() == [0, 0, 1, 1]
+    assert "/ is read, not unlabeled\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("names, train, message", [
@@ -153,13 +155,14 @@ def test_files_that_are_no_list_are_named(tmp_path, name, content, kind):
     "ROOT/train/dog/dog_1.png\nROOT/train/cat/cat_0.png",
     "file,label\ntrain/dog/dog_1.png,dog\ntrain/cat/cat_0.png,cat",
     '\ufeff"label";"Filename"\n"dog";"dog_1.png"\n"cat";"cat_0.png"',
-    "dog_1.png\tdog\ncat_0.png\tcat"])
+    "dog_1.png\tdog\ncat_0.png\tcat", "lesion_id|image_id|dx\n7|dog_1|dog\n8|cat_0|cat",
+    "train/dog/dog_1\ncat_0"])
 def test_lists(tmp_path, text, capsys):
     root = os.path.dirname(classes_in(tmp_path))
     (tmp_path / "some.txt").write_bytes(text.replace("ROOT", root).encode())
     listed = data.load(f"{root}/some.txt")
     assert [os.path.basename(name) for name in listed.files] == ["dog_1.png", "cat_0.png"]
-    if "1\r" in text or "label" in text or "\t" in text:
+    if "1\r" in text or "label" in text or "\t" in text or "dx" in text:
         assert listed.labels.tolist() == [1, 0] and listed.classes == ["cat", "dog"]
     full = data.load(root)
     expected = [list(full.files).index(name) for name in ("dog/dog_1.png", "cat/cat_0.png")]
@@ -215,6 +218,12 @@ def test_labels_file_with_and_without_a_split(tmp_path):
     table.write_text("file,label,split\n0.png,a,never\n")
     with pytest.raises(data.DataError, match="'never' in the column split"):
         data.load(root, labels_file=str(table))
+    for text in ("file,breed\n0.png,a\n", "photo,kind\n0.png,a\n"):
+        table.write_text(text)
+        with pytest.raises(data.DataError, match="no column of labels"):
+            data.load(root, labels_file=str(table))
+    with pytest.raises(data.DataError, match="names its columns, file and label"):
+        data.load(str(table))
     names = [f"{part}/{c}/1.png" for part in ("train", "val") for c in ("cat", "dog")]
     root = folder_of(tmp_path / "parts", names)
     table.write_text("file,label\n" + "".join(f"{n},new {n.split('/')[1]}\n" for n in names))
