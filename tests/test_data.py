@@ -333,6 +333,14 @@ def test_one_range_for_all_images_of_both_parts(tmp_path, capsys):
     assert "values from 0 to 4, measured on a sample" in capsys.readouterr().out
 
 
+def test_stacks_are_said_to_be_read_by_their_first_frame(tmp_path, capsys):
+    frames = [Image.fromarray(np.full((8, 8), v, np.uint8)) for v in (10, 20, 30)]
+    frames[0].save(tmp_path / "stack.tif", save_all=True, append_images=frames[1:])
+    frames[1].save(tmp_path / "plain.png")
+    assert data.load(str(tmp_path)).images[1].unique().tolist() == [10]
+    assert "1 of 2 images looked at have several frames" in capsys.readouterr().out
+
+
 def test_nan_and_floats_among_8_bits_are_bad(tmp_path):
     pixels = np.zeros((16, 16), np.float32)
     pixels[3, 3] = np.nan
