@@ -804,6 +804,10 @@ def table_of(lines):
             if set(heads) & set(COLUMNS["file"]):
                 places = [next((heads.index(word) for word in words if word in heads), None)
                           for words in COLUMNS.values()]
+                rows = list(rows)
+                ends = [c.strip().lower().endswith(EXTENSIONS) for c in rows[0]] if rows else []
+                if True in ends and not any(ends[places[0]:places[0] + 1]):
+                    places[0] = ends.index(True)        # an id beside the column of the files
             elif len(first) > 1 and heads[0].endswith(EXTENSIONS):
                 rows, places = [first, *rows], range(3)
                 if not all(row[1:] and row[0].strip().lower().endswith(EXTENSIONS) for row in rows):

@@ -156,6 +156,7 @@ def test_files_that_are_no_list_are_named(tmp_path, name, content, kind):
     "file,label\ntrain/dog/dog_1.png,dog\ntrain/cat/cat_0.png,cat",
     '\ufeff"label";"Filename"\n"dog";"dog_1.png"\n"cat";"cat_0.png"',
     "dog_1.png\tdog\ncat_0.png\tcat", "lesion_id|image_id|dx\n7|dog_1|dog\n8|cat_0|cat",
+    "id,photo,dx\ncat_0,dog_1.png,dog\ndog_1,cat_0.png,cat",
     "train/dog/dog_1\ncat_0"])
 def test_lists(tmp_path, text, capsys):
     root = os.path.dirname(classes_in(tmp_path))
