@@ -5,6 +5,7 @@ is a hash of (seed, e, i): not of the number of processes, workers, restarts or 
 Shapes: N images, C channels, (H, W) source pixels, (h, w) output pixels.
 """
 import bisect
+import contextlib
 import math
 
 import torch
@@ -131,6 +132,17 @@ def resample_matrix(start, length, n_in, n_out, mode):
     return weights / weights.sum(-1, keepdim=True)
 
 
+@contextlib.contextmanager
+def float32_products():
+    """Matrix products in float32 throughout: a GPU's TF32 would be off by up to a grey level."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
+
+
 def upload(x, device):
     """x on the device, without waiting for the work queued there as pageable memory would."""
     if torch.device(device).type == "cuda" and not x.is_cuda:
@@ -163,7 +175,8 @@ def resample(images, boxes, size, mode):
     boxes = upload(boxes, images.device)
     rows = resample_matrix(boxes[:, 0], boxes[:, 2], images.shape[2], size[0], mode)
     columns = resample_matrix(boxes[:, 1], boxes[:, 3], images.shape[3], size[1], mode)
-    x = rows[:, None] @ (images.float() / 255) @ columns[:, None].transpose(-2, -1)
+    with float32_products():
+        x = rows[:, None] @ (images.float() / 255) @ columns[:, None].transpose(-2, -1)
     return x.clamp_(0, 1)
 
 

@@ -18,6 +18,7 @@ import gc
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -51,7 +52,7 @@ MOST_PIXELS = 1 << 27       # of one image: what claims more is refused before i
 LARGE_FILE = 64 << 20       # bytes: beyond, a file's header is read before the rest is allocated
 MEMORY_LIMIT = 4 << 30      # bytes of pixels up to which images of one size are held in memory
 MEMORY_SIDE = 128           # and up to which side: larger ones are cropped by workers
-CHUNK = 512                 # images of a view that are augmented at once, which bounds the memory
+CHUNK = 512 * 224 ** 2       # pixels of a view that are drawn at once, which bounds the memory
 OLD_PACK = b"\x89picture pack 1\n"    # how the packs of older versions begin
 FILTERS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
@@ -1284,7 +1285,8 @@ class Batch:
 
     def view(self, k):
         """View k, augmented and normalised, (n, C, h, w) float32 on the device."""
-        parts = [slice(start, start + CHUNK) for start in range(0, len(self), CHUNK)]
+        size = max(CHUNK // math.prod(self.loader.size), 1)
+        parts = [slice(start, start + size) for start in range(0, len(self), size)]
         with torch.autocast(self.loader.device.type, enabled=False):
             parts = [self.draw(k, part) for part in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -1298,7 +1300,8 @@ class Batch:
             images = loader.dataset.images
             sizes = torch.tensor([images.shape[2:]]).expand(len(shown), 2)
             boxes = loader.boxes(shown, sizes, k, self.epoch)
-            x = resample(images[upload(shown, images.device)], boxes, loader.size, view["mode"])
+            x = images[upload(shown, images.device)].to(loader.device)
+            x = resample(x, boxes, loader.size, view["mode"])
             if view.get("pixels"):
                 x = (x * 255 + 0.5).to(torch.uint8)
                 x = per_image(x, shown, view["pixels"], PIXELS, *key).float() / 255

@@ -188,7 +188,7 @@ OPTIONS = {
     "seed": dict(type=number(int, 0, 2 ** 31), default=0, help="of weights, order, crops, masks"),
     "device": dict(AUTO, choices=("auto", "cpu", "cuda"), help="auto: a GPU, if any"),
     "amp": dict(AUTO, choices=("auto", "bf16", "fp16", "off"),
-                help="auto: bf16 if the hardware has it"),
+                help="auto: bf16 if the hardware has it; off: float32, on a GPU in TF32"),
     "compile": dict(AUTO, choices=("auto", "on", "off"), help="torch.compile, auto: on a GPU"),
     "log-every": dict(type=SIZE, default=20, help="steps between lines of the log"),
     "save-minutes": dict(type=number(float, 0, above=True), default=10.0,

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import analyze
 import augment
+import data
 import evaluate
 import model
 
@@ -74,6 +75,15 @@ def augmentations(fake):
             augment.gaussian_blur(fake.images, numbers[:, 0].flatten()), *crops)
 
 
+def views_of_images_that_the_cpu_holds(fake):
+    views = [augment.TEST_VIEW, *augment.MOCO_VIEWS]
+    loader = data.Loader(data.Dataset(images=fake.files.cpu(), name=""), views, (32, 32), 8,
+                         device=GPU)
+    ids = torch.zeros(8, dtype=torch.long)
+    batch = data.Batch(loader, ids, 0, ids, None)
+    return [batch.view(0)]
+
+
 def linear_sweep_and_nearest_neighbours(fake):
     found = [*model.knn_scores(fake.features, fake.features, fake.labels, 3, [2, 3])]
     for batchnorm in (False, True):
@@ -96,7 +106,8 @@ def classifiers_and_attention(fake):
 @pytest.mark.parametrize("use", [
     masked_autoencoder, two_views(model.MoCoV3, 0), two_views(model.MoCoV3, 3),
     two_views(model.VICReg, 3), two_views(model.SimCLR, 3), augmentations,
-    linear_sweep_and_nearest_neighbours, classifiers_and_attention])
+    views_of_images_that_the_cpu_holds, linear_sweep_and_nearest_neighbours,
+    classifiers_and_attention])
 def test_all_is_on_the_device(fake, use):
     found = use(fake)
     assert found and all(x.device == GPU for x in found)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from functools import partial
 
 import pytest
@@ -204,14 +205,16 @@ def unprivileged(action):
     if pid == 0:
         os.close(reading)
         code = 1
-        with contextlib.suppress(BaseException), open(writing, "w") as f:
-            if os.geteuid() == 0:
-                os.setgroups([])
-                os.setegid(65534)
-                os.seteuid(65534)
-            with contextlib.redirect_stdout(f):
+        with open(writing, "w") as f, contextlib.redirect_stdout(f):
+            try:
+                if os.geteuid() == 0:
+                    os.setgroups([])
+                    os.setegid(65534)
+                    os.seteuid(65534)
                 action()
-            code = 0
+                code = 0
+            except BaseException:
+                print(traceback.format_exc())
         os._exit(code)
     os.close(writing)
     with open(reading) as f:
