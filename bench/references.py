@@ -55,6 +55,23 @@ def with_transformers_upernet(net):
     return net
 
 
+def transformers_upernet(config, channels, classes):
+    """transformers' UperNetForSemanticSegmentation as it comes, BEiT of the same sizes under it:
+    the same taps, pyramid, relative positions and auxiliary head as our Segmenter."""
+    from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation
+    depth = config["depth"]
+    encoder = BeitConfig(
+        hidden_size=config["dim"], num_hidden_layers=depth,
+        num_attention_heads=config["heads"], intermediate_size=4 * config["dim"],
+        image_size=config["img_size"][0], patch_size=config["patch_size"],
+        use_absolute_position_embeddings=True, use_relative_position_bias=True,
+        out_features=[f"stage{round(depth * share)}" for share in (1 / 3, 1 / 2, 2 / 3, 1)],
+        add_fpn=True, reshape_hidden_states=True)
+    return UperNetForSemanticSegmentation(UperNetConfig(
+        backbone_config=encoder, hidden_size=channels, num_labels=classes,
+        auxiliary_in_channels=config["dim"]))
+
+
 def pillow_views(size):
     """torchvision's transforms of both papers, pillow image -> normalised tensors: {name: call}."""
     from PIL import ImageFilter, ImageOps

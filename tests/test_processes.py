@@ -203,7 +203,7 @@ def test_two_machines_go_on_after_one_was_lost(start, server, images, tmp_path):
         for node in range(2):
             meet = ["--nnodes", 2, "--nproc_per_node", 1, "--node_rank", node, "--max-restarts", 0,
                     "--rdzv_backend", "c10d", "--rdzv_id", attempt, "--rdzv_endpoint",
-                    f"127.0.0.1:{port + attempt}"]
+                    f"127.0.0.1:{port + attempt}", "--local_addr", "127.0.0.1"]
             run_of = [*more, "--out", str(out["two"]), "--timeout-minutes", "0.1"]
             found.append(server.Process(target=agent, args=(*meet, run_of, str(said[node]))))
             found[-1].start()
