@@ -195,17 +195,28 @@ def graft_case(b):
 
 def segment_case(b):
     """A step of UperNet on two images, 150 classes."""
+    config = b.config | dict(img_size=[SEGMENT] * 2)
+    head = segment.describe("upernet", config["depth"], 150, config["dim"])
+
+    def batch():
+        shape = 2, SEGMENT, SEGMENT
+        return (torch.randn(2, 3, SEGMENT, SEGMENT, device=b.device),
+                torch.randint(head["classes"], shape, device=b.device))
+
     def build(change=lambda net: net):
-        config = b.config | dict(img_size=[SEGMENT] * 2)
-        head = segment.describe("upernet", config["depth"], 150, config["dim"])
-        net = change(segment.Segmenter(config, head))
-        x = torch.randn(2, 3, SEGMENT, SEGMENT, device=b.device)
-        labels = torch.randint(150, (2, SEGMENT, SEGMENT), device=b.device)
+        net, (x, labels) = change(segment.Segmenter(config, head)), batch()
         return b.step(net, lambda: sum(segment.pixel_loss(y, labels) for y in net(x)))
 
-    theirs = partial(build, references.with_transformers_upernet)
-    codes = {"ours": Code(build, b.dtype), **b.against("transformers", theirs, b.dtype)}
-    yield Case("segment", 2, None, codes, "transformers: its UperNet head on our encoder")
+    def whole():
+        net = references.transformers_upernet(config, head["channels"], head["classes"])
+        x, labels = batch()
+        return b.step(net, lambda: net(pixel_values=x, labels=labels).loss)
+
+    codes = {"ours": Code(build, b.dtype), **b.against("transformers", whole, b.dtype)}
+    if len(codes) > 1:
+        codes["its head on our encoder"] = Code(
+            partial(build, references.with_transformers_upernet), b.dtype)
+    yield Case("segment", 2, None, codes, "transformers: UperNet on BEiT of the same sizes")
 
 
 CROP = dict(scale=(0.08, 1.0), mode="bilinear")
