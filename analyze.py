@@ -51,8 +51,6 @@ OPTIONS = run.OPTIONS | {
     "block": dict(type=number(int, 1), help="the maps' block (default: the last)"),
     "classes": dict(type=number(int, 2, 40), default=10, help="the first K classes"),
     "per-class": dict(type=number(int, 2), default=100, help="images of each, for all the same"),
-    "mask-ratio": dict(type=number(float, 0, 0.99, above=True), default=0.75,
-                       help="share of patches removed"),
     "norm-pix-loss": dict(action=argparse.BooleanOptionalAction, help="whether the decoder was "
                           "trained on patches normalised one by one (default: as our files say; "
                           "others: no, as mae_visualize_vit_*.pth)"),
@@ -99,24 +97,16 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if hasattr(args, "data"):
         args.data = args.data or os.environ.get("DATA")
-    run.check(parser, args)
+    run.check(parser, args, getattr(args, "checkpoint", []))
     if hasattr(args, "crop_min"):
         run.fill(args, dict(crop_min=0.08 if args.data else 0.2))
-    for path in getattr(args, "checkpoint", []):
-        if not checkpoint.there(path):
-            parser.error(f"no checkpoint {path}: run {TRAIN.get(path, '`python mae_pretrain.py`')} "
-                         "first, or give --checkpoint")
     return args
-
-
-MTL = "`python graft_train.py --mim-weight 1 --out out/mtl`"
-TRAIN = {"out/graft": "`python mae_pretrain.py` and `python graft_train.py`",
-         "out/mtl": f"`python mae_pretrain.py` and {MTL}"}
 
 
 # ------------------------------------------------------------------------------ encoders, images
 def load_encoders(args, device):
-    """[(label, encoder in evaluation mode, mean and std of its images)] of --checkpoint."""
+    """[(label, encoder in evaluation mode, mean and std of its images)] of --checkpoint, and the
+    range of values of their images, of the first that has one."""
     sources = []
     for path in args.checkpoint:
         fine_tuned = os.path.join(path, "classifier.pt")
@@ -132,12 +122,13 @@ def load_encoders(args, device):
         encoder.load_state_dict(source["state"])
         found.append((label, encoder.to(device).eval().requires_grad_(False),
                       {k: source["meta"].get(k) for k in ("mean", "std")}))
-    return found
+    ranges = [source["meta"].get("range") for source in sources]
+    return found, next(filter(None, ranges), None)
 
 
-def load_images(args, in_chans, most=None):
+def load_images(args, in_chans, value_range, most=None):
     """The dataset of --data, or a random subset of at most `most`: the same for the same --seed."""
-    dataset = data.load(args.data, args.split == "train", in_chans)
+    dataset = data.load(args.data, args.split == "train", in_chans, value_range=value_range)
     if most is None:
         return dataset
     return dataset.select(views.shuffled(len(dataset), args.seed, views.SUBSET)[:most])
@@ -154,7 +145,7 @@ def load_two_losses(path):
     if lacking or "settings" not in content:
         raise UsageError(f"{path}: no {' and no '.join(lacking) or 'settings of a run'} in it. "
                          "Both losses on one encoder are needed: last.pt or epochNNNN.pt of an MTL "
-                         f"run, as {MTL} writes them")
+                         f"run, as {run.MTL} writes them")
     settings = content["settings"]
     encoder = MaskedAutoencoder(**checkpoint.decoder_config(source), **source["config"])
     hidden, out = (source["rest"][f"head.{i}.weight"].shape[0] for i in (0, 6))
@@ -213,7 +204,8 @@ def gradients(args):
     labels = plots.labelled(args.checkpoint, names)
     for label, path, (net, content) in zip(labels, args.checkpoint, loaded):
         settings, encoder = content["settings"], net.to(env.device).base_encoder
-        dataset = load_images(args, encoder.config["in_chans"]).hold(env.device)
+        dataset = load_images(args, encoder.config["in_chans"], content["meta"].get("range"))
+        dataset.hold(env.device)
         size = args.batch_size or min(settings["batch_size"], len(dataset))
         if size > len(dataset):
             raise UsageError(f"--batch-size {size} is more than the {len(dataset)} images of "
@@ -287,8 +279,9 @@ def vic(args):
     code, bias variance and covariance.
     """
     env = run.setup(args)
-    encoders = load_encoders(args, env.device)
-    dataset = load_images(args, encoders[0][1].config["in_chans"], args.images).hold(env.device)
+    encoders, limits = load_encoders(args, env.device)
+    in_chans = encoders[0][1].config["in_chans"]
+    dataset = load_images(args, in_chans, limits, args.images).hold(env.device)
     specs = [view | dict(scale=(args.crop_min, 1.0)) for view in views.MOCO_VIEWS]
     rows = []
     for label, encoder, stats in encoders:
@@ -330,13 +323,13 @@ def attention(args):
     """Figure 7: mean attention distance in pixels, per block and head; and where the class token
     looks in images."""
     env = run.setup(args)
-    encoders = load_encoders(args, env.device)
+    encoders, limits = load_encoders(args, env.device)
     least = min(encoder.depth for _, encoder, _ in encoders)
     if args.block and args.block > least:
         raise UsageError(f"--block {args.block}: the encoder has {least} blocks")
     in_chans = encoders[0][1].config["in_chans"]
-    shown = sheets.shown_images(args, in_chans)
-    dataset = load_images(args, in_chans, args.images).hold(env.device)
+    shown = sheets.shown_images(args, in_chans, limits)
+    dataset = load_images(args, in_chans, limits, args.images).hold(env.device)
     rows = []
     for label, encoder, stats in encoders:
         distance = patch_distances(encoder.grid, encoder.patch_size).to(env.device)
@@ -365,8 +358,8 @@ def attention(args):
 def tsne(args):
     """Figure 3: t-SNE of the class token of the same images of some classes for each encoder."""
     env = run.setup(args)
-    encoders = load_encoders(args, env.device)
-    dataset = load_images(args, encoders[0][1].config["in_chans"])
+    encoders, limits = load_encoders(args, env.device)
+    dataset = load_images(args, encoders[0][1].config["in_chans"], limits)
     if dataset.labels is None:
         raise UsageError(f"{dataset.name}: no labels, and t-SNE is coloured by class (one folder "
                          "a class)")

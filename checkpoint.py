@@ -357,7 +357,8 @@ def find(content, weights):
                 prefix = key.removesuffix(anchor)
                 place = (group + prefix).strip(".")
                 words = set(re.split(r"[._]", place.lower()))
-                kind = next((k for k in ("ema", "momentum") if k in words), "base")
+                kind = "ema" if "target" in words else next(        # target: I-JEPA's, MSN's
+                    (k for k in ("ema", "momentum") if k in words), "base")
                 rank = {"ema": 2, "momentum": 3}.get(kind, "student" in words)
                 found[place] = (rank, kind, group, prefix, layout)
     if not found:
@@ -580,7 +581,7 @@ def read_encoder(path, weights="base", heads=None, size=None):
             known = beside(path, "config.json")
             config, more = config_of(state, layout, known, heads, size)
             notes += more
-            meta = foreign_meta(known, beside(path, "preprocessor_config.json"))
+            meta = foreign_meta(known, beside(path, "preprocessor_config.json"), config)
         check_config(config, state)
         check_meta(meta, config)
         encoder = {k: v for k, v in state.items() if is_encoder(k)}
@@ -608,14 +609,20 @@ def match(encoder, config):
                               f"{(missing + surplus + wrong)[0]}")
 
 
-def foreign_meta(known, shown):
-    """meta from the JSON files of transformers: statistics, range, the MAE decoder's settings."""
+def foreign_meta(known, shown, config):
+    """meta from the JSON files of transformers or timm: statistics, range, the MAE decoder's
+    settings."""
     meta, factor = {}, shown.get("rescale_factor", 1 / 255)
     if "decoder_num_attention_heads" in known:
         meta["decoder"] = dict(decoder_heads=known["decoder_num_attention_heads"],
                                norm_pix_loss=known.get("norm_pix_loss") is True)
-    if shown.get("do_normalize", True):
+    timm = known.get("pretrained_cfg")
+    if isinstance(timm, dict) and not shown:
+        meta |= dict(mean=timm.get("mean"), std=timm.get("std"))
+    elif shown.get("do_normalize", True):
         meta |= dict(mean=shown.get("image_mean"), std=shown.get("image_std"))
+    else:
+        meta |= dict(mean=[0.0] * config["in_chans"], std=[1.0] * config["in_chans"])
     if finite([factor], 1e-12, 1e12) and factor != 1 / 255:
         meta["range"] = [0.0, 1 / factor]
     return meta
@@ -667,7 +674,8 @@ def start(args):
         return None, None, dict(img_size=args.img_size, patch_size=args.patch_size or patch,
                                 in_chans=args.in_chans or 3, dim=dim, depth=depth,
                                 heads=args.heads or heads)
-    source = read_encoder(args.init, heads=args.heads, size=args.init_size)
+    weights = getattr(args, "weights", "base")
+    source = read_encoder(args.init, weights, args.heads, args.init_size)
     return source, *fit(source, args.img_size, args.in_chans)
 
 

@@ -142,7 +142,9 @@ class Encoded:
             orientation = self.image.getexif().get(0x0112, 1) if self.is_jpeg else 1
         self.size = self.image.size if orientation > 4 else self.image.size[::-1]
         self.channels = {"L": 1, "RGB": 3}.get(mode) if self.is_jpeg and orientation == 1 else None
-        is_16 = mode.startswith("I;16") or mode == "I" and form in ("PNG", "PPM")
+        # of colours of 16 bits pillow keeps 8
+        self.is_deep = form == "PNG" and content[24] == 16 and mode in ("LA", "RGB", "RGBA")
+        is_16 = mode.startswith("I;16") or mode == "I" and form in ("PNG", "PPM") or self.is_deep
         self.bits = 16 if is_16 else 32 if mode in ("I", "F") else 8
 
     def decode(self, factor=1):
@@ -163,13 +165,26 @@ class Encoded:
         if self.bits == 32 and value_range is None:
             raise BadFile("values of 32 bits in a set of 8 or 16 bits: give --range")
         with or_bad_file():
-            image = to_channels(self.decode(factor), in_chans, value_range)
+            if self.is_deep:
+                image = Image.fromarray(to_bytes(self.values(), value_range or (0, 65535)))
+            else:
+                image = self.decode(factor)
+            image = to_channels(image, in_chans, value_range)
         return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
+
+    def values(self):
+        """Colours of 16 bits as an array (H, W, C)."""
+        import torchvision
+        if not hasattr(torchvision.io, "decode_png"):           # deprecated from 0.29 on
+            raise BadFile("colours of 16 bits, which need torchvision.io.decode_png")
+        content = torch.frombuffer(self.content, dtype=torch.uint8)
+        values = torchvision.io.decode_png(content, torchvision.io.ImageReadMode.UNCHANGED)
+        return values.permute(1, 2, 0).numpy()
 
     def extremes(self):
         """(least, largest) of the values of an image, a BadFile where some are none."""
         with or_bad_file():
-            values = finite(self.decode())
+            values = self.values() if self.is_deep else finite(self.decode())
         return float(values.min()), float(values.max())
 
 
@@ -181,6 +196,13 @@ def finite(image):
     return values
 
 
+def to_bytes(values, value_range):
+    """An array of values as uint8: low becomes 0, high 255."""
+    low, high = value_range
+    values = (values.astype(np.float64) - low) * (255 / (high - low))
+    return (values + 0.5).clip(0, 255).astype(np.uint8)
+
+
 def to_channels(image, in_chans, value_range=None):
     """Any PIL image with in_chans channels of 8 bits: palette, CMYK, alpha, 16 bits, floats.
 
@@ -188,9 +210,7 @@ def to_channels(image, in_chans, value_range=None):
     range of 16 bits.
     """
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        low, high = value_range or (0, 65535)
-        values = (finite(image).astype(np.float64) - low) * (255 / (high - low))
-        image = Image.fromarray((values + 0.5).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(to_bytes(finite(image), value_range or (0, 65535)))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[in_chans]
@@ -545,6 +565,14 @@ class Dataset:
         text = os.fsencode("\0".join(self.files or [self.name, str(len(self))]))
         return hashlib.sha256(text).hexdigest()[:16]
 
+    @property
+    def label_digest(self):
+        """Changes when a label or a class's name does; None where there are no labels."""
+        if self.labels is None:
+            return None
+        text = "\0".join(map(str, self.classes)) + str(self.labels.tolist())
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def label(self, names, classes):
         """Label each image by the name of its class."""
         number = {name: i for i, name in enumerate(classes)}
@@ -593,7 +621,8 @@ COLUMNS = {"file": ("file", "filename", "file_name", "path", "filepath", "image"
 SUFFIX = "s?(8bit|fine|tr|class|[-_].*)?"
 MASKS = re.compile(f"(?i)(label|mask|ann|annotation|seg|segmentation|ground.?truth|gt){SUFFIX}")
 PICTURES = re.compile(f"(?i)(image|img|jpegimage|leftimg|picture|photo|rgb){SUFFIX}")
-MASK_OF = re.compile(rb"(?i)[-_ ](mask|seg|gt|label)s?([-_]\d+)?(?=\.)")
+MASK_OF = re.compile(rb"(?i)[-_ .](mask|seg(mentation)?|gt|label|label.?ids|ground.?truth|trimap|"
+                     rb"superpixel|instance|binary|manual|annotation)s?[-_]?\d*(?=\.)")
 NOT_LISTS = {b"PK\3\4": "a zip archive: unpack it",
              b"PAR1": "a parquet table: write its images to files",
              b"\x93NUMPY": "a numpy array: write its images to files",
@@ -645,7 +674,9 @@ def images_of(source, warn=False):
     for i, name in enumerate(source.names.array.tolist()):
         if name[name.rfind(b"."):] not in known and not name.decode(
                 errors="replace").lower().endswith(EXTENSIONS):
-            other.setdefault(ending_of(source.names[i]), []).append(i)
+            ending = os.path.splitext(source.names[i])[1].lower()
+            ending = ending if len(ending) < 7 and ending[1:2].isalpha() else ""    # or no ending
+            other.setdefault(ending, []).append(i)
     passed = {ending: ids for ending, ids in other.items()
               if not are_images(source.select(sorted({ids[0], ids[len(ids) // 2], ids[-1]})))}
     if warn and passed:
@@ -656,12 +687,6 @@ def images_of(source, warn=False):
     if not passed:
         return source
     return source.select(sorted(set(range(len(source))).difference(*passed.values())))
-
-
-def ending_of(name):
-    """.txt of notes.txt; "" where there is none that is short and begins with a letter."""
-    ending = os.path.splitext(name)[1].lower()
-    return ending if len(ending) < 7 and ending[1:2].isalpha() else ""
 
 
 def are_images(source):
@@ -693,11 +718,22 @@ def parts_of(path, names):
         raise DataError(f"{path}: is {found['train']}/, beside {', '.join(others[:3])}, a part or "
                         f"a class? Give {os.path.join(path, found['train'])}, or put the classes "
                         "into a folder train/")
-    words = {name[:3].lower() for name in others if re.match("(?i)(train|val|test)[^a-z]", name)}
+    words = {found[0].lower() for found in (re.search(
+        "(?i)^(train|val|test)(?=[^a-z])|(?<=[^a-z])(train|val|test)$", name) for name in others)
+        if found}
     if not found and len(words) > 1:                # pre-training would mix them up as classes
         raise DataError(f"{path}: the folders {', '.join(others[:4])} look like parts of a set: "
                         "name them train/, val/ and test/")
     return found
+
+
+def refuse_parts_within(path, folders):
+    """A set that lies a folder deeper would be read with its test images."""
+    for name in sorted(folders)[:100]:
+        inner = next(os.walk(os.path.join(path, name)), ("", [], []))[1]
+        if {"train"} < set(map(part_kind, inner)) - {None}:
+            raise DataError(f"{path}: {name}/ in it has parts to train and to test on: give "
+                            f"{os.path.join(path, name)}")
 
 
 def choose_part(path, found, train):
@@ -729,6 +765,8 @@ def open_source(path, train=None, whole=False):
     else:
         raise DataError(f"{path}: no such folder, list file, tar or image")
     parts = {} if train is None else parts_of(path, tops)
+    if not parts and not tars and train is not None:
+        refuse_parts_within(path, tops)
     part = "" if train is None or whole else choose_part(path, parts, train)
     others = sorted(set(tops) - set(parts.values()))
     if part and others:
@@ -754,7 +792,8 @@ def without_masks(source, folders):
         raise DataError(f"{source.root}: {masks[0]}/ beside {images[0]}/ looks like masks, which "
                         f"are not to be learnt from: give a set of {images[0]}/ alone")
     text = source.names.array.tobytes().lower()
-    if not any(word in text for word in (b"mask", b"seg", b"gt", b"label")):
+    if not any(word in text for word in (b"mask", b"seg", b"gt", b"label", b"truth", b"trimap",
+                                         b"pixel", b"instance", b"binary", b"manual", b"annot")):
         return source                       # nearly always, and of a million in 0.1 s
     stems = [os.path.splitext(name)[0] for name in source.names.array.tolist()]
     plain, known = [MASK_OF.sub(b"", stem + b".")[:-1] for stem in stems], set(stems)
@@ -822,13 +861,15 @@ def table_of(lines):
 def find_listed(source, rows, where):
     """Indices into a source of the listed names; all must be found. By the whole name, else by its
     last two parts or one; absolute where they lie below its root; with or without an ending."""
-    position, whole = {}, all(name.lower().endswith(EXTENSIONS) for name, *_ in rows)
+    position, whole = {}, all(name and name.lower().endswith(EXTENSIONS) for name, *_ in rows)
     for i, file in enumerate(source.names):
         last = nfc(file[file.rfind("/") + 1:])
         for key in {last} if whole else {last, os.path.splitext(last)[0]}:
             position.setdefault(key, []).append(i)
     chosen, missing, doubtful = [], [], []
-    for listed, *_ in rows:
+    for row, (listed, *_) in enumerate(rows, start=1):
+        if not listed:
+            raise DataError(f"{where}: row {row} of the table names no file")
         name = nfc(listed if "/" in listed else listed.replace("\\", "/"))
         if name.startswith("/"):
             name = os.path.relpath(os.path.realpath(name), os.path.realpath(source.root))
@@ -850,6 +891,11 @@ def find_listed(source, rows, where):
     if doubtful:
         raise DataError(f"{where}: {doubtful[0]} stands for several images; list it with its "
                         "folder")
+    names = {}
+    for i, (listed, *_) in zip(chosen, rows):
+        if names.setdefault(i, listed) != listed:
+            raise DataError(f"{where}: {names[i]} and {listed} stand for one image, "
+                            f"{source.names[i]}")
     return chosen
 
 
@@ -893,6 +939,7 @@ def listed_images(source, rows, table, parts, train):
     """(source, labels or None, parts) of the rows of a list; of the part to train or to test on, by
     its column split, or by the folders `parts`, where there are such."""
     ids = find_listed(source, rows, table)
+    named = [source.names[i] for i in ids]
     splits = [split for *_, split in rows]
     if any(splits):
         kinds = [part_kind(split or "") for split in splits]
@@ -900,8 +947,13 @@ def listed_images(source, rows, table, parts, train):
             raise DataError(f"{table}: {splits[kinds.index(None)]!r} in the column split is none "
                             "of train, val, test")
         parts = {kind: kind for kind in kinds}
+        trained = {i for i, kind in zip(ids, kinds) if kind == "train"}
+        both = [i for i, kind in zip(ids, kinds) if kind != "train" and i in trained]
+        if both:
+            raise DataError(f"{table}: {len(both)} images are in split train and in another, first "
+                            f"{source.names[both[0]]}")
     else:
-        kinds = [source.names[i].split("/")[0] for i in ids]
+        kinds = [name.split("/")[0] for name in named]
     chosen = choose_part(table, parts, train)
     mine = [(i, nfc(label or "")) for i, kind, (_, label, _) in zip(ids, kinds, rows)
             if not chosen or kind == chosen]
@@ -913,11 +965,13 @@ def listed_images(source, rows, table, parts, train):
         if not label or known.setdefault(i, label) != label:
             trouble = "two labels" if label else "no label"
             raise DataError(f"{table}: {source.names[row]} has {trouble}")
-    # numbers for folders, as in ImageNet's lists, are known by the folders' names
-    folders = [os.path.basename(os.path.dirname(file)) for file in source.names]
-    pairs, numbers = len(set(zip(folders, labels))), all(map(str.isdecimal, set(labels)))
-    if numbers and "" not in folders and pairs == len(set(folders)) == len(set(labels)):
-        labels = folders
+    # numbers for folders, as in ImageNet's lists, are known by the folders' names, in all parts
+    folder = {i: os.path.basename(os.path.dirname(name)) for i, name in zip(ids, named)}
+    every = {(folder[i], label) for i, (_, label, _) in zip(ids, rows)}
+    counts = {len(every), len({place for place, _ in every}), len({label for _, label in every})}
+    numbers = all((label or "").isdecimal() for _, label in every)
+    if numbers and "" not in folder.values() and len(counts) == 1:
+        labels = [folder[i] for i, _ in mine]
     return source, labels, parts
 
 

@@ -13,8 +13,8 @@ Each result is one JSON line, printed and appended to results.jsonl in --out. `-
 import run  # first: a Ctrl-C while torch is imported ends in one line
 
 import argparse
-import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -77,8 +77,7 @@ def get_args(argv=None):
     add = parser.group("k-NN, features, predict")
     add("--k", type=numbers(kind=int, low=1), default=[20], help="neighbours, a comma list; the "
         "first is reported as top-1 (default: 20)")
-    add("--per-class", action="store_true", help="also write precision, recall and F1 of each "
-        "class and the confusion matrix")
+    run.add_options(add, "per-class")
     add("--classifier", help="predict: what linear, fewshot or finetune.py wrote")
     add("--input", help="features, predict: a folder of images, or an image")
     add("--all-probabilities", action="store_true", help="predict: a column for each class")
@@ -99,14 +98,12 @@ def get_args(argv=None):
         parser.error("--export and --table: one at a time")
     if args.export and len(args.checkpoint) > 1:
         parser.error("--export writes one encoder: give one --checkpoint")
+    if args.export and (args.block or args.img_size):
+        parser.error("--export writes the encoder as it is: --block and --img-size are not for it")
     for name, modes in MODES_OF.items():
         if getattr(args, name) and args.mode not in modes:
             parser.error(f"--{name.replace('_', '-')} goes with --mode {' or '.join(modes)}")
-    for path in [] if args.table or args.mode == "predict" else args.checkpoint:
-        if not checkpoint.there(path):
-            parser.error(f"no checkpoint {path}: run `python mae_pretrain.py` and "
-                         "`python graft_train.py` first, or give --checkpoint FILE")
-    run.check(parser, args)
+    run.check(parser, args, [] if args.table or args.mode == "predict" else args.checkpoint)
     return args
 
 
@@ -118,10 +115,7 @@ class Frozen:
         source = run.once_a_node(checkpoint.read_encoder, path, args.weights, args.heads,
                                  args.init_size)
         state, config = checkpoint.fit(source, args.img_size)
-        try:
-            self.encoder = VisionTransformer(**config)
-        except ValueError as error:
-            raise UsageError(error) from None
+        self.encoder = VisionTransformer(**config)
         if args.block and args.block > self.encoder.depth:
             raise UsageError(f"--block {args.block}: the encoder has {self.encoder.depth} blocks")
         self.encoder.load_state_dict(state)
@@ -347,9 +341,11 @@ def fit_on_crops(sweeps, frozen, fit, folds, batch_size, seed):
     folds, bad = folds.to(env.device), torch.zeros_like(labels)
     path = os.path.join(args.out, f"linear-{frozen.digest}-seed{seed}.part.pt")
     asked = dict(lr=args.lr, epochs=args.epochs, batch_size=batch_size, batchnorm=args.batchnorm,
-                 labels=args.labels, draw=args.draw, data=args.data, images=len(fit),
-                 block=args.block, sweeps=len(sweeps))
+                 data=args.data, images=fit.digest, labels=fit.label_digest,
+                 stats=[fit.mean, fit.std, fit.range], block=args.block, sweeps=len(sweeps))
     first = resume_linear(sweeps, path, asked)
+    if first and env.rank == 0:
+        print(f"resumed {path} at epoch {first}", flush=True)
 
     def batches():
         for epoch in range(first, args.epochs):
@@ -540,17 +536,48 @@ def predict(args, env):
 
 
 def table(entries):
-    """Markdown: systems as rows, protocols as columns, top-1; mean ± deviation of several."""
-    columns = list(dict.fromkeys(e["protocol"] for e in entries))
-    lines = ["| system | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for system in dict.fromkeys(e["system"] for e in entries):
-        cells = []
-        for protocol in columns:
-            key = (system, protocol)
-            found = [e["top1"] for e in entries if (e["system"], e["protocol"]) == key]
+    """Markdown: systems as rows, protocols as columns, top-1; mean ± deviation of several seeds.
+
+    A name is lengthened where it stands for more than seeds: of a row by the data and by the
+    checkpoint, of a column by the labels.
+    """
+    def names_of(key, *more):
+        """A name for each entry, with those further fields that tell entries of a name apart."""
+        names = [str(e[key]) for e in entries]
+        for field, apart in more:
+            for name in set(names):
+                own = [i for i, other in enumerate(names) if other == name]
+                if apart([entries[i] for i in own]):
+                    for i in own:
+                        names[i] += f", {told(entries[i], field)}"
+        return names
+
+    def told(entry, field):
+        return re.sub(r", seed \d+$", "", str(entry.get(field)))
+
+    def several(field):
+        return lambda own: len({told(e, field) for e in own}) > 1
+
+    def not_seeds(own):
+        """Whether two checkpoints are of one seed."""
+        found = {(str(e.get("digest")), str((e.get("pretraining") or {}).get("seed")))
+                 for e in own}
+        return len({seed for _, seed in found}) < len(found)
+
+    rows = names_of("system", ("data", several("data")), ("checkpoint", not_seeds))
+    columns = names_of("protocol", ("labels", several("labels")))
+    cells = {}
+    for row, column, entry in zip(rows, columns, entries):
+        cells.setdefault((row, column), []).append(entry["top1"])
+    heads = list(dict.fromkeys(columns))
+    lines = ["| system | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for row in dict.fromkeys(rows):
+        shown = [row]
+        for column in heads:
+            found = cells.get((row, column), [])
             spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-            cells.append(f"{statistics.mean(found):.1f}{spread}" if found else "")
-        lines.append(f"| {system} | " + " | ".join(cells) + " |")
+            shown.append(f"{statistics.mean(found):.1f}{spread}" if found else "")
+        lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
@@ -595,13 +622,18 @@ def evaluate(frozen, train, test, how, args, seed):
         run.write_per_class(args.out, name, confusion, train.classes)
     if classifier is not None:
         classifier = {k: v.cpu() if torch.is_tensor(v) else v for k, v in classifier.items()}
+        # one name for one result, so that none of several is overwritten
+        alone = len(args.checkpoint) == len(args.seeds) == 1
+        name = args.mode if alone else f"{args.mode}-{frozen.digest}-seed{seed}"
+        path = os.path.join(args.out, f"classifier-{name}.pt")
         checkpoint.save(dict(
             classifier=classifier, classes=train.classes, checkpoint=frozen.path,
             encoder_digest=frozen.digest, mean=list(frozen.mean or train.mean),
             std=list(frozen.std or train.std), range=train.range, block=args.block,
             img_size=list(frozen.encoder.config["img_size"]), heads=args.heads,
             weights=args.weights, protocol=fields["protocol"],
-        ), os.path.join(args.out, f"classifier-{args.mode}.pt"))
+        ), path)
+        print(f"wrote {path}", flush=True)
     return entry
 
 

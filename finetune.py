@@ -15,7 +15,6 @@ import run  # first: a Ctrl-C while torch is imported ends in one line
 import os
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
@@ -77,24 +76,19 @@ def get_args(argv=None):
         "to 0 at the first; with --probe-block, of each new block")
     add = parser.group("run")
     run.add_options(add, "out resume seed device amp compile log-every save-minutes "
-                    "timeout-minutes deterministic tensorboard", out="out/finetune")
-    add("--results", help="folder of the results.jsonl that gets the result (default: --out)")
+                    "timeout-minutes deterministic tensorboard results per-class",
+                    out="out/finetune")
     add("--eval-every", type=number(int), default=0, help="epochs between test accuracies in the "
         "log; the result is that of the last epoch in any case; 0: only then")
-    add("--per-class", action="store_true", help="also write precision, recall and F1 of each "
-        "class and the confusion matrix")
     args = parser.parse_args(argv)
     args.data = args.data or os.environ.get("DATA")
     if args.blocks is not None and not args.probe_block:
         parser.error("--blocks goes with --probe-block")
-    if not checkpoint.there(args.checkpoint):
-        parser.error(f"no checkpoint {args.checkpoint}: run `python mae_pretrain.py` and "
-                     "`python graft_train.py` first, or give --checkpoint FILE")
     if args.labels and args.labels != "100%":
         run.fill(args, PAPER_FEW if args.data else SMALL_FEW)
     run.fill(args, PAPER if args.data else SMALL)
     run.fill(args, dict(warmup_epochs=min(5, 0.15 * args.epochs), blocks=1))
-    run.check(parser, args)
+    run.check(parser, args, [args.checkpoint])
     return args
 
 
@@ -138,10 +132,7 @@ def build(args, source, classes):
         above = ("norm.", *(f"blocks.{i}." for i in range(fixed, config["depth"])))
         state = {k: v for k, v in state.items() if not k.startswith(above)}
         config = config | dict(depth=fixed + args.blocks)
-    try:
-        net = Classifier(config, head, classes, args.drop_path)
-    except ValueError as error:
-        raise UsageError(error) from None
+    net = Classifier(config, head, classes, args.drop_path)
     net.load_state_dict(state | taken, strict=False)    # read_encoder matched every encoder tensor
     if args.probe_block:
         for block in net.blocks[fixed:]:
@@ -187,33 +178,18 @@ def encoder_digest(args, source):
     return checkpoint.digest(encoder)
 
 
-@torch.no_grad()
-def evaluate(net, loader, env):
+def evaluate(net, test, dataset, args, env):
     """(percentages of model.accuracies, confusion matrix (C, C) on the CPU) over the test images
-    that can be read, each counted by one process."""
-    training = net.training
-    net.eval()
-    labels, classes = loader.dataset.labels, len(loader.dataset.classes)
-    counts = torch.zeros(classes ** 2 + 1, dtype=torch.long, device=env.device)
-    progress = run.Progress("test", len(loader), "batches", quiet=env.rank > 0)
-    forward = env.autocast(net)
-    for batch in loader.epoch(0):
-        logits = forward(batch.view(0)).float()
-        own = augment.upload(labels[batch.ids], env.device)
-        if not batch.readable.all():
-            readable = augment.upload(batch.readable, env.device)
-            logits, own = logits[readable], own[readable]
-        ranked = logits.topk(min(5, classes)).indices                           # (n, 5)
-        counts[:-1] += confusion_matrix(ranked[:, 0], own, classes).flatten()
-        counts[-1] += (ranked == own[:, None]).sum()
-        progress.step()
-    net.train(training)
-    if env.processes > 1:
-        dist.all_reduce(counts)
-    confusion, among_five = counts[:-1].reshape(classes, classes).cpu(), int(counts[-1])
-    if not confusion.any():
-        raise RunError(f"{loader.dataset.name}: none of the test images can be read")
-    return accuracies(confusion, among_five), confusion
+    that can be read; the training set has their mean and deviation."""
+    classes = len(test.classes)
+    ranked, readable = run.extract(
+        net, test, env, workers=args.workers, mean=dataset.mean, std=dataset.std, what="test",
+        max_bad=args.max_bad, function=lambda net, x: net(x).topk(min(5, classes)).indices)
+    if not readable.any():
+        raise RunError(f"{test.name}: none of the test images can be read")
+    ranked, labels = ranked.long().cpu()[readable], test.labels[readable]           # (n, 5)
+    confusion = confusion_matrix(ranked[:, 0], labels, classes)
+    return accuracies(confusion, int((ranked == labels[:, None]).sum())), confusion
 
 
 def load(args, source, env):
@@ -250,9 +226,6 @@ def main(args):
     size = net.config["img_size"]
     loader = data.Loader(dataset, [train_view(args, dataset)], size, local, args.seed, args.workers,
                          env.device, env.rank, env.processes, max_bad=args.max_bad)
-    test_loader = data.Loader(test, [augment.TEST_VIEW], size, 256, args.seed, args.workers,
-                              env.device, env.rank, env.processes, shuffle=False,
-                              max_bad=args.max_bad, mean=dataset.mean, std=dataset.std)
     net.to(env.device).train()
     # not dynamic=False: the rate of dropped paths differs by block, and one graph serves any rate
     run.compile_blocks(net, args.compile, env.device)
@@ -314,11 +287,11 @@ def main(args):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if job.ends_epoch(args.eval_every):
-            log, _ = evaluate(net, test_loader, env)
+            log, _ = evaluate(net, test, dataset, args, env)
         job.record(loss, batch, [args.lr * scale * factor], **log)
 
     # ------------------------------------------------------------- 5. the result, of the last epoch
-    found, confusion = evaluate(net, test_loader, env)
+    found, confusion = evaluate(net, test, dataset, args, env)
     assert checkpoint.digest(net, fixed.__contains__) == before, "training changed frozen weights"
     tested, digest = int(confusion.sum()), encoder_digest(args, source)
     bad = set().union(*run.gather_objects(list(dataset.bad)))

@@ -17,10 +17,10 @@ import torch
 import augment
 import checkpoint
 import data
-from model import (ARCHS, MaskedAutoencoder, MoCoV3, SimCLR, VICReg, VisionTransformer,
-                   anchor_penalty, anchors_of, class_tokens, decoder_of, freeze, init_moco_,
-                   lr_factor, momentum_at, param_groups, set_rates)
-from run import UsageError, number, numbers
+from model import (MaskedAutoencoder, MoCoV3, SimCLR, VICReg, VisionTransformer, anchor_penalty,
+                   anchors_of, class_tokens, decoder_of, freeze, init_moco_, lr_factor, momentum_at,
+                   param_groups, set_rates)
+from run import number, numbers
 
 # where no option is given: the demonstration's settings without --data, the paper's with it
 SMALL = dict(arch="vit_mini", img_size=[32, 32], epochs=8, batch_size=128, lr=[5e-4, 5e-4, 1.5e-3],
@@ -32,16 +32,9 @@ PAPER = dict(arch="vit_base", img_size=[224, 224], epochs=300, batch_size=4096,
 def get_args(argv=None):
     parser = run.Parser(__doc__, SMALL, PAPER)
     add = parser.group("data")
-    run.add_options(add, "data img-size in-chans stats range labels-file workers max-bad")
-    add("--crop-min", type=number(float, 0, 1, above=True), help="smallest crop, as a share")
+    run.add_options(add, "data img-size in-chans stats range labels-file workers max-bad crop-min")
     add = parser.group("model")
-    add("--init", default="out/mae", help="encoder to start from: a run's folder, our files, MAE, "
-        "MoCo v3, DINO, timm, transformers; or none")
-    add("--arch", choices=ARCHS, help="with --init none")
-    add("--patch-size", type=number(int, 1, 256), help="with --init none (default: --arch's)")
-    run.add_options(add, "heads init-size")
-    add("--freeze-blocks", type=number(int), default=0, metavar="K",
-        help="keep the embeddings and the first K blocks, as in two-stage grafting")
+    run.add_options(add, "init arch patch-size heads init-size freeze-blocks", init="out/mae")
     add("--train-patch-embed", action="store_true", help="MoCo v3 freezes the patch projection")
     add("--hidden-dim", type=number(int, 1, 32768), help="of the heads, for VICReg twice as wide")
     add = parser.group("loss")
@@ -49,8 +42,7 @@ def get_args(argv=None):
     add("--temperature", type=number(above=True), default=0.2, help="of the contrastive softmax")
     add("--momentum", type=number(float, 0, 1), default=0.99, help="of k's encoder, rising to 1")
     add("--mim-weight", type=number(), default=0.0, help="MTL: of the MAE loss on a third view")
-    add("--mask-ratio", type=number(float, 0, 0.99, above=True), default=0.75,
-        help="share of the patches that MAE removes")
+    run.add_options(add, "mask-ratio")
     add("--anchor-weight", type=number(), default=0.0, help="of the summed distance of the lower "
         "layers to those of --init (released code for ViT-L: 1e-5)")
     add("--anchor-blocks", type=number(int), default=12, help="the embeddings and K blocks")
@@ -92,21 +84,18 @@ def system_name(args):
 def build(args):
     """The model with random weights, or with the encoder of --init, and what that file held."""
     source, state, config = run.once_a_node(checkpoint.start, args)
-    try:
-        decoder = decoder_of(config)
-        encoder = MaskedAutoencoder(*decoder, **config) if args.mim_weight else VisionTransformer(
-            **config)
-        if state is not None:
-            encoder.load_state_dict(state, strict=False)
-        else:
-            init_moco_(encoder)
-        heads = {"moco": MoCoV3, "vicreg": VICReg, "simclr": SimCLR}[args.loss]
-        vicreg = args.loss == "vicreg"                  # as wide at its end as within
-        more = dict(out=args.hidden_dim) if vicreg else dict(temperature=args.temperature)
-        net = heads(encoder, args.hidden_dim, mim_weight=args.mim_weight, **more)
-        freeze(net, encoder.depth, args.lr, args.freeze_blocks, not args.train_patch_embed)
-    except ValueError as error:
-        raise UsageError(error) from None
+    decoder = decoder_of(config)
+    encoder = MaskedAutoencoder(*decoder, **config) if args.mim_weight else VisionTransformer(
+        **config)
+    if state is not None:
+        encoder.load_state_dict(state, strict=False)
+    else:
+        init_moco_(encoder)
+    heads = {"moco": MoCoV3, "vicreg": VICReg, "simclr": SimCLR}[args.loss]
+    vicreg = args.loss == "vicreg"                  # as wide at its end as within
+    more = dict(out=args.hidden_dim) if vicreg else dict(temperature=args.temperature)
+    net = heads(encoder, args.hidden_dim, mim_weight=args.mim_weight, **more)
+    freeze(net, encoder.depth, args.lr, args.freeze_blocks, not args.train_patch_embed)
     return net, source
 
 

@@ -15,8 +15,8 @@ import torch
 import augment
 import checkpoint
 import data
-from model import (ARCHS, MaskedAutoencoder, decoder_of, freeze, lr_factor, param_groups, set_rates)
-from run import UsageError, number, numbers
+from model import MaskedAutoencoder, decoder_of, freeze, lr_factor, param_groups, set_rates
+from run import number, numbers
 
 # where no option is given: the demonstration's settings without --data, the paper's with it
 SMALL = dict(arch="vit_mini", img_size=[32, 32], epochs=25, batch_size=128, lr=[3e-3], crop_min=0.2)
@@ -27,19 +27,11 @@ PAPER = dict(arch="vit_base", img_size=[224, 224], epochs=800, batch_size=4096, 
 def get_args(argv=None):
     parser = run.Parser(__doc__, SMALL, PAPER)
     add = parser.group("data")
-    run.add_options(add, "data img-size in-chans stats range labels-file workers max-bad")
-    add("--crop-min", type=number(float, 0, 1, above=True), help="smallest crop, as a share")
+    run.add_options(add, "data img-size in-chans stats range labels-file workers max-bad crop-min")
     add = parser.group("model")
-    add("--init", default="none", help="encoder to start from: a run's folder, our files, MAE, "
-        "MoCo v3, DINO, timm, transformers; or none")
-    add("--arch", choices=ARCHS, help="with --init none")
-    add("--patch-size", type=number(int, 1, 256), help="with --init none (default: --arch's)")
-    run.add_options(add, "heads init-size")
-    add("--freeze-blocks", type=number(int), default=0, metavar="K",
-        help="keep the embeddings and the first K blocks, as in two-stage grafting")
+    run.add_options(add, "init arch patch-size heads init-size freeze-blocks", init="none")
     add = parser.group("loss")
-    add("--mask-ratio", type=number(float, 0, 0.99, above=True), default=0.75,
-        help="share of the patches that MAE removes")
+    run.add_options(add, "mask-ratio")
     add("--norm-pix-loss", action=argparse.BooleanOptionalAction, default=True,
         help="targets normalised by the mean and variance of each patch")
     add = parser.group("optimisation")
@@ -66,13 +58,10 @@ def system_name(args):
 def build(args):
     """The model with random weights, or with the encoder of --init, and what that file held."""
     source, state, config = run.once_a_node(checkpoint.start, args)
-    try:
-        net = MaskedAutoencoder(*decoder_of(config), args.norm_pix_loss, **config)
-        if state is not None:
-            net.load_state_dict(state, strict=False)    # no decoder in it; the encoder matched
-        freeze(net, net.depth, args.lr, args.freeze_blocks)
-    except ValueError as error:
-        raise UsageError(error) from None
+    net = MaskedAutoencoder(*decoder_of(config), args.norm_pix_loss, **config)
+    if state is not None:
+        net.load_state_dict(state, strict=False)        # no decoder in it; the encoder matched
+    freeze(net, net.depth, args.lr, args.freeze_blocks)
     return net, source
 
 

@@ -24,6 +24,11 @@ ARCHS = {
 }
 
 
+class SizeError(ValueError):
+    """Sizes or rates that do not fit each other: what was asked for cannot be built."""
+    exit_code = 2                                       # of the script that it ends
+
+
 def decoder_of(config):
     """MAE's decoder (dim, depth, heads) for an encoder of this width; by default ViT-B's."""
     return next((d for e, d in ARCHS.values() if e[1] == config["dim"]), (512, 8, 16))
@@ -147,10 +152,10 @@ def sincos_pos_embed(dim, grid):
     """MAE's fixed position embedding (1, 1 + h w, dim): [sin xw, cos xw, sin yw, cos yw].
 
     w_i = 10000^(-i / (dim / 4)); zeros for the class token. Generated for any grid (h, w), not
-    stretched. MoCo v3's has x and y swapped. ValueError: dim is not divisible by 4.
+    stretched. MoCo v3's has x and y swapped. SizeError: dim is not divisible by 4.
     """
     if dim % 4:
-        raise ValueError(f"the width {dim} must be divisible by 4 for the sine-cosine positions")
+        raise SizeError(f"the width {dim} must be divisible by 4 for the sine-cosine positions")
     h, w = (torch.arange(side, dtype=torch.float64) for side in grid)
     freq = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     y, x = torch.meshgrid(h, w, indexing="ij")
@@ -264,7 +269,7 @@ class VisionTransformer(nn.Module):
 
     `config` holds the arguments that rebuild it: VisionTransformer(**encoder.config). `head` is
     what follows the class token: nothing, the projector in MoCo v3, a classifier in fine-tuning.
-    ValueError: sizes that do not divide each other.
+    SizeError: sizes that do not divide each other.
     """
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, dim=768, depth=12, heads=12,
@@ -272,10 +277,10 @@ class VisionTransformer(nn.Module):
         super().__init__()
         img_size = pair(img_size)
         if img_size[0] % patch_size or img_size[1] % patch_size:
-            raise ValueError(f"--img-size {img_size[0]}x{img_size[1]} is not a multiple of "
-                             f"--patch-size {patch_size}")
+            raise SizeError(f"--img-size {img_size[0]}x{img_size[1]} is not a multiple of "
+                            f"--patch-size {patch_size}")
         if dim % heads:
-            raise ValueError(f"the width {dim} is not divisible by {heads} heads")
+            raise SizeError(f"the width {dim} is not divisible by {heads} heads")
         self.config = dict(img_size=list(img_size), patch_size=patch_size, in_chans=in_chans,
                            dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
         self.dim, self.depth, self.patch_size = dim, depth, patch_size
@@ -708,18 +713,18 @@ def layer_of(name, depth):
 def stage_of(layer, depth, stages):
     """The blocks in equal parts; embeddings go with the first, norm and heads with the last.
 
-    ValueError: the number of stages does not divide the depth.
+    SizeError: the number of stages does not divide the depth.
     """
     if depth % stages:
-        raise ValueError(f"{stages} rates given (--lr) for {depth} blocks: the number of stages "
-                         "must divide the depth")
+        raise SizeError(f"{stages} rates given (--lr) for {depth} blocks: the number of stages "
+                        "must divide the depth")
     return min(max(layer - 1, 0) * stages // depth, stages - 1)
 
 
 def freeze(model, depth, lrs=(1.0,), blocks=0, patch_embed=False):
     """Excludes from training what must not move: layers whose stage has rate 0, the embeddings and
     the lowest `blocks` blocks, the patch projection. Nothing is computed for them in the backward
-    pass, nor below the lowest layer that is trained. ValueError: nothing is left to train.
+    pass, nor below the lowest layer that is trained. SizeError: nothing is left to train.
     """
     for name, p in model.named_parameters():
         layer = layer_of(name, depth)
@@ -728,8 +733,8 @@ def freeze(model, depth, lrs=(1.0,), blocks=0, patch_embed=False):
         if patch_embed and ".patch_embed." in "." + name:
             p.requires_grad = False
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("nothing is left to train: every rate is 0 (--lr), or every block is "
-                         "frozen (--freeze-blocks)")
+        raise SizeError("nothing is left to train: every rate is 0 (--lr), or every block is "
+                        "frozen (--freeze-blocks)")
 
 
 def param_groups(model, depth, lrs, weight_decay, decay_all=False, layer_decay=None):

@@ -24,7 +24,6 @@ import re
 import shlex
 import statistics
 import time
-from contextlib import contextmanager
 
 from PIL import Image
 
@@ -504,8 +503,7 @@ def markdown(results, p):
 
 
 # ----------------------------------------------------------------------------------------- main
-@contextmanager
-def images_read_once():
+def main(args):
     """Every run and evaluation asks for the same images: what data.load returned is kept."""
     load, kept = data.load, {}
 
@@ -517,14 +515,9 @@ def images_read_once():
 
     data.load = read
     try:
-        yield
+        return reproduce(args)
     finally:
         data.load = load
-
-
-def main(args):
-    with images_read_once():
-        return reproduce(args)
 
 
 def train(args, p, seed, name, say):
@@ -544,12 +537,32 @@ def train(args, p, seed, name, say):
         run.same("systems", name)                   # what one process wrote is there for all
 
 
+def same_inputs(args, p, first):
+    """Refuse an --out whose results are of other images, weights or options: what is done there is
+    skipped. inputs.json holds what they are of."""
+    inputs = dict(preset=args.preset, data=p["data"], mae=args.mae, moco=args.moco,
+                  labels=list(p["lists"]), common=args.common)
+    path = os.path.join(args.out, "inputs.json")
+    if os.path.exists(path):
+        with open(path) as f:
+            there = json.load(f)
+        for name, value in inputs.items():
+            if there.get(name) != value:
+                raise UsageError(f"{args.out} holds results with {name} {there.get(name)}, now it "
+                                 f"is {value}: use another --out")
+    elif first and not args.dry_run:
+        os.makedirs(args.out, exist_ok=True)
+        with run.atomic(path) as temporary, open(temporary, "w") as f:
+            json.dump(inputs, f)
+
+
 def reproduce(args):
     """Train what is missing, evaluate it, write the tables, draw the figures -> the results."""
     p = plan(args)
     first = int(os.environ.get("RANK", 0)) == 0
     say = functools.partial(print, flush=True) if first else lambda line: None
     path = os.path.join(args.out, "results.jsonl")
+    same_inputs(args, p, first)
     results = run.read_results(path) if os.path.exists(path) else []
     done = {(e["seed"], e["name"], e["protocol_name"]) for e in results}
     todo = {key: job for key, job in jobs(p, args.seeds).items() if key not in done}

@@ -59,7 +59,7 @@ import augment
 import checkpoint
 import data
 from data import Progress, duration, value_range
-from model import Block, feature_stats, gather, group_table, knn_scores
+from model import ARCHS, Block, feature_stats, gather, group_table, knn_scores
 
 if early:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -160,6 +160,11 @@ def image_size(text):
     return sides * 2 if len(sides) == 1 else sides
 
 
+# what writes the checkpoints that a stage starts from by default
+MTL = "`python graft_train.py --mim-weight 1 --out out/mtl`"
+MADE_BY = {"out/mae": "`python mae_pretrain.py`",
+           "out/graft": "`python mae_pretrain.py` and `python graft_train.py`",
+           "out/mtl": f"`python mae_pretrain.py` and {MTL}"}
 COUNT, SIZE, SHARE = number(int), number(int, 1), number(float, 0, 1)
 AUTO = dict(default="auto")
 # what several stages have in common; a stage names what it takes of it, with add_options
@@ -177,13 +182,25 @@ OPTIONS = {
     "workers": dict(type=number(int, 0, 256), default=min(os.cpu_count(), 10),
                     help="reading processes per device"),
     "max-bad": dict(type=SHARE, default=0.01, help="stop at this share of unreadable files"),
+    "crop-min": dict(type=number(float, 0, 1, above=True), help="smallest crop, as a share"),
+    "init": dict(help="encoder to start from: a run's folder, our files, MAE, MoCo v3, DINO, timm, "
+                 "transformers; or none"),
+    "arch": dict(choices=ARCHS, help="with --init none"),
+    "patch-size": dict(type=number(int, 1, 256), help="with --init none (default: --arch's)"),
     "heads": dict(type=number(int, 1, 256), help="where --init does not say how many"),
     "init-size": dict(type=image_size, help="of --init's images, if unsaid and not square"),
+    "freeze-blocks": dict(type=COUNT, default=0, metavar="K", help="keep the embeddings and the "
+                          "first K blocks, as in two-stage grafting"),
+    "mask-ratio": dict(type=number(float, 0, 0.99, above=True), default=0.75,
+                       help="share of the patches that MAE removes"),
     "micro-batch": dict(AUTO, type=lambda text: 0 if text == "auto" else SIZE(text), metavar="M",
                         help="images per device at once: sets the memory, not the result"),
     "weights": dict(choices=("base", "momentum", "ema"), default="base",
                     help="which of the encoders that a checkpoint may hold"),
     "out": dict(help="folder of this run"),
+    "results": dict(help="folder of the results.jsonl that gets the result (default: --out)"),
+    "per-class": dict(action="store_true", help="also write precision, recall and F1 of each class "
+                      "and the confusion matrix"),
     "resume": dict(AUTO, choices=("auto", "never"), help="go on from --out, or start over"),
     "seed": dict(type=number(int, 0, 2 ** 31), default=0, help="of weights, order, crops, masks"),
     "device": dict(AUTO, choices=("auto", "cpu", "cuda"), help="auto: a GPU, if any"),
@@ -224,9 +241,6 @@ def parse(parser, argv):
         if args.arch or args.patch_size:
             parser.error("--arch and --patch-size go with --init none: otherwise its file says "
                          "what the encoder is")
-        if not checkpoint.there(args.init):
-            parser.error(f"no checkpoint {args.init}: run `python mae_pretrain.py` first, or give "
-                         "--init FILE or none")
         del defaults["arch"], defaults["img_size"]
     return args, defaults
 
@@ -235,7 +249,7 @@ def complete(parser, args, defaults):
     """The options of a training stage, filled and checked."""
     fill(args, defaults)
     fill(args, dict(warmup_epochs=min(40, 0.15 * args.epochs)))
-    check(parser, args)
+    check(parser, args, [args.init])
     return args
 
 
@@ -246,8 +260,14 @@ def fill(args, defaults):
             setattr(args, name, value)
 
 
-def check(parser, args):
-    """What no script can do ends here, before a model is built or a file written."""
+def check(parser, args, encoders=()):
+    """What no script can do ends here, before a model is built or a file written. encoders: the
+    checkpoints that it starts from, or none."""
+    for path in encoders:
+        if path != "none" and not checkpoint.there(path):
+            option = "--init FILE or none" if "init" in args else "--checkpoint FILE"
+            parser.error(f"no checkpoint {path}: run {MADE_BY.get(path, MADE_BY['out/mae'])} first,"
+                         f" or give {option}")
     asked = {name: value for name, value in vars(args).items() if value}
     source, epochs = asked.get("data"), asked.get("epochs")
     if source and source not in data.DOWNLOADS and "{" not in source and not os.path.exists(source):
@@ -698,10 +718,11 @@ def read_results(path):
 
 def write_csv(path, rows):
     """Rows of cells as a CSV, whole or not at all. A text that a spreadsheet would compute (it
-    begins with = + - or @) is quoted by an apostrophe; names of files keep their bytes."""
+    begins with = + - or @ and is no number) is quoted by an apostrophe; names of files keep their
+    bytes."""
     def cell(value):
         formula = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
-        return f"'{value}" if formula else value
+        return f"'{value}" if formula and not re.fullmatch(r"[+-]?[\d.]+", value) else value
 
     with atomic(path) as temporary:
         with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
@@ -829,6 +850,8 @@ class Job:
         self.total = args.epochs * len(loader) if "epochs" in args else args.iterations
         self.settings = {k: v for k, v in vars(args).items() if k not in RUNTIME} | dict(
             source=source and source["digest"], files=getattr(loader.dataset, "digest", None))
+        if not encoder_file and hasattr(loader.dataset, "label_digest"):    # it learns from them
+            self.settings["labels_digest"] = loader.dataset.label_digest
         self.window, self.skipped, self.collapsed, self.warned = [], 0, 0, set()
         self.entry, self.lock, self.board, self.signal, self.copies = None, None, None, 0, ()
         self.writer, self.under_way = ThreadPoolExecutor(1), None
@@ -1081,11 +1104,10 @@ class Job:
             if settings.get(k, now) == now:
                 continue
             told = f"{path} was written with {k} {settings[k]}, now {k} is {now}"
-            if k != "epochs":
+            if k != "epochs" or not self.encoder_file:
                 raise UsageError(f"{told}: use another --out, or --resume never to start over")
-            option = "--checkpoint" if "checkpoint" in self.args else "--init"
             raise UsageError(f"{told}: its rates followed the other schedule. Go on from its "
-                             f"weights with python {os.path.basename(sys.argv[0])} {option} "
+                             f"weights with python {os.path.basename(sys.argv[0])} --init "
                              f"{self.out} --out {self.out}-longer, or start over with --resume "
                              "never")
 

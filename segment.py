@@ -18,6 +18,7 @@ import contextlib
 import math
 import os
 import time
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ import checkpoint
 import data
 from data import DataError
 from figures import segmentation as figures
-from model import (ARCHS, Attention, BatchNorm1d, Block, VisionTransformer, confusion_matrix,
+from model import (Attention, BatchNorm1d, Block, VisionTransformer, confusion_matrix,
                    drop_path, full, init_mae_, param_groups, set_rates, world)
 from run import UsageError, number
 
@@ -64,9 +65,7 @@ def get_args(argv=None):
     add = parser.group("model")
     add("--init", nargs="+", default=["out/graft"], help="encoders, a row each: a run's folder, "
         "our files, MAE, MoCo v3, DINO, timm, transformers; or none")
-    run.add_options(add, "weights heads")
-    add("--arch", choices=ARCHS, default="vit_base", help="with --init none")
-    add("--patch-size", type=number(int, 1, 256), help="with --init none (default: --arch's)")
+    run.add_options(add, "weights heads arch patch-size", arch="vit_base")
     add("--protocol", choices=DEFAULTS, default="upernet", help="linear, linear4: BatchNorm and a "
         "linear classifier on the last or four blocks' tokens of the frozen encoder")
     add("--channels", type=number(int, 1, 4096), help="of UperNet (default: the encoder's width)")
@@ -99,8 +98,7 @@ def get_args(argv=None):
     add("--segmenter", help="a run's folder or its segmenter.pt (default: --out)")
     add = parser.group("run")
     run.add_options(add, "out resume seed device amp compile log-every save-minutes "
-                    "timeout-minutes", out="out/segment")
-    add("--results", help="folder of the results.jsonl that gets the results (default: --out)")
+                    "timeout-minutes results", out="out/segment")
     args = parser.parse_args(argv)
     args.data = args.data or os.environ.get("DATA")
     side = min(args.crop_size)
@@ -112,17 +110,13 @@ def get_args(argv=None):
     if not args.predict:
         if not args.data:
             parser.error("--data is needed, a folder of images with labels for every pixel")
-        for init in args.init:
-            if init != "none" and not checkpoint.there(init):
-                parser.error(f"no checkpoint {init}: run `python mae_pretrain.py` and `python "
-                             "graft_train.py` first, or give --init FILE or none")
         if args.classes and not os.path.isfile(args.classes):
             parser.error(f"--classes {args.classes}: no such file")
     elif not os.path.isdir(args.predict):
         parser.error(f"--predict {args.predict}: no such folder")
     if args.amp == "auto" and (args.device == "cpu" or not torch.cuda.is_available()):
         args.amp = "off"        # convolutions in bf16 took 20 times as long on a CPU (torch 2.14)
-    run.check(parser, args)
+    run.check(parser, args, [] if args.predict else args.init)
     return args
 
 
@@ -546,6 +540,16 @@ class Pairs(data.Dataset):
             progress.step()
         self.classes = [str(i) for i in range(largest + 1)]
 
+    def check_ids(self):
+        """Refuse masks of 0 and 255, whose second class would count for nothing."""
+        found = set()
+        for i in augment.shuffled(len(self), augment.SUBSET, 7)[:64].tolist():
+            with contextlib.suppress(data.BadFile):
+                found.update(np.unique(self.label(i)).tolist())
+        if len(found) == 2 and IGNORED in found:
+            raise DataError(f"{self.name}: the labels hold but one class, and {IGNORED}, which is "
+                            f"ignored: if {IGNORED} is a class, write it as 1")
+
 
 def picture(pixels):
     """uint8 (H, W, C) -> PIL image."""
@@ -795,16 +799,6 @@ class Tester:
 
 
 # -------------------------------------------------------------------------------------------- a run
-def start(args):
-    """(source or None, the encoder's state or None, its config) of --init."""
-    if args.init == "none":
-        (patch, dim, depth, heads), _ = ARCHS[args.arch]
-        return None, None, dict(img_size=args.crop_size, patch_size=args.patch_size or patch,
-                                in_chans=3, dim=dim, depth=depth, heads=args.heads or heads)
-    source = checkpoint.read_encoder(args.init, args.weights, args.heads)
-    return source, *checkpoint.fit(source, args.crop_size)
-
-
 def load_pairs(args, in_chans, known):
     """(training pairs in use, how they were chosen, test pairs); known: the encoder's meta."""
     def pairs_of(part, classes):
@@ -814,6 +808,7 @@ def load_pairs(args, in_chans, known):
     if not len(train):
         raise DataError(f"{args.data}: no training images (looked for train/images and "
                         "train/labels, and for ADE20K's, Cityscapes' and VOC's folders)")
+    train.check_ids()
     train.name_classes()
     if not 2 <= len(train.classes) <= IGNORED:
         raise DataError(f"{args.data}: {len(train.classes)} classes; there must be 2 to {IGNORED}")
@@ -824,16 +819,8 @@ def load_pairs(args, in_chans, known):
         raise DataError(f"{args.data}: no images to test on ({args.test_part or 'val or test'})")
     used, how = train, "all"
     if args.labels:
-        text = args.labels.removesuffix("%")
-        try:
-            n = int(text) if text == args.labels else round(len(train) * float(text) / 100)
-        except (ValueError, OverflowError):
-            n = 0
-        if not 0 < n <= len(train):
-            raise UsageError(f"--labels {args.labels}: neither a number of the {len(train)} "
-                             "training images nor a share of them, 10%")
-        drawn = augment.shuffled(len(train), augment.SUBSET, 3, args.seed)[:n]
-        used = train.select(sorted(drawn.tolist()))
+        every = SimpleNamespace(labels=torch.zeros(len(train)), classes=[""])   # as one class
+        used = train.select(data.drawn(every, args.labels, args.seed, "natural").tolist())
         how = f"{args.labels}, drawn by seed {args.seed}"
     for pairs in (used, test):
         pairs.range = known.get("range")
@@ -845,7 +832,9 @@ def load_pairs(args, in_chans, known):
 def train_and_test(args, env):
     """A row: (its result, the sheet's columns {title: images})."""
     # ------------------------------------------------------------- 1. images, network
-    source, state, config = run.once_a_node(start, args)
+    size = dict(img_size=args.crop_size, init_size=None, in_chans=None)
+    of_init = argparse.Namespace(**vars(args) | size)
+    source, state, config = run.once_a_node(checkpoint.start, of_init)
     known = source["meta"] if source else {}
     pairs, how, test = run.once_a_node(load_pairs, args, config["in_chans"], known)
     args.batch_size = min(args.batch_size, len(pairs) // env.processes * env.processes)
@@ -910,7 +899,8 @@ def train_and_test(args, env):
         assert now == fixed, "training changed frozen weights"
     content = dict(model={k: v.cpu() for k, v in net.state_dict().items()}, config=net.config,
                    head=head, classes=list(pairs.classes), mean=list(pairs.mean),
-                   std=list(pairs.std), short_side=args.short_side, stride=args.stride, meta=meta)
+                   std=list(pairs.std), range=pairs.range, short_side=args.short_side,
+                   stride=args.stride, meta=meta)
     tester = Tester(net, env, content)
     matrix, tested = tester.confusion(test, args.workers, args.max_bad)
     found = measures(matrix)
@@ -954,6 +944,7 @@ def predict(args):
         raise DataError(f"{args.predict}: no images in this folder")
     images = data.Dataset(data.FileSource(args.predict, list(files.values())),
                           in_chans=net.config["in_chans"], name=args.predict)
+    images.range = content.get("range")
     tester = Tester(net.to(env.device), env, content)
     out, classes = os.path.join(args.out, "predict"), len(content["classes"])
     progress = run.Progress("images", len(images))

@@ -17,10 +17,10 @@ from run import UsageError
 
 
 # -------------------------------------------------------------------------------- images and sheets
-def shown_images(args, in_chans):
+def shown_images(args, in_chans, value_range=None):
     """The images of --files, or --show of the dataset."""
     if not args.files:
-        dataset = data.load(args.data, args.split == "train", in_chans)
+        dataset = data.load(args.data, args.split == "train", in_chans, value_range=value_range)
         return dataset.select(views.shuffled(len(dataset), args.seed, views.SUBSET)[:args.show])
     files = []
     for path in args.files:
@@ -29,6 +29,7 @@ def shown_images(args, in_chans):
     if not files:
         raise UsageError(f"--files {' '.join(args.files)}: no images found there")
     dataset = data.Dataset(data.FileSource("", files), in_chans=in_chans, name="--files")
+    dataset.range = value_range
     for i, path in enumerate(files):                    # a loader would leave it out
         try:
             dataset.read(i)
@@ -145,7 +146,7 @@ def reconstruct(args):
         if args.norm_pix_loss is None and source["layout"] != "ours":
             print(f"{source['path']}: taken as trained on plain pixels (--norm-pix-loss if it was "
                   "not)", flush=True)
-        dataset = shown_images(args, net.config["in_chans"])
+        dataset = shown_images(args, net.config["in_chans"], source["meta"].get("range"))
         stats = {k: source["meta"].get(k) for k in ("mean", "std")}
         batch, loader = batch_of(dataset, [views.TEST_VIEW], net.config["img_size"], args.seed,
                                  **stats)

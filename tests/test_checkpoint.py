@@ -132,7 +132,8 @@ def test_weights_under_any_key_and_averages_beside_them(tmp_path):
         assert f"weights of {key}" in said(source)
     for content in ({"state_dict": state, "state_dict_ema": other},
                     {"model_ema": prefixed("module.", other), "model": state},
-                    {"ema": {"module": other}, "net": state}):
+                    {"ema": {"module": other}, "net": state},
+                    {"encoder": state, "target_encoder": other}):
         source = read_as(content, tmp_path / "x.pt")
         assert_identical(source["state"], state)
         assert "also there: " in said(source) and "(--weights ema)" in said(source)
@@ -259,6 +260,17 @@ HF = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermedia
           image_size=16, patch_size=4, layer_norm_eps=1e-6)
 DECODER = dict(decoder_hidden_size=24, decoder_num_hidden_layers=2, decoder_num_attention_heads=3,
                decoder_intermediate_size=96, mask_ratio=0.0, norm_pix_loss=True)
+
+
+def test_statistics_that_timm_or_transformers_state():
+    rgb = dict(in_chans=3)
+    half = dict(pretrained_cfg=dict(mean=[0.5] * 3, std=[0.25] * 3))
+    assert checkpoint.foreign_meta(half, {}, rgb) == dict(mean=[0.5] * 3, std=[0.25] * 3)
+    shown = dict(image_mean=[0.1] * 3, image_std=[0.2] * 3)
+    assert checkpoint.foreign_meta(half, shown, rgb) == dict(mean=[0.1] * 3, std=[0.2] * 3)
+    plain = checkpoint.foreign_meta({}, shown | dict(do_normalize=False), rgb)
+    assert plain == dict(mean=[0.0] * 3, std=[1.0] * 3)
+    assert checkpoint.foreign_meta({}, {}, rgb) == dict(mean=None, std=None)
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification", "ViTMAEModel",

@@ -65,6 +65,8 @@ def test_parts_of_any_case_and_common_names(tmp_path, train, test, capsys):
 
 @pytest.mark.parametrize("names, train, message", [
     (["train_2020/a/1.png", "test_2020/a/1.png"], True, "look like parts"),
+    (["seg_train/a/1.png", "seg_test/a/1.png"], True, "look like parts"),
+    (["set/train/a/1.png", "set/val/a/1.png"], True, "set/ in it has parts .*: give .*/set"),
     (["train/a/1.png", "Training/a/1.png"], True, "Training/ or train/ the train part"),
     (["boat/1.png", "bus/1.png", "plane/1.png", "train/1.png"], True,
      "train/, beside boat, bus, plane, a part or a class"),
@@ -79,9 +81,10 @@ def test_parts_that_are_in_doubt_or_missing_are_refused(tmp_path, names, train, 
 
 def test_masks_beside_their_images_are_passed_over(tmp_path, capsys):
     own = ["a/1.png", "a/2.png", "a/lone_mask.png", "b/1.png"]
-    folder_of(tmp_path, [*own, "a/1_mask.png", "a/1_mask_2.png", "b/1-Label.png"])
+    folder_of(tmp_path, [*own, "a/1_mask.png", "a/1_mask_2.png", "b/1-Label.png",
+                         "b/1_segmentation.png", "b/1.labelIds.png", "a/2_manual1.png"])
     assert list(data.load(str(tmp_path)).files) == own
-    assert "passed over 3 masks beside their images, such as a/1_m" in capsys.readouterr().out
+    assert "passed over 6 masks beside their images, such as a/1_m" in capsys.readouterr().out
     rows = "file,label\n" + "".join(f"a/{name},{name}\n" for name in ("1.png", "1_mask.png"))
     (tmp_path / "list.csv").write_text(rows)                # what is asked for by name is read
     assert len(data.load(str(tmp_path / "list.csv"))) == 2
@@ -230,6 +233,44 @@ def test_labels_file_with_and_without_a_split(tmp_path):
     table.write_text("file,label\n" + "".join(f"{n},new {n.split('/')[1]}\n" for n in names))
     for part in (True, False):
         assert data.load(root, part, labels_file=str(table)).classes == ["new cat", "new dog"]
+
+
+@pytest.mark.parametrize("rows, message", [
+    (["a/1.png,x,train", "a/1.png,x,val"], "1 images are in split train and in another, first a/1"),
+    (["label", "x"], "row 2 of the table names no file"),
+    (["c/2.png,x,train", "d/2.png,y,train"], "c/2.png and d/2.png stand for one image, 2.png")])
+def test_tables_that_would_mislead_are_refused(tmp_path, rows, message):
+    root, table = folder_of(tmp_path / "set", ["a/1.png", "2.png"]), tmp_path / "l.csv"
+    head = "label,file\nx,a/1.png" if rows[0] == "label" else "file,label,split"
+    table.write_text("\n".join([head, *rows[rows[0] == "label":]]) + "\n")
+    with pytest.raises(data.DataError, match=message):
+        data.load(root, labels_file=str(table))
+
+
+def test_numbers_for_class_folders_are_read_alike_in_both_parts(tmp_path):
+    """ImageNet as it is unpacked: validation images in no class folders."""
+    names = [f"train/{c}/{i}.png" for c in ("n1", "n2") for i in range(2)]
+    flat = ["val/7.png", "val/8.png"]
+    root, table = folder_of(tmp_path / "set", names + flat), tmp_path / "l.csv"
+    rows = [f"{name},{int('n2' in name)}" for name in names] + ["val/7.png,1", "val/8.png,0"]
+    table.write_text("file,label\n" + "\n".join(rows) + "\n")
+    train, test = (data.load(root, part, labels_file=str(table)) for part in (True, False))
+    assert data.same_classes(train, test).labels.tolist() == [1, 0]
+
+
+def test_colours_of_16_bits_keep_their_range(tmp_path):
+    values = (np.arange(3 * 8 * 6).reshape(8, 6, 3) * 28).astype(np.uint16)     # to 4,004
+    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 6, 8, 16, 2, 0, 0, 0)
+    chunks = [struct.pack(">I", len(body)) + kind + body
+              + struct.pack(">I", zlib.crc32(kind + body))
+              for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b""))]
+    (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    dataset = data.load(str(tmp_path), value_range=(0, 4095))
+    expected = np.floor(values / 4095 * 255 + 0.5)
+    assert np.array_equal(dataset.images[0].permute(1, 2, 0).numpy(), expected)
+    assert data.load(str(tmp_path)).range == (0, 65535)
+    assert data.Encoded(bytearray((tmp_path / "1.png").read_bytes())).extremes() == (0, 4004)
 
 
 def test_a_share_of_each_class_is_held_out(tmp_path):

@@ -213,9 +213,59 @@ def test_fewshot_over_seeds_and_the_table(encoder_folder, world, tmp_path, capsy
     last = capsys.readouterr().out.strip().split("\n")[-1]
     tops = [e["top1"] for e in entries]
     assert last == f"| random | {np.mean(tops):.1f} ± {np.std(tops, ddof=1):.1f} |"
+    assert len(list(tmp_path.glob("classifier-fewshot-*-seed?.pt"))) == 3       # none overwritten
     (tmp_path / "results.jsonl").write_text('{"top1": 3}\n')
     with pytest.raises(run.UsageError, match="lacks system, protocol or top1"):
         evaluate.main(evaluate.get_args(["--table", "--out", str(tmp_path)]))
+
+
+def test_a_csv_quotes_what_a_spreadsheet_would_compute(tmp_path):
+    run.write_csv(tmp_path / "x.csv", [["-1", "+1.5", "-a.png", "=1", "a"]])
+    assert (tmp_path / "x.csv").read_text().strip() == "-1,+1.5,'-a.png,'=1,a"
+
+
+def test_a_table_averages_seeds_alone():
+    def entry(top1, digest, seed=0, data="A", labels="all"):
+        return dict(system="MAE", protocol="20-NN", top1=top1, digest=digest, data=data, seed=0,
+                    labels=labels, checkpoint=f"out/{digest}", pretraining=dict(seed=seed))
+
+    seeds = [entry(40.0, "a"), entry(42.0, "b", seed=1)]
+    assert evaluate.table(seeds).endswith("| MAE | 41.0 ± 1.4 |")
+    more = [*seeds, entry(60.0, "c"), entry(70.0, "a", data="B"), entry(30.0, "a", labels="1%")]
+    assert evaluate.table(more).split("\n") == [
+        "| system | 20-NN, all | 20-NN, 1% |", "|---|---|---|", "| MAE, A, out/a | 40.0 | 30.0 |",
+        "| MAE, A, out/b | 42.0 |  |", "| MAE, A, out/c | 60.0 |  |", "| MAE, B | 70.0 |  |"]
+
+
+def test_a_stopped_linear_evaluation_with_other_labels_starts_over(encoder_folder, tmp_path,
+                                                                   monkeypatch):
+    names = [f"{i}.png" for i in range(32)]
+    root, table = folder_of(tmp_path / "data", names, (32, 32)), tmp_path / "labels.csv"
+    step, taken, stop_at = evaluate.LinearSweep.step, [], None
+
+    def noted(self, x, labels, factor):
+        taken.append(factor)
+        if len(taken) == stop_at:
+            raise KeyboardInterrupt
+        return step(self, x, labels, factor)
+
+    def go(out, turned):
+        taken.clear()
+        rows = [f"{name},{'xy'[(i + turned) % 2]},{'val' if i > 23 else 'train'}\n"
+                for i, name in enumerate(names)]
+        table.write_text("file,label,split\n" + "".join(rows))
+        run_mode(encoder_folder, tmp_path / out, "--data", root, "--labels-file", table, "--epochs",
+                 3, "--batch-size", 8, "--no-cache-features")
+        return list(taken)
+
+    monkeypatch.setattr(evaluate.LinearSweep, "step", noted)
+    every = go("whole", 1)
+    stop_at = 2 * len(every) // 3 + 1
+    with pytest.raises(KeyboardInterrupt):
+        go("parts", 0)
+    assert list((tmp_path / "parts").glob("linear-*.part.pt"))
+    stop_at = None
+    assert go("parts", 1) == every
 
 
 def test_labels_from_a_file_and_a_share_to_test_on(encoder_folder, tmp_path):
@@ -382,7 +432,7 @@ def test_three_processes_give_the_result_of_one(start, encoder_folder, tmp_path)
     every_mode(encoder_folder, root, clean, one, 9)
     job = start(every_mode, encoder_folder, root, clean, three, 2, processes=3)
     assert job.codes() == [0] * 3, job.said()
-    assert job.said().count("wrote ") == 3              # by the first process alone
+    assert job.said().count("wrote ") == 5              # by the first process alone
     found, written, logits = [], [], []
     for out in (one, three):
         with open(out / "results.jsonl") as f:

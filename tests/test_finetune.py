@@ -11,7 +11,7 @@ import data
 import finetune
 import model
 import run
-from conftest import QUIET, class_folder, corrupt, log_of
+from conftest import QUIET, class_folder, corrupt, folder_of, log_of
 
 DEPTH, DIM, CLASSES = 3, 24, 16
 SCALE = 96 / 256                                            # of rates, where a batch is every image
@@ -330,6 +330,23 @@ def test_log_and_results_folder(made, tmp_path):
     assert json.loads(open(tmp_path / "results.jsonl").read()) == entry
     assert not os.path.exists(tmp_path / "run" / "results.jsonl")
     assert os.path.exists(tmp_path / "run" / "per-class-finetune.csv")
+
+
+def test_a_run_with_other_labels_or_epochs_is_refused(made, tmp_path):
+    names = [f"{i}.png" for i in range(20)]
+    root, table = folder_of(tmp_path / "data", names, (32, 32)), tmp_path / "labels.csv"
+
+    def go(turned, *more):
+        rows = [f"{name},{'xy'[(i + turned) % 2]},{'val' if i > 15 else 'train'}\n"
+                for i, name in enumerate(names)]
+        table.write_text("file,label,split\n" + "".join(rows))
+        return tune(made["mae"], tmp_path / "out", "--data", root, "--labels-file", str(table),
+                    "--batch-size", "8", *more)
+
+    go(0)
+    for turned, more, words in ((1, (), "labels_digest"), (0, ("--epochs", "2"), "epochs 1, now")):
+        with pytest.raises(run.UsageError, match=f"{words}.*use another --out, or --resume never"):
+            go(turned, *more)
 
 
 def test_more_processes_than_images(made, tmp_path, monkeypatch):

@@ -245,6 +245,8 @@ def test_a_second_run_skips_what_is_done_and_a_broken_one_goes_on(tmp_path, stub
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     assert len(lines) == 6 and {json.loads(line)["seed"] for line in lines} == {0, 1}
     assert not call()
+    with pytest.raises(reproduce.UsageError, match="holds results with data None, now it is"):
+        reproduce.main(arguments(tmp_path, "--only", "table3", "--data", str(tmp_path)))
     (tmp_path / "results.jsonl").write_text("\n".join(lines[:5]) + "\n")
     assert [script for script, _ in call()].count("finetune") == 1
 

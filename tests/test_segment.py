@@ -297,6 +297,33 @@ def test_overfits_and_predicts(tmp_path):
     assert Image.open(os.path.join(found["path"], "00-overlay.png")).mode == "RGB"
 
 
+def test_the_range_of_values_goes_on_to_predictions(tmp_path, monkeypatch):
+    head = segment.describe("linear", 3, 2)
+    content = dict(model=segment.Segmenter(CONFIG, head).state_dict(), config=CONFIG, head=head,
+                   classes=["a", "b"], mean=[0.5] * 3, std=[0.5] * 3, range=(0.0, 1000.0),
+                   short_side=16, stride=8)
+    checkpoint.save(content, tmp_path / "segmenter.pt")
+    (tmp_path / "new").mkdir()
+    Image.fromarray(np.full((16, 24), 500, np.uint16)).save(tmp_path / "new" / "1.png")
+    seen, label_picture = [], segment.Tester.label_picture
+    monkeypatch.setattr(segment.Tester, "label_picture", lambda tester, image: seen.append(
+        np.asarray(image)) or label_picture(tester, image))
+    segment.main(segment.get_args([*QUIET, "--out", str(tmp_path), "--predict",
+                                   str(tmp_path / "new")]))
+    assert np.unique(seen[0]).tolist() == [128]
+
+
+def test_masks_of_0_and_255_are_refused(tmp_path):
+    for part in ("train", "val"):
+        write(tmp_path, part, 2)
+        for path in (tmp_path / part / "labels").iterdir():
+            Image.fromarray((np.array(Image.open(path)) > 0).astype(np.uint8) * 255).save(path)
+    (tmp_path / "names.txt").write_text("ground\ncell\n")
+    for more in ([], ["--classes", str(tmp_path / "names.txt")]):
+        with pytest.raises(DataError, match="if 255 is a class, write it as 1"):
+            go(tmp_path, tmp_path / "out", *more)
+
+
 @pytest.mark.parametrize("protocol", ["upernet", "linear4"])
 def test_resumes_to_the_same_weights(folder, tmp_path, protocol, monkeypatch):
     more = ["--protocol", protocol, "--drop-path", "0.3", "--lr", "1e-2"]
@@ -353,6 +380,6 @@ def test_unreadable_files_are_left_out(tmp_path):
 @pytest.mark.parametrize("more", [["--stride", "17"], ["--crop-size", "4"], ["--crop-size", "18"],
                                   ["--labels", "9"], ["--labels", "x"], ["--batch-size", "1"]])
 def test_what_cannot_be_done_is_refused(folder, tmp_path, more):
-    with pytest.raises((UsageError, SystemExit)):
+    with pytest.raises((UsageError, DataError, SystemExit)):
         go(folder, tmp_path, *more)
     assert not (tmp_path / "last.pt").exists()
