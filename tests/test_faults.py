@@ -269,7 +269,8 @@ def test_a_folder_that_cannot_be_written_to(world, encoder, tmp_path):
         assert "cannot write there" in line
     (tmp_path / "closed").mkdir(mode=0o555)
     reachable(tmp_path / "closed")
-    train("mae_pretrain", encoder, tmp_path / "open")   # imports what another user may not read
+    # imports what another user may not read
+    train("mae_pretrain", encoder, tmp_path / "open", "--epochs", "1")
 
     def work():
         try:
