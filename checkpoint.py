@@ -617,8 +617,9 @@ def foreign_meta(known, shown, config):
         meta["decoder"] = dict(decoder_heads=known["decoder_num_attention_heads"],
                                norm_pix_loss=known.get("norm_pix_loss") is True)
     timm = known.get("pretrained_cfg")
-    if isinstance(timm, dict) and not shown:
-        meta |= dict(mean=timm.get("mean"), std=timm.get("std"))
+    if isinstance(timm, dict) and not shown:            # of the images that it was first trained on
+        meta |= {name: timm[name] for name in ("mean", "std") if isinstance(timm.get(name), list)
+                 and len(timm[name]) == config["in_chans"]}
     elif shown.get("do_normalize", True):
         meta |= dict(mean=shown.get("image_mean"), std=shown.get("image_std"))
     else:

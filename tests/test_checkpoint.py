@@ -266,6 +266,7 @@ def test_statistics_that_timm_or_transformers_state():
     rgb = dict(in_chans=3)
     half = dict(pretrained_cfg=dict(mean=[0.5] * 3, std=[0.25] * 3))
     assert checkpoint.foreign_meta(half, {}, rgb) == dict(mean=[0.5] * 3, std=[0.25] * 3)
+    assert checkpoint.foreign_meta(half, {}, dict(in_chans=1)) == {}    # adapted to grey since
     shown = dict(image_mean=[0.1] * 3, image_std=[0.2] * 3)
     assert checkpoint.foreign_meta(half, shown, rgb) == dict(mean=[0.1] * 3, std=[0.2] * 3)
     plain = checkpoint.foreign_meta({}, shown | dict(do_normalize=False), rgb)

@@ -6,6 +6,7 @@ import os
 import runpy
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,33 +111,40 @@ def test_few_labels_choose_by_cross_validation(encoder_folder, tmp_path, cache, 
     assert whole == 2 * n and sum(parts) == 2 * n * (folds - 1) and len(parts) == folds
 
 
-@pytest.mark.parametrize("norm", [[], ["--batchnorm"]])
-def test_a_stopped_linear_evaluation_goes_on(encoder_folder, tmp_path, monkeypatch, norm, capsys):
-    root = class_folder(tmp_path / "data", 8, 8)
-    step, taken, stop_at = evaluate.LinearSweep.step, [], None
+@pytest.fixture
+def steps(monkeypatch):
+    """taken: the factors of the rate of all steps of linear sweeps, interrupted at step stop_at."""
+    step, steps = evaluate.LinearSweep.step, SimpleNamespace(taken=[], stop_at=None)
 
     def noted(self, x, labels, factor):
-        taken.append(factor)
-        if len(taken) == stop_at:
+        steps.taken.append(factor)
+        if len(steps.taken) == steps.stop_at:
             raise KeyboardInterrupt
         return step(self, x, labels, factor)
 
+    monkeypatch.setattr(evaluate.LinearSweep, "step", noted)
+    return steps
+
+
+@pytest.mark.parametrize("norm", [[], ["--batchnorm"]])
+def test_a_stopped_linear_evaluation_goes_on(encoder_folder, tmp_path, steps, norm, capsys):
+    root = class_folder(tmp_path / "data", 8, 8)
+
     def go(name):
         """The result, and the factors of the rate of every step taken."""
-        taken.clear()
+        steps.taken.clear()
         entry, = run_mode(encoder_folder, tmp_path / name, "--data", root, "--epochs", 3,
                           "--batch-size", 8, "--no-cache-features", *norm)
-        return entry, list(taken)
+        return entry, list(steps.taken)
 
-    monkeypatch.setattr(evaluate.LinearSweep, "step", noted)
     whole, every = go("whole")
-    stop_at = 2 * len(every) // 3 + 1                                   # in the third epoch
+    steps.stop_at = 2 * len(every) // 3 + 1                             # in the third epoch
     with pytest.raises(KeyboardInterrupt):
         go("parts")
     kept, = (tmp_path / "parts").glob("linear-*.part.pt")
-    stop_at = None
-    parts, steps = go("parts")
-    assert steps == every[-len(every) // 3:] and not kept.exists()
+    steps.stop_at = None
+    parts, rest = go("parts")
+    assert rest == every[-len(every) // 3:] and not kept.exists()
     for key in ("top1", "best_on_test", "held_out_top1", "lr"):
         assert parts[key] == whole[key], key
     ours, theirs = (checkpoint.read(tmp_path / name / "classifier-linear.pt")["classifier"]
@@ -237,34 +245,24 @@ def test_a_table_averages_seeds_alone():
         "| MAE, A, out/b | 42.0 |  |", "| MAE, A, out/c | 60.0 |  |", "| MAE, B | 70.0 |  |"]
 
 
-def test_a_stopped_linear_evaluation_with_other_labels_starts_over(encoder_folder, tmp_path,
-                                                                   monkeypatch):
+def test_a_stopped_linear_evaluation_with_other_labels_starts_over(encoder_folder, tmp_path, steps):
     names = [f"{i}.png" for i in range(32)]
     root, table = folder_of(tmp_path / "data", names, (32, 32)), tmp_path / "labels.csv"
-    step, taken, stop_at = evaluate.LinearSweep.step, [], None
-
-    def noted(self, x, labels, factor):
-        taken.append(factor)
-        if len(taken) == stop_at:
-            raise KeyboardInterrupt
-        return step(self, x, labels, factor)
-
     def go(out, turned):
-        taken.clear()
+        steps.taken.clear()
         rows = [f"{name},{'xy'[(i + turned) % 2]},{'val' if i > 23 else 'train'}\n"
                 for i, name in enumerate(names)]
         table.write_text("file,label,split\n" + "".join(rows))
         run_mode(encoder_folder, tmp_path / out, "--data", root, "--labels-file", table, "--epochs",
                  3, "--batch-size", 8, "--no-cache-features")
-        return list(taken)
+        return list(steps.taken)
 
-    monkeypatch.setattr(evaluate.LinearSweep, "step", noted)
     every = go("whole", 1)
-    stop_at = 2 * len(every) // 3 + 1
+    steps.stop_at = 2 * len(every) // 3 + 1
     with pytest.raises(KeyboardInterrupt):
         go("parts", 0)
     assert list((tmp_path / "parts").glob("linear-*.part.pt"))
-    stop_at = None
+    steps.stop_at = None
     assert go("parts", 1) == every
 
 
