@@ -140,6 +140,22 @@ def test_pyramid_and_head_take_odd_grids(grid):
     assert segment.describe("linear", 24, 150)["taps"] == [24]
 
 
+@pytest.mark.parametrize("sizes", [[(12, 20), (6, 10), (3, 5), (1, 2)], [(7, 9), (1, 1), (6, 6)],
+                                   [(4, 4), (4, 4), (3, 4)]])
+def test_a_fusing_convolution_is_that_of_the_resized_maps(sizes):
+    channels = [3, 5, 2, 4][:len(sizes)]
+    layer = segment.FusingConv(channels, 6, 3, padding=1, bias=False).double()
+    maps = [torch.randn(2, c, *size, dtype=torch.float64, requires_grad=True)
+            for c, size in zip(channels, sizes)]
+    together = torch.cat([segment.resized(x, sizes[0]) for x in maps], 1)
+    expected = F.conv2d(together, layer.weight, padding=1)
+    direction = torch.randn_like(expected)
+    results = [[y, *torch.autograd.grad(y, [layer.weight, *maps], direction, retain_graph=True)]
+               for y in (layer(maps), expected)]
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 def test_gradient_is_zero_at_ignored_pixels():
     logits = torch.randn(2, 3, 4, 6, requires_grad=True)
     labels = torch.randint(0, 3, (2, 4, 6))
