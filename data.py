@@ -164,6 +164,11 @@ class Encoded:
                 return decode(content, in_chans, False).permute(1, 2, 0)
         if self.bits == 32 and value_range is None:
             raise BadFile("values of 32 bits in a set of 8 or 16 bits: give --range")
+        # tag 277: bands of a TIFF; a fourth that it does not call alpha is left out by pillow
+        bands = self.image.tag_v2.get(277, 1) if self.image.format == "TIFF" else 0
+        if in_chans == 4 and bands > len(self.image.getbands()):
+            raise BadFile(f"a TIFF of {bands} bands, of which {len(self.image.getbands())} are read:"
+                          " save it as an RGBA PNG, the fourth band as alpha")
         with or_bad_file():
             if self.is_deep:
                 image = Image.fromarray(to_bytes(self.values(), value_range or (0, 65535)))

@@ -79,7 +79,7 @@ def get_args(argv=None):
         "first is reported as top-1 (default: 20)")
     run.add_options(add, "per-class")
     add("--classifier", help="predict: what linear, fewshot or finetune.py wrote")
-    add("--input", help="features, predict: a folder of images, or an image")
+    add("--input", help="features, predict: a folder of images; predict: or an image")
     add("--all-probabilities", action="store_true", help="predict: a column for each class")
     add = parser.group("run")
     run.add_options(add, "out device amp compile timeout-minutes", out="out")

@@ -2,11 +2,11 @@
 import contextlib
 import io
 import os
+import struct
 import pickle
 import random
 import resource
 import socket
-import struct
 import unicodedata
 import zlib
 
@@ -393,6 +393,20 @@ def test_nan_and_floats_among_8_bits_are_bad(tmp_path):
         dataset.range = value_range
         with pytest.raises(data.BadFile, match=message):
             dataset.read(0)
+
+
+def test_a_fourth_band_that_is_not_called_alpha_is_not_left_out(tmp_path):
+    pixels = images_like(1, 9, 8)[0].repeat(2, 1, 1)[:4].permute(1, 2, 0)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "alpha.tif")
+    content = (tmp_path / "alpha.tif").read_bytes()
+    tag = struct.pack("<HHI", 338, 3, 1)                # ExtraSamples: 2, alpha; 0, not specified
+    assert content.count(tag + b"\2") == 1
+    (tmp_path / "bands.tif").write_bytes(content.replace(tag + b"\2", tag + b"\0"))
+    source = data.FileSource(str(tmp_path), ["alpha.tif", "bands.tif"])
+    four, three = (data.Dataset(source, in_chans=n) for n in (4, 3))
+    assert torch.equal(four.read(0)[..., :3], three.read(1))
+    with pytest.raises(data.BadFile, match="TIFF of 4 bands, of which 3 are read"):
+        four.read(1)
 
 
 def test_check_says_the_range_and_what_is_lost(tmp_path, capsys):
