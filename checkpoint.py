@@ -126,8 +126,9 @@ def read_safetensors(path):
                     or end - start != math.prod(part["shape"]) * dtype.itemsize):
                 raise CheckpointError(f"{name:.40} claims bytes that are not there")
             f.seek(8 + length + start)
-            tensor = torch.frombuffer(bytearray(f.read(end - start)), dtype=dtype)
-            state[name] = tensor.reshape(part["shape"])
+            content = bytearray(f.read(end - start))
+            state[name] = (torch.frombuffer(content, dtype=dtype).reshape(part["shape"]) if content
+                           else torch.empty(part["shape"], dtype=dtype))
     return state
 
 
@@ -473,7 +474,8 @@ def config_of(state, layout, known, heads, size):
         size = size or ([stated, stated] if type(stated) is int else stated)
         if not isinstance(size, (list, tuple)) or [type(side) for side in size] != [int, int]:
             raise CheckpointError(f"its image_size is {stated!r:.40}")
-    stated, notes = known.get("num_attention_heads"), []
+    own, notes = known.get("model_args"), []            # timm's
+    stated = own.get("num_heads") if isinstance(own, dict) else known.get("num_attention_heads")
     if stated is not None and heads not in (None, stated):
         raise CheckpointError(f"its config.json says {stated!r:.20} heads, not {heads}")
     heads = stated or heads
@@ -799,9 +801,13 @@ def export(source, kind, path):
         how = f"safetensors.torch.load_file({path!r})" if safe else f"torch.load({path!r})"
         names = dict(embed_dim="dim", num_heads="heads") | {k: k for k in (
             "img_size", "patch_size", "in_chans", "depth", "mlp_ratio")}
+        mean, std = ([round(v, 4) for v in values] for values in statistics(source))
+        ends = source["meta"].get("range")
+        of_range = f"; the values {ends[0]:g} and {ends[1]:g} are 0 and 1" if ends else ""
         given = ", ".join(f"{theirs}={config[ours]}" for theirs, ours in names.items())
         return (f"wrote {path}; load it with\n  model = timm.models.VisionTransformer({given}, "
-                f"num_classes=0)\n  model.load_state_dict({how}, strict=True)")
+                f"num_classes=0)\n  model.load_state_dict({how}, strict=True)\n"
+                f"  # for images in [0, 1], less {mean}, by {std}{of_range}")
     if kind == "onnx":
         raise CheckpointError(
             "onnx: torch's exporter needs another package (pip install onnxscript); with it: "

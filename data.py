@@ -164,18 +164,28 @@ class Encoded:
                 return decode(content, in_chans, False).permute(1, 2, 0)
         if self.bits == 32 and value_range is None:
             raise BadFile("values of 32 bits in a set of 8 or 16 bits: give --range")
-        # tag 277: bands of a TIFF; a fourth that it does not call alpha is left out by pillow
-        bands = self.image.tag_v2.get(277, 1) if self.image.format == "TIFF" else 0
-        if in_chans == 4 and bands > len(self.image.getbands()):
-            raise BadFile(f"a TIFF of {bands} bands, of which {len(self.image.getbands())} are read:"
-                          " save it as an RGBA PNG, the fourth band as alpha")
+        if self.image.format == "TIFF":
+            self.check_tiff(in_chans)
         with or_bad_file():
             if self.is_deep:
                 image = Image.fromarray(to_bytes(self.values(), value_range or (0, 65535)))
+                image.getexif()[0x0112] = self.image.getexif().get(0x0112, 1)
+                image = ImageOps.exif_transpose(image)
             else:
                 image = self.decode(factor)
             image = to_channels(image, in_chans, value_range)
         return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
+
+    def check_tiff(self, in_chans):
+        """A BadFile where pillow would leave out what is asked for, without a word."""
+        tags, bands = self.image.tag_v2, len(self.image.getbands())
+        bits = max(tags.get(258, (8,)))
+        if bands > 1 and bits > 8:
+            raise BadFile(f"a TIFF whose colours have {bits} bits, of which pillow reads 8: save "
+                          "it as a PNG")
+        if in_chans == 4 and tags.get(277, 1) > bands:      # a fourth that it does not call alpha
+            raise BadFile(f"a TIFF of {tags[277]} bands, of which {bands} are read: save it as an "
+                          "RGBA PNG, the fourth band as alpha")
 
     def values(self):
         """Colours of 16 bits as an array (H, W, C)."""
@@ -231,6 +241,8 @@ def crop(pixels, box, size, view):
     if view["scale"] is None:
         top, left, height, width = box
         image = Image.fromarray(pixels.squeeze(2).numpy())
+        if image.mode == "RGBA":            # as four plain bands: pillow would multiply by alpha
+            image = Image.merge("CMYK", image.split())
         box = left, top, left + width, top + height
         image = image.resize(size[::-1], FILTERS[view["mode"]], box=box)
         return torch.from_numpy(np.array(image)).reshape(*size, -1).permute(2, 0, 1)
@@ -317,8 +329,8 @@ class Progress:
     """How far a long job has come, its rate and the time left, after its first five seconds: on a
     terminal one line that is rewritten, elsewhere a line every 30 seconds."""
 
-    def __init__(self, what, total=None, unit="images", quiet=False):
-        self.what, self.total, self.unit, self.done = what, total, unit, 0
+    def __init__(self, what, total=None, unit="images", quiet=False, done=0):
+        self.what, self.total, self.unit, self.done, self.first = what, total, unit, done, done
         self.started = time.perf_counter()
         self.due = float("inf") if quiet else self.started + 5
 
@@ -328,7 +340,7 @@ class Progress:
         if now < self.due:
             return
         self.due = now + (0.5 if terminal else 30)
-        rate, of, left = self.done / (now - self.started), "", ""
+        rate, of, left = (self.done - self.first) / (now - self.started), "", ""
         if self.total:
             of = f" of {self.total}"
             left = f", left {duration((self.total - self.done) / rate)}"
@@ -482,6 +494,8 @@ def in_folders(path, tars, names, tar):
              for stem in stems]
     if None not in parts and len(set(parts)) > 1:
         folders = [f"{folder}{part}/" for folder, part in zip(folders, parts)]
+        names = [name[name.find("/") + 1:] if part_kind(name.split("/")[0]) == parts[t] else name
+                 for t, name in zip(tar, names)]
     elif len(tars) > 1 and all(name.startswith(f"{stems[t]}_") for t, name in zip(tar, names)):
         folders = [f"{folder}{stem}/" for folder, stem in zip(folders, stems)]
     names = [folders[t] + name for t, name in zip(tar, names)]
@@ -576,7 +590,7 @@ class Dataset:
         if self.labels is None:
             return None
         text = "\0".join(map(str, self.classes)) + str(self.labels.tolist())
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
     def label(self, names, classes):
         """Label each image by the name of its class."""
@@ -704,6 +718,7 @@ def are_images(source):
 
 
 @functools.cache
+@functools.lru_cache
 def part_kind(name):
     """train, val or test if that is what a folder's or split's name means, else None."""
     return next((kind for kind, words in PARTS.items() if re.fullmatch(
@@ -767,6 +782,8 @@ def open_source(path, train=None, whole=False):
     elif os.path.isdir(path):
         inner = next(os.walk(path), (path, [], []))[1]
         tops = [name for name in inner if name[0] != "."]
+    elif os.path.isfile(path):
+        raise DataError(f"{path} is none of what is read here: a folder, tars or an image")
     else:
         raise DataError(f"{path}: no such folder, list file, tar or image")
     parts = {} if train is None else parts_of(path, tops)
@@ -793,7 +810,7 @@ def without_masks(source, folders):
     are of images and of masks."""
     folders = sorted(folders)
     masks, images = (list(filter(kind.fullmatch, folders)) for kind in (MASKS, PICTURES))
-    if masks and images:
+    if masks and images and source.names.below(masks[0]):           # no text beside, as YOLO's
         raise DataError(f"{source.root}: {masks[0]}/ beside {images[0]}/ looks like masks, which "
                         f"are not to be learnt from: give a set of {images[0]}/ alone")
     text = source.names.array.tobytes().lower()
@@ -820,10 +837,13 @@ def read_table(path):
         with open(path, "rb") as f:
             head = f.read(4096)
             kind = next((kind for start, kind in NOT_LISTS.items() if head.startswith(start)), None)
-            if kind or b"\0" in head:
+            wide = head[:2] in (b"\xff\xfe", b"\xfe\xff")     # a spreadsheet's "Unicode text"
+            if kind or b"\0" in head and not wide:
                 raise DataError(f"{path} is {kind or 'neither text nor a folder'}; what can be "
                                 "read is a folder of image files, or a list of them")
-            text = (head + f.read()).decode("utf-8-sig", "surrogateescape")
+            text = head + f.read()
+            text = text.decode("utf-16", "replace") if wide else text.decode(
+                "utf-8-sig", "surrogateescape")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     lines = [line.strip() for line in text.splitlines() if line.strip(' \t"')]
@@ -863,6 +883,13 @@ def table_of(lines):
                           for at in places) for row in rows]
 
 
+def other_part(listed, name):
+    """Whether an image's name says train, val or test, and the listed one's folders another."""
+    own, asked = (set(map(part_kind, folders)) - {None}
+                  for folders in (name.split("/")[:-1], listed[:-1]))
+    return bool(own and asked) and not own & asked
+
+
 def find_listed(source, rows, where):
     """Indices into a source of the listed names; all must be found. By the whole name, else by its
     last two parts or one; absolute where they lie below its root; with or without an ending."""
@@ -881,7 +908,8 @@ def find_listed(source, rows, where):
         parts = os.path.normpath(name).split("/")
         if parts[0] in ("", ".."):
             raise DataError(f"{where}: the name {listed!r} leads out of the data folder")
-        hits = {i: nfc(source.names[i]).split("/")[:-1] for i in position.get(parts[-1], ())}
+        hits = {i: nfc(source.names[i]).split("/")[:-1] for i in position.get(parts[-1], ())
+                if not other_part(parts, source.names[i])}
         fits = [i for i, folders in hits.items() if folders == parts[:-1]] or [
             i for i, folders in hits.items()    # a file in no folder goes by its name alone
             if len(parts) == 1 or folders[-1:] in ([], parts[-2:-1])]
@@ -952,6 +980,8 @@ def listed_images(source, rows, table, parts, train):
             raise DataError(f"{table}: {splits[kinds.index(None)]!r} in the column split is none "
                             "of train, val, test")
         parts = {kind: kind for kind in kinds}
+        if not train and {"val", "test"} <= set(parts):
+            note(f"{table}: images of split val are tested on, not those of test")
         trained = {i for i, kind in zip(ids, kinds) if kind == "train"}
         both = [i for i, kind in zip(ids, kinds) if kind != "train" and i in trained]
         if both:
@@ -970,6 +1000,11 @@ def listed_images(source, rows, table, parts, train):
         if not label or known.setdefault(i, label) != label:
             trouble = "two labels" if label else "no label"
             raise DataError(f"{table}: {source.names[row]} has {trouble}")
+    if len(known) < len(mine):
+        note(f"{table}: {len(mine) - len(known)} rows repeat others and are left out")
+        first = sorted({i: row for row, (i, _) in reversed([*enumerate(mine)])}.values())
+        source, mine = source.select(first), [mine[row] for row in first]
+        labels = [label for _, label in mine]
     # numbers for folders, as in ImageNet's lists, are known by the folders' names, in all parts
     folder = {i: os.path.basename(os.path.dirname(name)) for i, name in zip(ids, named)}
     every = {(folder[i], label) for i, (_, label, _) in zip(ids, rows)}
@@ -1026,7 +1061,6 @@ def load(source, train=True, in_chans=3, stats="imagenet", max_bad=0.01, value_r
     value_range: (low, high), "auto" or None, see `find_range`. labels_file: a CSV of file, label
     and perhaps split. val_share: the share of each class that is the test set.
     """
-    source = source or os.environ.get("DATA")
     if source and source not in DOWNLOADS:
         dataset = open_folder(source, train, in_chans, labels_file, val_share)
         found, measured = sample(dataset), dataset
@@ -1075,11 +1109,13 @@ def find_range(dataset, asked=None, found=None):
     What is asked for; else that of 16 bits; "auto", or else of 32 bits and floats, which have no
     range of their own: the least and largest value of a sample.
     """
-    if asked not in (None, "auto"):
-        return tuple(map(float, asked))
     deepest = max((bits for _, _, bits in found or sample(dataset)), default=8)
     if deepest == 8:
+        if asked:
+            note(f"{dataset.name}: its values have 8 bits, for which there is no --range")
         return None
+    if asked not in (None, "auto"):
+        return tuple(map(float, asked))
     if deepest == 16 and asked is None:
         return 0.0, 65535.0
     values = []
@@ -1672,7 +1708,7 @@ def shrunk(content, short_side):
             return content
         fits = [f for f in (8, 4, 2) if image.is_jpeg and min(image.size) >= 2 * f * short_side]
         small = image.decode(max(fits, default=1))
-        if "a" in small.mode.lower() or small.mode[0] in "IF" or "transparency" in small.info:
+        if image.bits > 8 or "a" in small.mode.lower() or "transparency" in small.info:
             return content                  # more than a JPEG can hold
         small = small.convert("L" if small.mode in ("1", "L") else "RGB")
         scale = short_side / min(small.size)

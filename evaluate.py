@@ -13,6 +13,7 @@ Each result is one JSON line, printed and appended to results.jsonl in --out. `-
 import run  # first: a Ctrl-C while torch is imported ends in one line
 
 import argparse
+import contextlib
 import os
 import re
 import statistics
@@ -52,8 +53,8 @@ def get_args(argv=None):
     add("--export", nargs=2, metavar=("timm|hf|onnx", "FILE"), help="write the encoder, and stop")
     add("--table", action="store_true", help="print results.jsonl as a Markdown table, and stop")
     add = parser.group("encoder")
-    add("--checkpoint", nargs="+", default=["out/graft"], help="runs' folders or files: ours, MAE, "
-        "MoCo v3, DINO, timm, transformers")
+    add("--checkpoint", nargs="+", help="runs' folders or files: ours, MAE, MoCo v3, DINO, timm, "
+        "transformers (default: out/graft; of predict what the classifier was trained on)")
     run.add_options(add, "weights heads init-size img-size")
     add("--block", type=number(int, 1), help="features of this block, not the last; through the "
         "final norm, but in --mode features")
@@ -86,6 +87,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     args.data = args.data or os.environ.get("DATA")
     run.fill(args, PAPER if args.data else SMALL)
+    if args.mode != "predict" or args.export:
+        run.fill(args, dict(checkpoint=["out/graft"]))
     if args.mode == "fewshot":
         run.fill(args, dict(labels="1%"))
     if args.mode in ("finetune", "probe"):
@@ -96,8 +99,8 @@ def get_args(argv=None):
         parser.error(f"--export {args.export[0]!r}: it must be timm, hf or onnx, then a file")
     if args.export and args.table:
         parser.error("--export and --table: one at a time")
-    if args.export and len(args.checkpoint) > 1:
-        parser.error("--export writes one encoder: give one --checkpoint")
+    if (args.export or args.mode == "predict") and len(args.checkpoint or []) > 1:
+        parser.error("--export and --mode predict are of one encoder: give one --checkpoint")
     if args.export and (args.block or args.img_size):
         parser.error("--export writes the encoder as it is: --block and --img-size are not for it")
     for name, modes in MODES_OF.items():
@@ -304,8 +307,7 @@ def linear(frozen, train, test, args, seed):
 def train_on(batches, sweeps, step, steps, quiet):
     """The steps from `step` on, each on (features (n, D), labels (n,), folds (n,)): of the first
     sweep on all of them, of the k-th after it on all but fold k."""
-    progress = run.Progress("linear", steps, "steps", quiet)
-    progress.done = step
+    progress = run.Progress("linear", steps, "steps", quiet, done=step)
     for step, (x, labels, folds) in enumerate(batches, step):
         factor = lr_factor(step, steps, 0)
         sweeps[0].step(x, labels, factor)
@@ -328,6 +330,11 @@ def fit_on_features(sweeps, frozen, x, labels, readable, folds, batch_size, seed
     train_on(batches(), sweeps, 0, epochs * used // batch_size, frozen.env.rank > 0)
 
 
+def part_of(frozen, seed):
+    """Where a linear evaluation keeps what it has done, until its result is written."""
+    return os.path.join(frozen.args.out, f"linear-{frozen.digest}-seed{seed}.part.pt")
+
+
 def fit_on_crops(sweeps, frozen, fit, folds, batch_size, seed):
     """Train on a new random crop of each image in each epoch; the number of images that cannot be
     read. What is done is kept in --out after each epoch, and the same evaluation goes on from
@@ -339,7 +346,7 @@ def fit_on_crops(sweeps, frozen, fit, folds, batch_size, seed):
                          std=frozen.std)
     features, labels = env.autocast(frozen.feature), fit.labels.to(env.device)
     folds, bad = folds.to(env.device), torch.zeros_like(labels)
-    path = os.path.join(args.out, f"linear-{frozen.digest}-seed{seed}.part.pt")
+    path = part_of(frozen, seed)
     asked = dict(lr=args.lr, epochs=args.epochs, batch_size=batch_size, batchnorm=args.batchnorm,
                  data=args.data, images=fit.digest, labels=fit.label_digest,
                  stats=[fit.mean, fit.std, fit.range], block=args.block, sweeps=len(sweeps))
@@ -363,8 +370,6 @@ def fit_on_crops(sweeps, frozen, fit, folds, batch_size, seed):
                 checkpoint.save(dict(asked=asked, epoch=epoch + 1, sweeps=state), path)
 
     train_on(batches(), sweeps, first * len(loader), args.epochs * len(loader), env.rank > 0)
-    if env.rank == 0:
-        os.remove(path)
     return int(bad.sum())
 
 
@@ -476,7 +481,8 @@ def write_features(frozen, args):
         return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
 
     x, readable = frozen.extract(dataset, both)
-    x, path = x.cpu().numpy(), os.path.join(args.out, f"features-{frozen.digest}.npz")
+    block = f"-block{args.block}" if args.block else ""
+    x, path = x.cpu().numpy(), os.path.join(args.out, f"features-{frozen.digest}{block}.npz")
     fields = dict(class_token=x[:, :dim], patch_mean=x[:, dim:], readable=readable.numpy(),
                   files=np.array([dataset.file(i) for i in range(len(x))]))
     if dataset.labels is not None:
@@ -500,8 +506,8 @@ def saved_classifier(args, env):
     weight, bias = (content["classifier"][k].to(env.device) for k in ("weight", "bias"))
     args.block, args.weights = content.get("block"), content.get("weights", args.weights)
     args.heads, args.img_size = args.heads or content.get("heads"), content.get("img_size")
-    trained_on, given = content["checkpoint"], args.checkpoint != ["out/graft"]
-    frozen = Frozen(args.checkpoint[0] if given else trained_on, args, env)
+    trained_on = content["checkpoint"]
+    frozen = Frozen(args.checkpoint[0] if args.checkpoint else trained_on, args, env)
     if frozen.digest != content["encoder_digest"]:
         raise UsageError(f"{path} was trained on the features of another encoder ({trained_on}, "
                          f"{content['encoder_digest']}) than {frozen.path}")
@@ -634,6 +640,9 @@ def evaluate(frozen, train, test, how, args, seed):
             weights=args.weights, protocol=fields["protocol"],
         ), path)
         print(f"wrote {path}", flush=True)
+    if args.mode == "linear":
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part_of(frozen, seed))
     return entry
 
 

@@ -185,7 +185,9 @@ def get_args(argv=None):
     for path in (args.mae, args.moco, args.labels_1, args.labels_10, args.ade20k):
         if path and not os.path.exists(path):
             parser.error(f"{path}: no such file or folder")
-    if args.preset.startswith("imagenet") and not (args.data or os.environ.get("DATA")):
+    if args.preset.startswith("imagenet"):
+        args.data = args.data or os.environ.get("DATA")
+    if args.preset.startswith("imagenet") and not args.data:
         parser.error(f"--preset {args.preset} needs --data FOLDER (with train/ and val/)")
     seeds = [0, 1, 2] if args.preset == "cifar10" else [0]
     run.fill(args, dict(out=os.path.join("out", args.preset), seeds=seeds))
@@ -506,6 +508,7 @@ def markdown(results, p):
 def main(args):
     """Every run and evaluation asks for the same images: what data.load returned is kept."""
     load, kept = data.load, {}
+    os.environ.pop("DATA", None)            # a preset without --data means the embedded set
 
     def read(*args, **more):
         key = repr((args, sorted(more.items())))

@@ -756,7 +756,11 @@ def training_images(args, config, source, env):
     dataset = once_a_node(data.load, args.data, True, config["in_chans"], args.stats or "imagenet",
                           args.max_bad, args.range or known.get("range"), args.labels_file)
     if known.get("mean") and not args.stats:
-        dataset.mean, dataset.std = tuple(known["mean"]), tuple(known["std"])
+        if len(known["mean"]) == dataset.in_chans:
+            dataset.mean, dataset.std = tuple(known["mean"]), tuple(known["std"])
+        elif env.rank == 0:
+            print(f"the mean and deviation of --init are of {len(known['mean'])} channels, not "
+                  f"{dataset.in_chans}: ImageNet's are taken; --stats data measures", flush=True)
     same("numbers of images", len(dataset))
     if args.batch_size > len(dataset):
         raise UsageError(f"--batch-size {args.batch_size} is more than the {len(dataset)} images "

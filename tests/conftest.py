@@ -10,8 +10,10 @@ import json
 import multiprocessing
 import os
 import socket
+import struct
 import sys
 import time
+import zlib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -59,6 +61,22 @@ def folder_of(root, names, size=(16, 16), seed=0):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         Image.fromarray(image).save(path)
     return str(root)
+
+
+def png_of_16_bits(values, orientation=1):
+    """The bytes of a PNG of (H, W, 3) values below 65,536, which pillow does not write."""
+    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return png(values.shape[1], values.shape[0], 16, raw, orientation)
+
+
+def png(width, height, bits, raw, orientation=1):
+    """The bytes of an RGB PNG: its header, EXIF and rows."""
+    exif = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)), (b"eXIf", exif),
+              (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks)
 
 
 def class_folder(root, train=6, val=6, classes=("cat", "dog"), sizes=1):

@@ -173,6 +173,15 @@ def test_heads_and_size_that_a_file_states_are_not_overruled(tmp_path):
         read_as(vit().state_dict(), tmp_path / "x.pt", heads=5)
 
 
+def test_heads_that_timm_states_are_taken(tmp_path):
+    checkpoint.write_safetensors(vit().state_dict(), open(tmp_path / "model.safetensors", "wb"))
+    for args, heads in (("of another kind", 2), (dict(num_heads=4), 4)):
+        (tmp_path / "config.json").write_text(json.dumps(dict(model_args=args)))
+        assert checkpoint.read_encoder(str(tmp_path))["config"]["heads"] == heads
+    with pytest.raises(CheckpointError, match="says 4 heads, not 2"):
+        checkpoint.read_encoder(str(tmp_path), heads=2)
+
+
 def test_positions_of_another_grid_are_never_scrambled(tmp_path):
     path = tmp_path / "x.pt"
     for h, w in ((16, 64), (64, 16)):                   # 4x16 patches: a square number
@@ -356,7 +365,8 @@ def test_exports_load_in_their_libraries(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     net, source = exported(tmp_path, dict(mean=[0.4, 0.5, 0.6], std=[0.2] * 3, range=[-1.0, 3.0]))
     x, features = images(), net(images())
-    checkpoint.export(source, "timm", str(tmp_path / "x.safetensors"))
+    said = checkpoint.export(source, "timm", str(tmp_path / "x.safetensors"))
+    assert "less [0.4, 0.5, 0.6], by [0.2, 0.2, 0.2]; the values -1 and 3 are 0 and 1" in said
     there = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=128, depth=2,
                                           num_heads=2, num_classes=0).eval()
     there.load_state_dict(safetensors.load_file(tmp_path / "x.safetensors"), strict=True)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import augment
 import data
-from conftest import ROOT, corrupt
+from conftest import ROOT, corrupt, png_of_16_bits
 
 FILES = dict(cat=("a.jpg", "b.png", "sub/c.JPEG", "e.jpg"),
              dog=("A.jpg", "d.jpg", "x.y.jpg", "sub.jpg"))
@@ -94,8 +94,10 @@ def in_many_forms(folder, out):
         inside = [(n[len(part) + 1:], c) for n, c in pairs if n.startswith(part)]
         tar_of(out / "parts" / part / "x.tar", inside)
         tar_of(out / f"set-{part}.tar", inside)
+        tar_of(out / "whole" / f"{part}.tar", [(f"{part}/{name}", c) for name, c in inside])
     yield str(out / "parts")
     yield str(out / "set-{train,val}.tar")
+    yield str(out / "whole")
 
 
 def test_a_tar_is_the_folder_in_whatever_form(folder, tmp_path, capsys):
@@ -220,11 +222,12 @@ def test_the_short_side_is_shrunk_and_what_a_jpeg_cannot_hold_is_kept(tmp_path):
     turned[0x0112] = 6
     Image.open(f"{root}/a.jpg").save(f"{root}/e.jpg", exif=turned, quality=95)
     Image.fromarray(np.arange(40000, dtype=np.uint16).reshape(200, 200)).save(f"{root}/f.png")
+    (tmp_path / "f/g.png").write_bytes(png_of_16_bits(np.zeros((150, 150, 3))))
     path = pack(root, tmp_path / "x.tar", "--short-side", "100")
     ours, theirs = data.every_image(path), data.every_image(root)
-    assert [ours.open(i).size for i in range(6)] == [
-        (100, 201), (125, 100), (90, 300), (200, 160), (201, 100), (200, 200)]
-    assert [contents(ours)[i] == contents(theirs)[i] for i in range(6)] == [0, 0, 1, 1, 0, 1]
+    assert [ours.open(i).size for i in range(7)] == [
+        (100, 201), (125, 100), (90, 300), (200, 160), (201, 100), (200, 200), (150, 150)]
+    assert [contents(ours)[i] == contents(theirs)[i] for i in range(7)] == [0, 0, 1, 1, 0, 1, 1]
     for i in (0, 1, 4):
         size = ours.open(i).size[::-1]
         small = np.array(Image.fromarray(theirs.read(i).numpy()).resize(size, Image.LANCZOS))

@@ -8,7 +8,6 @@ import random
 import resource
 import socket
 import unicodedata
-import zlib
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from PIL import Image, ImageOps
 
 import augment
 import data
-from conftest import corrupt, folder_of, images_like
+from conftest import corrupt, folder_of, images_like, png, png_of_16_bits
 
 
 def classes_in(root, part="train", classes=("cat", "dog"), each=3):
@@ -92,9 +91,12 @@ def test_masks_beside_their_images_are_passed_over(tmp_path, capsys):
 
 @pytest.mark.parametrize("names, why", [
     (["cat/1.png"], "it has one class folder only, cat"), (["1.png"], "it has no class folders"),
+    (["images/1.png"], "it has one class folder only, images"),         # beside YOLO's labels/*.txt
     (["cat/1.png", "dog/1.png", "x.png"], "x.png lies beside the class folders")])
 def test_a_training_set_without_labels_is_named_and_why(tmp_path, names, why):
     folder_of(tmp_path / "train", names)
+    os.makedirs(tmp_path / "train" / "labels")
+    (tmp_path / "train/labels/1.txt").write_text("0 .5 .5 1 1")
     classes_in(tmp_path, "val")
     train, test = data.load(str(tmp_path)), data.load(str(tmp_path), train=False)
     assert len(train) == len(names) and train.labels is None
@@ -163,7 +165,8 @@ def test_files_that_are_no_list_are_named(tmp_path, name, content, kind):
     "train/dog/dog_1\ncat_0"])
 def test_lists(tmp_path, text, capsys):
     root = os.path.dirname(classes_in(tmp_path))
-    (tmp_path / "some.txt").write_bytes(text.replace("ROOT", root).encode())
+    kind = "utf-16" if "\t" in text else "utf-8"      # a spreadsheet's "Unicode text"
+    (tmp_path / "some.txt").write_bytes(text.replace("ROOT", root).encode(kind))
     listed = data.load(f"{root}/some.txt")
     assert [os.path.basename(name) for name in listed.files] == ["dog_1.png", "cat_0.png"]
     if "1\r" in text or "label" in text or "\t" in text or "dx" in text:
@@ -212,13 +215,21 @@ def test_labels_of_a_list_are_used_and_said(tmp_path, capsys):
             data.load(f"{root}/l.txt")
 
 
-def test_labels_file_with_and_without_a_split(tmp_path):
+def test_labels_file_with_and_without_a_split(tmp_path, capsys):
     root, table = folder_of(tmp_path / "flat", [f"{i}.png" for i in range(6)]), tmp_path / "l.csv"
     rows = [f"{i}.png,{'ab'[i % 2]},{'train' if i < 4 else 'Test'}\n" for i in range(6)]
-    table.write_text("file,label,split\n" + "".join(rows))
+    table.write_text("file,label,split\n" + "".join(rows + rows[1:3]))
     train, test = (data.load(root, part, labels_file=str(table)) for part in (True, False))
     assert list(train.files) == ["0.png", "1.png", "2.png", "3.png"]
     assert list(test.files) == ["4.png", "5.png"] and test.labels.tolist() == [0, 1]
+    said = capsys.readouterr().out
+    assert said.count("2 rows repeat others") == 1 and "split val" not in said
+    table.write_text("file,label,split\n" + "".join(rows).replace("4.png,a,Test", "4.png,a,val"))
+    assert list(data.load(root, False, labels_file=str(table)).files) == ["4.png"]
+    assert "images of split val are tested on, not those of test" in capsys.readouterr().out
+    table.write_text("file,label\n" + "".join(row[:8].rstrip(",") + "\n" for row in rows * 2))
+    parts = [data.load(root, part, labels_file=str(table), val_share=0.3) for part in (True, False)]
+    assert sorted([*parts[0].files, *parts[1].files]) == [f"{i}.png" for i in range(6)]
     table.write_text("file,label,split\n0.png,a,never\n")
     with pytest.raises(data.DataError, match="'never' in the column split"):
         data.load(root, labels_file=str(table))
@@ -238,9 +249,11 @@ def test_labels_file_with_and_without_a_split(tmp_path):
 @pytest.mark.parametrize("rows, message", [
     (["a/1.png,x,train", "a/1.png,x,val"], "1 images are in split train and in another, first a/1"),
     (["label", "x"], "row 2 of the table names no file"),
+    (["train/a/1.png,x,train"], "1 of 1 listed images do not exist"),   # val/a/1.png is another
     (["c/2.png,x,train", "d/2.png,y,train"], "c/2.png and d/2.png stand for one image, 2.png")])
 def test_tables_that_would_mislead_are_refused(tmp_path, rows, message):
-    root, table = folder_of(tmp_path / "set", ["a/1.png", "2.png"]), tmp_path / "l.csv"
+    names = ["val/a/1.png"] if rows[0].startswith("train") else ["a/1.png", "2.png"]
+    root, table = folder_of(tmp_path / "set", names), tmp_path / "l.csv"
     head = "label,file\nx,a/1.png" if rows[0] == "label" else "file,label,split"
     table.write_text("\n".join([head, *rows[rows[0] == "label":]]) + "\n")
     with pytest.raises(data.DataError, match=message):
@@ -259,18 +272,14 @@ def test_numbers_for_class_folders_are_read_alike_in_both_parts(tmp_path):
 
 
 def test_colours_of_16_bits_keep_their_range(tmp_path):
-    values = (np.arange(3 * 8 * 6).reshape(8, 6, 3) * 28).astype(np.uint16)     # to 4,004
-    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", 6, 8, 16, 2, 0, 0, 0)
-    chunks = [struct.pack(">I", len(body)) + kind + body
-              + struct.pack(">I", zlib.crc32(kind + body))
-              for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b""))]
-    (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
-    dataset = data.load(str(tmp_path), value_range=(0, 4095))
+    values, file = np.arange(3 * 8 * 6).reshape(8, 6, 3) * 28, tmp_path / "1.png"   # to 4,004
     expected = np.floor(values / 4095 * 255 + 0.5)
-    assert np.array_equal(dataset.images[0].permute(1, 2, 0).numpy(), expected)
+    for orientation in (1, 6):                              # as it is; a quarter clockwise
+        file.write_bytes(png_of_16_bits(values, orientation))
+        pixels = data.load(str(tmp_path), value_range=(0, 4095)).read(0)
+        assert np.array_equal(pixels, np.rot90(expected, -1) if orientation == 6 else expected)
     assert data.load(str(tmp_path)).range == (0, 65535)
-    assert data.Encoded(bytearray((tmp_path / "1.png").read_bytes())).extremes() == (0, 4004)
+    assert data.Encoded(bytearray(file.read_bytes())).extremes() == (0, 4004)
 
 
 def test_a_share_of_each_class_is_held_out(tmp_path):
@@ -383,6 +392,20 @@ def test_stacks_are_said_to_be_read_by_their_first_frame(tmp_path, capsys):
     assert "1 of 2 images looked at have several frames" in capsys.readouterr().out
 
 
+def test_a_range_of_8_bits_is_not_used_and_deep_colours_of_a_tiff_are_refused(tmp_path, capsys):
+    folder_of(tmp_path, ["1.png", "2.png"])
+    assert data.load(str(tmp_path), value_range=(0, 100)).range is None
+    assert "its values have 8 bits, for which there is no --range" in capsys.readouterr().out
+    # width, height, bits, compression, photometric, offset, samples, rows, bytes
+    tags = {256: 2, 257: 1, 258: 16, 259: 1, 262: 2, 273: 134, 277: 3, 278: 1, 279: 12}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    (tmp_path / "2.png").write_bytes(header.ljust(134, b"\0") + bytes(range(12)))
+    dataset = data.Dataset(data.FileSource(str(tmp_path), ["2.png"]))
+    with pytest.raises(data.BadFile, match="colours have 16 bits, of which pillow reads 8"):
+        dataset.read(0)
+
+
 def test_nan_and_floats_among_8_bits_are_bad(tmp_path):
     pixels = np.zeros((16, 16), np.float32)
     pixels[3, 3] = np.nan
@@ -407,6 +430,10 @@ def test_a_fourth_band_that_is_not_called_alpha_is_not_left_out(tmp_path):
     assert torch.equal(four.read(0)[..., :3], three.read(1))
     with pytest.raises(data.BadFile, match="TIFF of 4 bands, of which 3 are read"):
         four.read(1)
+    # crops of evaluations too take the fourth for a band like the others
+    box = (0.5, 0.25, 7.5, 7.0)
+    crops = [data.crop(set.read(0), box, (5, 6), augment.TEST_VIEW) for set in (four, three)]
+    assert torch.equal(crops[0][:3], crops[1]) and crops[0].shape == (4, 5, 6)
 
 
 def test_check_says_the_range_and_what_is_lost(tmp_path, capsys):
@@ -454,13 +481,7 @@ def encoded(form, mode="RGB", size=(40, 36), **options):
 
 def png_that_claims(width, height):
     """A PNG of a few bytes whose header claims this size."""
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(
-            ">I", zlib.crc32(kind + body))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(
-        b"IDAT", zlib.compress(bytes(999))) + chunk(b"IEND", b"")
+    return png(width, height, 8, bytes(999))
 
 
 GOOD_FILES = {

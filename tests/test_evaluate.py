@@ -5,6 +5,7 @@ import math
 import os
 import runpy
 import shutil
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -143,8 +144,13 @@ def test_a_stopped_linear_evaluation_goes_on(encoder_folder, tmp_path, steps, no
         go("parts")
     kept, = (tmp_path / "parts").glob("linear-*.part.pt")
     steps.stop_at = None
-    parts, rest = go("parts")
-    assert rest == every[-len(every) // 3:] and not kept.exists()
+    with pytest.MonkeyPatch.context() as patch:             # again, before the result is written
+        patch.setattr(run, "write_result", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            go("parts")
+    rest = list(steps.taken)
+    parts, more = go("parts")
+    assert rest == every[-len(every) // 3:] and not more and not kept.exists()
     for key in ("top1", "best_on_test", "held_out_top1", "lr"):
         assert parts[key] == whole[key], key
     ours, theirs = (checkpoint.read(tmp_path / name / "classifier-linear.pt")["classifier"]
@@ -360,7 +366,7 @@ def test_features_of_an_unlabelled_folder_and_of_a_block(encoder_folder, tmp_pat
     second, = encoder.intermediate(x, [2])
     for more, tokens in (([], encoder.tokens(x)), (["--block", 2], second)):
         run_mode(encoder_folder, tmp_path, "--mode", "features", "--input", folder, *more)
-        content = features_in(tmp_path)
+        content = np.load(*tmp_path.glob(f"features-*{'-block2' if more else '[!2]'}.npz"))
         assert list(content["files"]) == ["0.png", "1.png", "2.png"] and "labels" not in content
         assert np.allclose(content["class_token"], tokens[:, 0], atol=1e-5)
         assert np.allclose(content["patch_mean"], tokens[:, 1:].mean(1), atol=1e-5)
@@ -391,7 +397,8 @@ def test_predict_gives_the_tested_answers(encoder_folder, tmp_path, mode):
     assert (one["class"], one["probability"]) == (rows[5]["class"], rows[5]["probability"])
 
 
-def test_predict_refuses_another_encoder_and_broken_classifiers(encoder_folder, tmp_path):
+def test_predict_refuses_another_encoder_and_broken_classifiers(encoder_folder, tmp_path,
+                                                                monkeypatch):
     root = class_folder(tmp_path / "data", 3, 3)
     run_mode(encoder_folder, tmp_path, "--mode", "fewshot", "--labels", "2 per class", "--data",
              root)
@@ -401,6 +408,13 @@ def test_predict_refuses_another_encoder_and_broken_classifiers(encoder_folder, 
     predict = ["--mode", "predict", "--classifier", path, "--input", root]
     with pytest.raises(run.UsageError, match="another encoder"):
         run_mode(other, tmp_path, *predict)
+    content = checkpoint.read(path)                         # the encoder lies elsewhere by now
+    checkpoint.save(content | dict(checkpoint=str(tmp_path / "gone")), path)
+    shutil.copytree(encoder_folder, tmp_path / "out/graft")
+    monkeypatch.chdir(tmp_path)
+    run_mode("out/graft", tmp_path, *predict)
+    with pytest.raises(checkpoint.CheckpointError, match="gone"):
+        evaluate.main(evaluate.get_args([str(x) for x in (*predict, "--out", tmp_path, *QUIET)]))
     content = checkpoint.read(path)
     for value in (math.nan, math.inf, 1e38):
         content["classifier"]["weight"][0, 0] = value

@@ -226,8 +226,12 @@ def test_the_estimate_counts_what_was_asked_for(tmp_path, capsys):
 
 
 # -------------------------------------------------------------------------------------- running
-def test_what_a_system_starts_from_is_trained_before_it_and_once(tmp_path, stubs):
+def test_what_a_system_starts_from_is_trained_before_it_and_once(tmp_path, stubs, monkeypatch):
+    monkeypatch.setenv("DATA", str(tmp_path))   # of the stages; the demonstration has its own set
+    monkeypatch.setattr(reproduce.mae_pretrain, "get_args", lambda argv: types.SimpleNamespace(
+        argv=[*argv, "--data", os.environ["DATA"]] if "DATA" in os.environ else argv))
     reproduce.main(arguments(tmp_path, "--only", "table4,table1"))
+    assert not any("--data" in argv for _, argv in stubs)
     order = list(trained(stubs))
     assert [script in SCRIPTS[:2] for script, _ in stubs].count(True) == len(order)
     assert order.index("mae") < order.index("layer-grafted-vicreg")

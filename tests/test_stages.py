@@ -224,6 +224,10 @@ def test_channels_statistics_and_range_are_those_of_the_file(world, tmp_path, ca
     assert f"1 channels of mean {grey.mean().item():.3f}" in capsys.readouterr().out
     third = train("graft", tmp_path / "other", "--stats", "imagenet", init=first)
     assert saved(third, "encoder.pt")["meta"]["mean"] != content["meta"]["mean"]
+    capsys.readouterr()
+    colour = train("graft", tmp_path / "colour", "--in-chans", "3", init=first)
+    assert saved(colour, "encoder.pt")["meta"]["mean"] == list(data.IMAGENET_STATS[0])
+    assert "of --init are of 1 channels, not 3: ImageNet's are taken" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------- stop and resume
