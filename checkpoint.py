@@ -819,7 +819,8 @@ def export(source, kind, path):
     save(hf_state(state), os.path.join(path, "model.safetensors"), write_safetensors)
     return (f"wrote {path}/; load it with\n  model = transformers.AutoModel.from_pretrained("
             f"{path!r}, add_pooling_layer=False)\n"
-            f"  processor = transformers.AutoImageProcessor.from_pretrained({path!r})")
+            f"  processor = transformers.AutoImageProcessor.from_pretrained({path!r})\n"
+            "  # it resizes the whole image; evaluate.py crops the centre of images of other sizes")
 
 
 # official name -> that of the files on the hub, in turn

@@ -172,6 +172,10 @@ class Frozen:
 
 
 # ---------------------------------------------------------------------------------------- protocols
+def of_block(args):
+    return f", block {args.block}" if args.block else ""
+
+
 def scored(ranked, labels, classes):
     """Figures of a test: ranked (n, 5), the likeliest classes first, and the true labels (n,)."""
     confusion = confusion_matrix(ranked[:, 0], labels, classes).cpu()
@@ -291,7 +295,7 @@ def linear(frozen, train, test, args, seed):
     else:
         on_held_out, chosen_on = sweeps[0].accuracies(x, labels), f"{held} held-out training images"
     chosen = int(on_held_out.argmax())
-    protocol = "linear" + (f", block {args.block}" if args.block else "")
+    protocol = "linear" + of_block(args)
     protocol += " (cached features)" if args.cache_features else ""
     protocol += ", BatchNorm" if args.batchnorm else ""
     fields = dict(protocol=protocol, lr=args.lr[chosen],
@@ -299,7 +303,8 @@ def linear(frozen, train, test, args, seed):
                   chosen_on=chosen_on, held_out_top1=on_held_out[chosen].item(), epochs=args.epochs,
                   batch_size=batch_size,
                   best_on_test=sweeps[0].accuracies(test_x, test_labels).max().item(),
-                  best_on_test_note="chosen on the test images, as released code does")
+                  best_on_test_note="chosen on the test images, as released code does",
+                  probe_block=args.block or frozen.encoder.depth, blocks=0)     # Table 5's, without
     weight, bias = sweeps[0].classifier(chosen)
     return fields, dict(weight=weight, bias=bias, normalise=False)
 
@@ -405,7 +410,8 @@ def knn(frozen, train, test, args, seed):
         progress.step(len(part))
     found = [scored(of_k, labels, len(train.classes)) for of_k in torch.cat(parts).unbind(1)]
     by_k = {str(k): each["top1"] for k, each in zip(args.k, found)}
-    return dict(protocol=f"{args.k[0]}-NN", **found[0], chosen_on="nothing", by_k=by_k), None
+    fields = dict(protocol=f"{args.k[0]}-NN{of_block(args)}", **found[0], chosen_on="nothing")
+    return fields | dict(by_k=by_k), None
 
 
 def centre_and_normalise(x):
@@ -467,7 +473,8 @@ def fewshot(frozen, train, test, args, seed):
     x, test_x = centre_and_normalise(x), centre_and_normalise(test_x)
     weight = logistic_regression(x, labels, len(train.classes), 2.5e-4 / len(x)).float()
     found = scored(likeliest(test_x @ weight.T), test_labels, len(train.classes))
-    fields = dict(protocol=f"few-shot {args.labels}", **found, chosen_on="nothing")
+    protocol = f"few-shot {args.labels}{of_block(args)}"
+    fields = dict(protocol=protocol, **found, chosen_on="nothing")
     return fields, dict(weight=weight, bias=torch.zeros(len(weight)), normalise=True)
 
 
@@ -545,7 +552,8 @@ def table(entries):
     """Markdown: systems as rows, protocols as columns, top-1; mean ± deviation of several seeds.
 
     A name is lengthened where it stands for more than seeds: of a row by the data and by the
-    checkpoint, of a column by the labels.
+    checkpoint, of a column by the labels. Of results of one seed, with other settings, the last
+    counts.
     """
     def names_of(key, *more):
         """A name for each entry, with those further fields that tell entries of a name apart."""
@@ -564,23 +572,27 @@ def table(entries):
     def several(field):
         return lambda own: len({told(e, field) for e in own}) > 1
 
+    def seed_of(entry):
+        """What is another for another seed: (encoder, its seed, the evaluation's)."""
+        trained = (entry.get("pretraining") or {}).get("seed")
+        return str(entry.get("digest")), str(trained), str(entry.get("seed"))
+
     def not_seeds(own):
         """Whether two checkpoints are of one seed."""
-        found = {(str(e.get("digest")), str((e.get("pretraining") or {}).get("seed")))
-                 for e in own}
+        found = {seed_of(e)[:2] for e in own}
         return len({seed for _, seed in found}) < len(found)
 
     rows = names_of("system", ("data", several("data")), ("checkpoint", not_seeds))
     columns = names_of("protocol", ("labels", several("labels")))
     cells = {}
     for row, column, entry in zip(rows, columns, entries):
-        cells.setdefault((row, column), []).append(entry["top1"])
+        cells.setdefault((row, column), {})[seed_of(entry)] = entry["top1"]
     heads = list(dict.fromkeys(columns))
     lines = ["| system | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for row in dict.fromkeys(rows):
         shown = [row]
         for column in heads:
-            found = cells.get((row, column), [])
+            found = list(cells.get((row, column), {}).values())
             spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
             shown.append(f"{statistics.mean(found):.1f}{spread}" if found else "")
         lines.append("| " + " | ".join(shown) + " |")

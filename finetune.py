@@ -234,7 +234,7 @@ def main(args):
 
     # ------------------------------------------------------------- 2. rates
     groups = param_groups(net, net.depth, [args.lr], args.weight_decay,
-                          layer_decay=args.layer_decay)
+                          layer_decay=args.layer_decay, no_decay=("cls_token",))    # as MAE's
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
     scaler = run.grad_scaler(env)
     scale = batch_size / 256

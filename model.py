@@ -737,20 +737,21 @@ def freeze(model, depth, lrs=(1.0,), blocks=0, patch_embed=False):
                         "frozen (--freeze-blocks)")
 
 
-def param_groups(model, depth, lrs, weight_decay, decay_all=False, layer_decay=None):
+def param_groups(model, depth, lrs, weight_decay, decay_all=False, layer_decay=None, no_decay=()):
     """AdamW groups, each with a base rate. One table serves MAE (one rate), grafting (a rate per
     stage) and fine-tuning (one rate times layer_decay ** layers above).
 
-    1-D parameters get no weight decay unless decay_all, nor does the class token in fine-tuning (as
-    in MAE's). Frozen parameters (requires_grad False) are in no group. Returns a list of dicts with
-    params, names, weight_decay, base_lr and stage.
+    1-D parameters get no weight decay unless decay_all, nor do those of a name in no_decay. Frozen
+    parameters (requires_grad False) are in no group. Returns a list of dicts with params, names,
+    weight_decay, base_lr and stage.
     """
     groups = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         layer = layer_of(name, depth)
-        decay = weight_decay if decay_all or p.ndim > 1 else 0.0
+        decays = decay_all or p.ndim > 1 and name.split(".")[-1] not in no_decay
+        decay = weight_decay if decays else 0.0
         if layer_decay is None:
             # Layer grafting is these two lines. Trained together, MAE's and the contrastive loss
             # pull the encoder in opposite directions; what MAE gives best are the lower layers.
@@ -762,7 +763,6 @@ def param_groups(model, depth, lrs, weight_decay, decay_all=False, layer_decay=N
         else:
             stage = layer
             base_lr = lrs[0] * layer_decay ** (depth + 1 - layer)
-            decay = 0.0 if name.endswith("cls_token") else decay
         new = dict(params=[], names=[], weight_decay=decay, base_lr=base_lr, stage=stage)
         group = groups.setdefault((stage, decay), new)
         group["params"].append(p)

@@ -565,6 +565,7 @@ def reproduce(args):
     first = int(os.environ.get("RANK", 0)) == 0
     say = functools.partial(print, flush=True) if first else lambda line: None
     path = os.path.join(args.out, "results.jsonl")
+    mae_pretrain.get_args(command(p, 0, systems(p)["MAE"][1], *p["more"]))  # --common is right
     same_inputs(args, p, first)
     results = run.read_results(path) if os.path.exists(path) else []
     done = {(e["seed"], e["name"], e["protocol_name"]) for e in results}
@@ -600,8 +601,6 @@ def reproduce(args):
                       operations=cost(p, name))
         if name.startswith("grid "):
             entry["lr"] = [float(rate) for rate in name.removeprefix("grid ").split(",")]
-        if options.get("mode") == "linear":                 # Table 5 without new blocks
-            entry |= dict(blocks=0, probe_block=options.get("block", depth_of(p)))
         if first:
             with open(path, "a") as f:
                 f.write(json.dumps(entry) + "\n")

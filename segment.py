@@ -44,7 +44,7 @@ AUXILIARY = 0.4             # weight of the auxiliary head's loss
 DEFAULTS = dict(
     upernet=dict(iterations=160000, lr=1e-4, weight_decay=0.05, layer_decay=0.65, drop_path=0.1),
     linear=dict(iterations=40000, lr=1e-3, weight_decay=1e-4, layer_decay=1.0, drop_path=0.0),
-    linear4=dict(iterations=160000, lr=8e-5, weight_decay=0.05, layer_decay=1.0, drop_path=0.0))
+    linear4=dict(iterations=160000, lr=8e-4, weight_decay=0.05, layer_decay=1.0, drop_path=0.0))
 # what matters after training alone: it may differ when a run is resumed
 TEST_OPTIONS = ("show", "predict", "segmenter", "test_part", "stride")
 
@@ -83,7 +83,7 @@ def get_args(argv=None):
     add = parser.group("optimisation")
     add("--iterations", type=number(int, 1, 10 ** 7), help="default 160000; linear 40000")
     add("--batch-size", type=number(int, 1), default=16, help="global, of all devices")
-    add("--lr", type=number(above=True), help="default 1e-4; linear 1e-3; linear4 8e-5")
+    add("--lr", type=number(above=True), help="default 1e-4; linear 1e-3; linear4 8e-4")
     add("--layer-decay", type=number(float, 0, 1, above=True), help="rate of a layer / rate of the "
         "layer above (default 0.65)")
     add("--weight-decay", type=number(), help="not on 1-D parameters (default 0.05; linear 1e-4)")
@@ -420,12 +420,13 @@ def confusion(labels, predicted, classes):
     return confusion_matrix(predicted[valid].long(), labels[valid].long(), classes)
 
 
-def measures(matrix):
-    """Percentages of a confusion matrix: iou of each class, None where it is neither in the truth
-    nor in the prediction; miou, the mean of the others; accuracy, of all pixels."""
+def measures(matrix, ignored=()):
+    """Percentages of a confusion matrix: iou of each class, None where it is ignored or neither in
+    the truth nor in the prediction; miou, the mean of the others; accuracy, of all pixels."""
     matrix = matrix.double()
     right = matrix.diag()
     iou = 100 * right / (matrix.sum(0) + matrix.sum(1) - right)             # 0 / 0 is NaN
+    iou[list(ignored)] = math.nan
     return dict(miou=round(iou.nanmean().item(), 2),
                 accuracy=round((100 * right.sum() / matrix.sum()).item(), 2),
                 iou=[None if math.isnan(v) else round(v, 2) for v in iou.tolist()])
@@ -513,8 +514,10 @@ class Pairs(data.Dataset):
         source = data.FileSource(root, [images[k] for k in keys])
         super().__init__(source, in_chans=in_chans, name=root)
         self.part, self.targets = part, [os.path.join(root, labels[k]) for k in keys]
-        self.ignored, self.classes = [IGNORED, *ignore], classes or names
         self.reduce_zero = no_zero if reduce_zero is None else reduce_zero
+        if names and self.reduce_zero != no_zero:           # the ids move, and with them the names
+            names = names[1:] if self.reduce_zero else ["other", *names]
+        self.ignored, self.classes = [IGNORED, *ignore], classes or names
         progress = run.Progress(f"headers of {part}", len(keys))
         for i in range(len(keys)):
             self.check_headers(i)
@@ -553,24 +556,23 @@ class Pairs(data.Dataset):
         wrong = ids[~ignored & ((ids < first) | (ids >= first + classes))]
         if len(wrong):
             raise DataError(f"{self.targets[i]}: class id {wrong[0]}, and the {classes} classes "
-                            f"are {first} to {classes - 1 + first}")
+                            f"are {first} to {classes - 1 + first}; --classes FILE names more, "
+                            "--ignore leaves ids out")
         return np.where(ignored, IGNORED, ids - first).astype(np.uint8)
 
     def pair(self, i):
         """(image, label) as PIL images."""
         return picture(self.read(i)), Image.fromarray(self.label(i))
 
-    def name_classes(self):
-        """Where no names are given, numbers up to the largest id in any label."""
-        if self.classes is not None:
-            return
-        progress, largest = run.Progress("class ids", len(self), "labels"), 0
+    def largest_id(self):
+        """Of all labels, which are looked at: a DataError names the first with a wrong one."""
+        progress, largest = run.Progress(f"class ids of {self.part}", len(self), "labels"), 0
         for i in range(len(self)):
             with contextlib.suppress(data.BadFile):
                 ids = self.label(i)
                 largest = max(largest, int(ids[ids != IGNORED].max(initial=0)))
             progress.step()
-        self.classes = [str(i) for i in range(largest + 1)]
+        return largest
 
     def check_ids(self):
         """Refuse masks of 0 and 255, whose second class would count for nothing."""
@@ -796,11 +798,14 @@ class Tester:
         self.forward, self.env, self.size = env.autocast(net.eval()), env, net.config["img_size"]
         self.short, self.stride = content["short_side"], content["stride"]
         self.mean, self.std = statistics(content["mean"], content["std"], env.device)
+        self.ignored = content.get("ignored", [])
 
     def label(self, image, size):
         """uint8 (C, h, w) -> class ids uint8 (H, W) of `size`, on the device."""
         x = (augment.upload(image, self.env.device).float() / 255 - self.mean) / self.std
-        return label_map(slide(self.forward, x, self.size, self.stride), size)
+        logits = slide(self.forward, x, self.size, self.stride)
+        logits[self.ignored] = logits.min() - 1             # which nowhere is the largest
+        return label_map(logits, size)
 
     def label_picture(self, image):
         """PIL image -> class ids uint8 (H, W) as an array."""
@@ -841,7 +846,8 @@ def load_pairs(args, in_chans, known):
         raise DataError(f"{args.data}: no training images (looked for train/images and "
                         "train/labels, and for ADE20K's, Cityscapes' and VOC's folders)")
     train.check_ids()
-    train.name_classes()
+    if train.classes is None:
+        train.classes = [str(i) for i in range(train.largest_id() + 1)]
     if not 2 <= len(train.classes) <= IGNORED:
         raise DataError(f"{args.data}: {len(train.classes)} classes; there must be 2 to {IGNORED}")
     test = pairs_of(args.test_part or "val", train.classes)
@@ -849,6 +855,7 @@ def load_pairs(args, in_chans, known):
         test = pairs_of("test", train.classes)
     if not len(test):
         raise DataError(f"{args.data}: no images to test on ({args.test_part or 'val or test'})")
+    test.largest_id()                       # now, not after days of training
     used, how = train, "all"
     if args.labels:
         every = SimpleNamespace(labels=torch.zeros(len(train)), classes=[""])   # as one class
@@ -932,10 +939,15 @@ def train_and_test(args, env):
     content = dict(model={k: v.cpu() for k, v in net.state_dict().items()}, config=net.config,
                    head=head, classes=list(pairs.classes), mean=list(pairs.mean),
                    std=list(pairs.std), range=pairs.range, short_side=args.short_side,
-                   stride=args.stride, meta=meta)
+                   stride=args.stride, meta=meta,
+                   ignored=[i for i in range(len(pairs.classes))
+                            if i + pairs.reduce_zero in args.ignore])
+    if env.rank == 0:
+        checkpoint.save(content, job.path("segmenter.pt"))
+        job.say(f"wrote {job.path('segmenter.pt')}")
     tester = Tester(net, env, content)
     matrix, tested = tester.confusion(test, args.workers, args.max_bad)
-    found = measures(matrix)
+    found = measures(matrix, content["ignored"])
     asked = ("seed", "iterations", "batch_size", "lr", "layer_decay", "weight_decay", "crop_size",
              "short_side", "stride")
     told = ("epochs", "step", "seed", "data", "commit")
@@ -948,8 +960,6 @@ def train_and_test(args, env):
                   seconds=round(job.seconds(), 1), commit=run.commit())
     if env.rank > 0:
         return result, {}
-    checkpoint.save(content, job.path("segmenter.pt"))
-    job.say(f"wrote {job.path('segmenter.pt')}")
     run.write_result(args.results or args.out, result)
     return result, sheet_columns(tester, test, args.show, f"{system}: {found['miou']:.1f}")
 

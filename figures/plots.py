@@ -88,6 +88,8 @@ def legend(drawn, axes, **more):
             found.setdefault(name, handle)
     widest = 0.6 + 0.085 * max(len(name) for name in found)     # inches of an entry at 9 points
     columns = min(max(int(drawn.get_figwidth() / widest), 1), len(found))
+    more_rows = -(-len(found) // columns) - 2               # than the panels' size allows for
+    drawn.set_figheight(drawn.get_figheight() + 0.19 * max(more_rows, 0))
     drawn.legend(found.values(), found.keys(), loc="outside upper center", ncols=columns, **more)
 
 

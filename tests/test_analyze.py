@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -305,6 +306,9 @@ def test_tsne_shows_the_same_images_for_each_model(made, folder, tmp_path):
     looks_drawn(tmp_path / "tsne.png")
     flat = os.path.join(folder, "train", "class0")
     assert "no labels" in fails("tsne", *QUIET, "--data", flat, "--checkpoint", made["mae"])
+    names = [f"a rather long class name {i:02}" for i in range(40)]
+    with warnings.catch_warnings(action="error"):           # the legend has place, the panels too
+        plots.draw_tsne(tmp_path / "many.png", [("MAE", np.random.rand(40, 2), np.arange(40))], names)
 
 
 @pytest.mark.parametrize("missing, analysis, kept", [

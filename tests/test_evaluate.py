@@ -228,6 +228,9 @@ def test_fewshot_over_seeds_and_the_table(encoder_folder, world, tmp_path, capsy
     tops = [e["top1"] for e in entries]
     assert last == f"| random | {np.mean(tops):.1f} ± {np.std(tops, ddof=1):.1f} |"
     assert len(list(tmp_path.glob("classifier-fewshot-*-seed?.pt"))) == 3       # none overwritten
+    for mode in (["fewshot", "--labels", "2 per class"], ["knn", "--k", 3]):    # a block's own
+        entry, = run_mode(encoder_folder, tmp_path, "--mode", *mode, "--block", 2)
+        assert entry["protocol"].endswith(", block 2")
     (tmp_path / "results.jsonl").write_text('{"top1": 3}\n')
     with pytest.raises(run.UsageError, match="lacks system, protocol or top1"):
         evaluate.main(evaluate.get_args(["--table", "--out", str(tmp_path)]))
@@ -243,7 +246,7 @@ def test_a_table_averages_seeds_alone():
         return dict(system="MAE", protocol="20-NN", top1=top1, digest=digest, data=data, seed=0,
                     labels=labels, checkpoint=f"out/{digest}", pretraining=dict(seed=seed))
 
-    seeds = [entry(40.0, "a"), entry(42.0, "b", seed=1)]
+    seeds = [entry(99.0, "a"), entry(40.0, "a"), entry(42.0, "b", seed=1)]      # the last of one
     assert evaluate.table(seeds).endswith("| MAE | 41.0 ± 1.4 |")
     more = [*seeds, entry(60.0, "c"), entry(70.0, "a", data="B"), entry(30.0, "a", labels="1%")]
     assert evaluate.table(more).split("\n") == [

@@ -76,6 +76,7 @@ def test_miou_by_hand():
     found = segment.measures(matrix)
     assert found["iou"] == [33.33, 66.67, 50.0, None, None]    # 1/3, 2/3, 1/2; two classes nowhere
     assert found["miou"] == 50.0 and found["accuracy"] == 66.67
+    assert segment.measures(matrix, [1])["miou"] == 41.67           # the mean of 1/3 and 1/2
     other = torch.where(truth == 255, 4, guess)    # whatever is said where 255 is
     assert torch.equal(matrix, segment.confusion(truth, other, 5))
     # a class that is only predicted counts, with 0; accumulated, no mean over images
@@ -187,7 +188,7 @@ def test_batchnorm_schedule_and_the_layer_decay_of_every_tensor():
         if name in ("pos_embed", "cls_token") or name.startswith("patch_embed."):
             above = 7
         assert rates[name] == 0.5 ** above, name
-        decay = 0.05 if parameter.ndim > 1 and name != "cls_token" else 0.0
+        decay = 0.05 if parameter.ndim > 1 else 0.0             # as there, of the class token too
         assert decays[name] == decay, name
     for protocol in ("linear", "linear4"):
         trained = {name: p.requires_grad for name, p in network(protocol).named_parameters()}
@@ -391,6 +392,39 @@ def test_unreadable_files_are_left_out(tmp_path):
         (tmp_path / part / "images" / "01.png").write_bytes(b"no image")
     result = go(tmp_path, tmp_path / "out", "--max-bad", "0.5", "--labels", "3")
     assert result["tested"] == 2 and result["labelled"] == 3
+
+
+def test_what_is_ignored_is_no_class_and_wrong_ids_are_met_before_training(folder, tmp_path):
+    result = go(folder, tmp_path / "out", "--ignore", "1", "--protocol", "linear", "--lr", "1e-9",
+                "--iterations", "1")                        # as it was drawn: any class is likely
+    assert result["iou"]["1"] is None and set(result["iou"]) == {"0", "1", "2"}
+    net, content = segment.load_segmenter(str(tmp_path / "out"))
+    tester = segment.Tester(net, ENV, content)
+    shown = [tester.label_picture(Image.fromarray(scene(i)[0])) for i in range(4)]
+    assert 1 not in np.stack(shown)
+    assert 1 in np.stack([segment.Tester(net, ENV, content | dict(ignored=[])).label_picture(
+        Image.fromarray(scene(i)[0])) for i in range(4)])
+    write(tmp_path / "set", "train", 4)
+    write(tmp_path / "set", "val", 2)
+    path = tmp_path / "set/val/labels/01.png"
+    Image.fromarray(np.full((16, 24), 7, np.uint8)).save(path)
+    with pytest.raises(DataError, match="01.png: class id 7, and the 3 .* --ignore leaves ids out"):
+        go(tmp_path / "set", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_names_go_with_the_ids_where_zero_is_treated_otherwise(tmp_path):
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        os.makedirs(tmp_path / name)
+    image, label = scene(0)
+    Image.fromarray(image).save(tmp_path / "JPEGImages/a.jpg")
+    Image.fromarray(label).save(tmp_path / "SegmentationClass/a.png")
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("a\n")
+    plain, moved = (segment.Pairs(str(tmp_path), "train", reduce_zero=z) for z in (None, True))
+    assert plain.classes[1] == moved.classes[0] == "aeroplane"
+    assert (plain.label(0) == 1).sum() == (moved.label(0) == 0).sum() > 0
+    own = segment.Pairs(str(tmp_path), "train", classes=["x", "y"], reduce_zero=True)
+    assert own.classes == ["x", "y"]
 
 
 @pytest.mark.parametrize("more", [["--stride", "17"], ["--crop-size", "4"], ["--crop-size", "18"],
