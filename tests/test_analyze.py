@@ -308,7 +308,8 @@ def test_tsne_shows_the_same_images_for_each_model(made, folder, tmp_path):
     assert "no labels" in fails("tsne", *QUIET, "--data", flat, "--checkpoint", made["mae"])
     names = [f"a rather long class name {i:02}" for i in range(40)]
     with warnings.catch_warnings(action="error"):           # the legend has place, the panels too
-        plots.draw_tsne(tmp_path / "many.png", [("MAE", np.random.rand(40, 2), np.arange(40))], names)
+        points = [("MAE", np.random.rand(40, 2), np.arange(40))]
+        plots.draw_tsne(tmp_path / "many.png", points, names)
 
 
 @pytest.mark.parametrize("missing, analysis, kept", [
