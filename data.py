@@ -53,7 +53,6 @@ LARGE_FILE = 64 << 20       # bytes: beyond, a file's header is read before the 
 MEMORY_LIMIT = 4 << 30      # bytes of pixels up to which images of one size are held in memory
 MEMORY_SIDE = 128           # and up to which side: larger ones are cropped by workers
 CHUNK = 512 * 224 ** 2       # pixels of a view that are drawn at once, which bounds the memory
-OLD_PACK = b"\x89picture pack 1\n"    # how the packs of older versions begin
 FILTERS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
 
@@ -388,9 +387,6 @@ def find_tars(path):
     if os.path.isfile(path):
         with open(path, "rb") as f:
             head = f.read(32)
-        if head.startswith(OLD_PACK):
-            raise DataError(f"{path} is a pack of an older version; make a tar, which any tool can "
-                            "read, from the folder again: python data.py pack FOLDER FILE.tar")
         return [path] if path.endswith(".tar") and not head.startswith(tuple(NOT_LISTS)) else None
     braces = re.search(r"\{([^{}]*)\}", path)
     if braces is None:

@@ -346,8 +346,7 @@ def init_mae_(model):
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
+            nn.init.zeros_(m.bias)
         elif isinstance(m, PatchEmbed):
             nn.init.xavier_uniform_(m.proj.weight.view(m.proj.weight.shape[0], -1))
             nn.init.zeros_(m.proj.bias)
@@ -610,6 +609,14 @@ class TwoViews(nn.Module):
         self.base_encoder.head = head
         self.mim_weight = mim_weight
 
+    def with_mim(self, loss, log, mim, micro_batch):
+        """What `forward` returns, from a contrastive loss and its log."""
+        if mim is None:
+            return loss, log
+        reconstruction = mae_loss(self.base_encoder, *mim, micro_batch)
+        log |= dict(contrastive=loss.detach(), mim=reconstruction.detach())
+        return loss + self.mim_weight * reconstruction, log
+
     def update_momentum(self, m):
         """Nothing to move: only MoCo v3 has a momentum encoder."""
 
@@ -638,11 +645,7 @@ class MoCoV3(TwoViews):
         with torch.autocast(x1.device.type, enabled=False):     # q and k leave a BatchNorm: float32
             loss = info_nce(q1, k2, tau, world()[0]) + info_nce(q2, k1, tau, world()[0])
         log = dict(features=features[0].detach(), q=q1.detach(), k=k2)
-        if mim is not None:
-            reconstruction = mae_loss(base, *mim, micro_batch)
-            log |= dict(contrastive=loss.detach(), mim=reconstruction.detach())
-            loss = loss + self.mim_weight * reconstruction
-        return loss, log
+        return self.with_mim(loss, log, mim, micro_batch)
 
     @torch.no_grad()
     def update_momentum(self, m):
@@ -671,11 +674,7 @@ class VICReg(TwoViews):
         log = dict(zip(("invariance", "variance", "covariance"), (term.detach() for term in terms)))
         log["covariance"] = gather(log["covariance"][None]).mean()
         log |= dict(features=features[0].detach(), q=z1.detach(), k=z2.detach())
-        if mim is not None:
-            reconstruction = mae_loss(self.base_encoder, *mim, micro_batch)
-            log |= dict(contrastive=loss.detach(), mim=reconstruction.detach())
-            loss = loss + self.mim_weight * reconstruction
-        return loss, log
+        return self.with_mim(loss, log, mim, micro_batch)
 
 
 class SimCLR(TwoViews):
@@ -692,11 +691,7 @@ class SimCLR(TwoViews):
             z1, z2 = gather_with_grad(full(z), dim=1)                       # (2, N, D)
             loss = nt_xent(z1, z2, self.temperature, *world())
         log = dict(features=features[0].detach(), q=z1.detach(), k=z2.detach())
-        if mim is not None:
-            reconstruction = mae_loss(self.base_encoder, *mim, micro_batch)
-            log |= dict(contrastive=loss.detach(), mim=reconstruction.detach())
-            loss = loss + self.mim_weight * reconstruction
-        return loss, log
+        return self.with_mim(loss, log, mim, micro_batch)
 
 
 # ------------------------------------------------------------------------------ rates and schedules

@@ -774,7 +774,7 @@ def training_images(args, config, source, env):
 def about(args, system, dataset, source):
     """What a checkpoint says of itself besides its weights."""
     return dict(system=system, data=dataset.name, mean=list(dataset.mean), std=list(dataset.std),
-                range=getattr(dataset, "range", None), epochs=args.epochs, seed=args.seed,
+                range=dataset.range, epochs=args.epochs, seed=args.seed,
                 classes=dataset.classes, init=source and source["digest"], commit=commit())
 
 
@@ -853,8 +853,8 @@ class Job:
         self.epoch_steps = len(loader)
         self.total = args.epochs * len(loader) if "epochs" in args else args.iterations
         self.settings = {k: v for k, v in vars(args).items() if k not in RUNTIME} | dict(
-            source=source and source["digest"], files=getattr(loader.dataset, "digest", None))
-        if not encoder_file and hasattr(loader.dataset, "label_digest"):    # it learns from them
+            source=source and source["digest"], files=loader.dataset.digest)
+        if not encoder_file:                                                # it learns from them
             self.settings["labels_digest"] = loader.dataset.label_digest
         self.window, self.skipped, self.collapsed, self.warned = [], 0, 0, set()
         self.entry, self.lock, self.board, self.signal, self.copies = None, None, None, 0, ()

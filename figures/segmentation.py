@@ -7,7 +7,6 @@ import functools
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-IGNORED = 255
 GREY = (150, 150, 150)      # of ignored pixels
 # linear RGB as seen without L, M or S cones (Machado et al., 2009, severity 1)
 DEFICIENCIES = np.array([
