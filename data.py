@@ -988,6 +988,8 @@ def listed_images(source, rows, table, parts, train):
     chosen = choose_part(table, parts, train)
     mine = [(i, nfc(label or "")) for i, kind, (_, label, _) in zip(ids, kinds, rows)
             if not chosen or kind == chosen]
+    if not mine:
+        raise DataError(f"{table}: no row of it names an image of {chosen}/")
     source, labels = source.select([i for i, _ in mine]), [label for _, label in mine]
     if not any(labels):
         return source, None, parts

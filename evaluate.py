@@ -636,7 +636,9 @@ def evaluate(frozen, train, test, how, args, seed):
         return entry
     run.write_result(args.out, entry)
     if args.per_class:
-        name = f"{args.mode}-{frozen.digest}-seed{seed}"
+        # one name for one result: the block and the share of labels are part of it
+        name = re.sub(r"\W+", "-", f"{args.mode} {fields['protocol']} {how}").strip("-")
+        name = f"{name}-{frozen.digest}-seed{seed}"
         run.write_per_class(args.out, name, confusion, train.classes)
     if classifier is not None:
         classifier = {k: v.cpu() if torch.is_tensor(v) else v for k, v in classifier.items()}

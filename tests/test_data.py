@@ -241,6 +241,9 @@ def test_labels_file_with_and_without_a_split(tmp_path, capsys):
         data.load(str(table))
     names = [f"{part}/{c}/1.png" for part in ("train", "val") for c in ("cat", "dog")]
     root = folder_of(tmp_path / "parts", names)
+    table.write_text("file,label\n" + "".join(f"{n},{n[6:9]}\n" for n in names[:2]))
+    with pytest.raises(data.DataError, match="no row of it names an image of val/"):
+        data.load(root, False, labels_file=str(table))
     table.write_text("file,label\n" + "".join(f"{n},new {n.split('/')[1]}\n" for n in names))
     for part in (True, False):
         assert data.load(root, part, labels_file=str(table)).classes == ["new cat", "new dog"]
