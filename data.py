@@ -1078,12 +1078,16 @@ def load(source, train=True, in_chans=3, stats="imagenet", max_bad=0.01, value_r
 
 def sample(dataset):
     """[(index, size, bits)] of 64 images chosen by hash, by their headers."""
-    found, stacks = [], 0
+    found, stacks, without = [], 0, 0
     for i in shuffled(len(dataset), 0, SUBSET)[:64].tolist():
         with contextlib.suppress(BadFile), or_bad_file():
             image = dataset.open(i)
             found.append((i, image.size, image.bits))
             stacks += not image.is_jpeg and getattr(image.image, "n_frames", 1) > 1
+            without += dataset.in_chans == 4 and len(image.image.getbands()) in (1, 3)
+    if without:
+        note(f"{dataset.name}: {without} of {len(found)} images looked at have no fourth channel; it "
+             "is 255 throughout")
     if stacks:
         note(f"{dataset.name}: {stacks} of {len(found)} images looked at have several frames, of "
              "which the first is read")

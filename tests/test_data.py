@@ -397,8 +397,10 @@ def test_stacks_are_said_to_be_read_by_their_first_frame(tmp_path, capsys):
 
 def test_a_range_of_8_bits_is_not_used_and_deep_colours_of_a_tiff_are_refused(tmp_path, capsys):
     folder_of(tmp_path, ["1.png", "2.png"])
-    assert data.load(str(tmp_path), value_range=(0, 100)).range is None
-    assert "its values have 8 bits, for which there is no --range" in capsys.readouterr().out
+    assert data.load(str(tmp_path), in_chans=4, value_range=(0, 100)).range is None
+    said = capsys.readouterr().out
+    assert "its values have 8 bits, for which there is no --range" in said
+    assert "2 of 2 images looked at have no fourth channel" in said
     # width, height, bits, compression, photometric, offset, samples, rows, bytes
     tags = {256: 2, 257: 1, 258: 16, 259: 1, 262: 2, 273: 134, 277: 3, 278: 1, 279: 12}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
