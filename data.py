@@ -163,9 +163,9 @@ class Encoded:
                 return decode(content, in_chans, False).permute(1, 2, 0)
         if self.bits == 32 and value_range is None:
             raise BadFile("values of 32 bits in a set of 8 or 16 bits: give --range")
-        if self.image.format == "TIFF":
-            self.check_tiff(in_chans)
         with or_bad_file():
+            if self.image.format == "TIFF":
+                self.check_tiff(in_chans)
             if self.is_deep:
                 image = Image.fromarray(to_bytes(self.values(), value_range or (0, 65535)))
                 image.getexif()[0x0112] = self.image.getexif().get(0x0112, 1)
@@ -714,7 +714,6 @@ def are_images(source):
 
 
 @functools.cache
-@functools.lru_cache
 def part_kind(name):
     """train, val or test if that is what a folder's or split's name means, else None."""
     return next((kind for kind, words in PARTS.items() if re.fullmatch(
