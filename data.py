@@ -52,6 +52,7 @@ MOST_PIXELS = 1 << 27       # of one image: what claims more is refused before i
 LARGE_FILE = 64 << 20       # bytes: beyond, a file's header is read before the rest is allocated
 MEMORY_LIMIT = 4 << 30      # bytes of pixels up to which images of one size are held in memory
 MEMORY_SIDE = 128           # and up to which side: larger ones are cropped by workers
+FEWER_WORKERS = "memory or /dev/shm may be full, give fewer --workers"
 CHUNK = 512 * 224 ** 2       # pixels of a view that are drawn at once, which bounds the memory
 FILTERS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
@@ -1085,8 +1086,8 @@ def sample(dataset):
             stacks += not image.is_jpeg and getattr(image.image, "n_frames", 1) > 1
             without += dataset.in_chans == 4 and len(image.image.getbands()) in (1, 3)
     if without:
-        note(f"{dataset.name}: {without} of {len(found)} images looked at have no fourth channel; it "
-             "is 255 throughout")
+        note(f"{dataset.name}: {without} of {len(found)} images looked at have no fourth channel; "
+             "it is 255 throughout")
     if stacks:
         note(f"{dataset.name}: {stacks} of {len(found)} images looked at have several frames, of "
              "which the first is read")
@@ -1502,7 +1503,7 @@ class Loader:
                 with contextlib.suppress(ValueError):           # torch would raise once more
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 said = error if dead else f"a DataLoader worker has died ({error})"
-                raise DataError(f"{said} (fewer --workers need less memory)", 1) from None
+                raise DataError(f"{said}: {FEWER_WORKERS}", 1) from None
             self.waited += time.perf_counter() - before
             batch = self.batch(ids, epoch, *self.collect(parts))
             if self.shuffle:

@@ -300,9 +300,10 @@ def program(main, get_args):
         code = 128 + signal.SIGPIPE
     except Exception as error:
         said = error
-        if str(error).startswith("DataLoader worker (pid"):     # raised wherever the program is
-            said = RunError(f"{error} (fewer --workers need less memory)")
-        elif not hasattr(error, "exit_code"):
+        own = hasattr(error, "exit_code")
+        if not own and str(error).startswith("DataLoader worker (pid"):     # raised anywhere
+            said = RunError(f"{error}: {data.FEWER_WORKERS}")
+        elif not own:
             said = peers and peers.blame(error)
             if said is None:
                 raise

@@ -230,8 +230,7 @@ def test_photometric():
 
 def test_batches_do_not_depend_on_processes_or_restarts(folder):
     pairs = segment.Pairs(str(folder), "train")
-    pairs.name_classes()
-    assert pairs.classes == ["0", "1", "2"]
+    assert pairs.classes is None and pairs.largest_id() == 2
 
     def batches(size, start=0, **more):
         env = SimpleNamespace(**(vars(ENV) | more))
