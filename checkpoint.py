@@ -779,6 +779,12 @@ def statistics(source):
     return [source["meta"].get(name) or v for name, v in zip(("mean", "std"), usual)]
 
 
+def range_of(source):
+    """(low, high) of the images of `read_encoder`, or None, as of 8 bits whatever was asked."""
+    meta = source["meta"]
+    return None if meta.get("bits") == 8 else meta.get("range")
+
+
 def load(path, weights="base", heads=None, size=None):
     """A ready, frozen `Encoder` in evaluation mode, on the CPU: see the top of this file."""
     source = read_encoder(path, weights, heads, size)
@@ -802,7 +808,7 @@ def export(source, kind, path):
         names = dict(embed_dim="dim", num_heads="heads") | {k: k for k in (
             "img_size", "patch_size", "in_chans", "depth", "mlp_ratio")}
         mean, std = ([round(v, 4) for v in values] for values in statistics(source))
-        ends = source["meta"].get("range")
+        ends = range_of(source)
         of_range = f"; the values {ends[0]:g} and {ends[1]:g} are 0 and 1" if ends else ""
         given = ", ".join(f"{theirs}={config[ours]}" for theirs, ours in names.items())
         return (f"wrote {path}; load it with\n  model = timm.models.VisionTransformer({given}, "
@@ -851,7 +857,7 @@ def hf_settings(source):
     config = source["config"]
     height, width = config["img_size"]
     mean, std = statistics(source)
-    low, high = source["meta"].get("range") or (0, 255)
+    low, high = range_of(source) or (0, 255)
     vit = dict(model_type="vit", architectures=["ViTModel"], hidden_size=config["dim"],
                num_hidden_layers=config["depth"], num_attention_heads=config["heads"],
                intermediate_size=int(config["dim"] * config["mlp_ratio"]), layer_norm_eps=1e-6,

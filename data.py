@@ -165,27 +165,28 @@ class Encoded:
         if self.bits == 32 and value_range is None:
             raise BadFile("values of 32 bits in a set of 8 or 16 bits: give --range")
         with or_bad_file():
-            if self.image.format == "TIFF":
-                self.check_tiff(in_chans)
+            if self.lacking(in_chans):
+                raise BadFile(self.lacking(in_chans))
             if self.is_deep:
                 image = Image.fromarray(to_bytes(self.values(), value_range or (0, 65535)))
-                image.getexif()[0x0112] = self.image.getexif().get(0x0112, 1)
-                image = ImageOps.exif_transpose(image)
+                if "exif" in self.image.info:               # else pillow would decode all to look
+                    image.getexif()[0x0112] = self.image.getexif().get(0x0112, 1)
+                    image = ImageOps.exif_transpose(image)
             else:
                 image = self.decode(factor)
             image = to_channels(image, in_chans, value_range)
         return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
 
-    def check_tiff(self, in_chans):
-        """A BadFile where pillow would leave out what is asked for, without a word."""
-        tags, bands = self.image.tag_v2, len(self.image.getbands())
+    def lacking(self, in_chans):
+        """What of a TIFF pillow would leave out unsaid, and what to do about it; else None."""
+        tags, bands = getattr(self.image, "tag_v2", {}), len(self.image.getbands())
         bits = max(tags.get(258, (8,)))
         if bands > 1 and bits > 8:
-            raise BadFile(f"a TIFF whose colours have {bits} bits, of which pillow reads 8: save "
-                          "it as a PNG")
-        if in_chans == 4 and tags.get(277, 1) > bands:      # a fourth that it does not call alpha
-            raise BadFile(f"a TIFF of {tags[277]} bands, of which {bands} are read: save it as an "
-                          "RGBA PNG, the fourth band as alpha")
+            return (f"a TIFF whose colours have {bits} bits, of which pillow reads 8: save it as a "
+                    "PNG")
+        if in_chans == 4 and bands < 4 <= tags.get(277, 1):         # it is not called alpha
+            return (f"a TIFF of {tags[277]} bands, of which {bands} are read: save it as an RGBA "
+                    "PNG, the fourth band as alpha")
 
     def values(self):
         """Colours of 16 bits as an array (H, W, C)."""
@@ -232,6 +233,11 @@ def to_channels(image, in_chans, value_range=None):
     return image if image.mode == mode else image.convert(mode)
 
 
+def plain_bands(image):
+    """The image, to be resized: of RGBA pillow would multiply the colours by the fourth band."""
+    return Image.merge("CMYK", image.split()) if image.mode == "RGBA" else image
+
+
 def crop(pixels, box, size, view):
     """A box of uint8 pixels (H, W, C) resized to size (h, w): uint8 (C, h, w).
 
@@ -240,9 +246,7 @@ def crop(pixels, box, size, view):
     """
     if view["scale"] is None:
         top, left, height, width = box
-        image = Image.fromarray(pixels.squeeze(2).numpy())
-        if image.mode == "RGBA":            # as four plain bands: pillow would multiply by alpha
-            image = Image.merge("CMYK", image.split())
+        image = plain_bands(Image.fromarray(pixels.squeeze(2).numpy()))
         box = left, top, left + width, top + height
         image = image.resize(size[::-1], FILTERS[view["mode"]], box=box)
         return torch.from_numpy(np.array(image)).reshape(*size, -1).permute(2, 0, 1)
@@ -491,8 +495,11 @@ def in_folders(path, tars, names, tar):
              for stem in stems]
     if None not in parts and len(set(parts)) > 1:
         folders = [f"{folder}{part}/" for folder, part in zip(folders, parts)]
-        names = [name[name.find("/") + 1:] if part_kind(name.split("/")[0]) == parts[t] else name
-                 for t, name in zip(tar, names)]
+        tops = [set() for _ in tars]
+        for t, name in zip(tar, names):
+            tops[t].add(name.split("/")[0])
+        around = [len(top) == 1 and part_kind(*top) == part for top, part in zip(tops, parts)]
+        names = [name[name.find("/") + 1:] if around[t] else name for t, name in zip(tar, names)]
     elif len(tars) > 1 and all(name.startswith(f"{stems[t]}_") for t, name in zip(tar, names)):
         folders = [f"{folder}{stem}/" for folder, stem in zip(folders, stems)]
     names = [folders[t] + name for t, name in zip(tar, names)]
@@ -517,7 +524,7 @@ def open_tars(path, tars):
         place = os.path.join(tempfile.gettempdir(), f"tar-index-{os.getuid()}-{name}.npz")
     tars = [(tar, s.st_size) for tar, s in zip(tars, status)]
     made = [(os.path.basename(tar), size, s.st_mtime_ns) for (tar, size), s in zip(tars, status)]
-    made, index = json.dumps([3, EXTENSIONS, made]), {}
+    made, index = json.dumps([4, EXTENSIONS, made]), {}
     with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):
         with np.load(place, allow_pickle=False) as kept:
             index = dict(kept)
@@ -540,13 +547,15 @@ class Dataset:
 
     labels: (N,) int64 or None, and `unlabelled` says why; classes: their names. mean, std: of the
     channels, after scaling to [0, 1]. range: (low, high) of values of more than 8 bits, what
-    becomes black and white; None: all have 8. bad: {index: what is wrong}, as far as is known.
+    becomes black and white; None: all have 8. bits: the most of those looked at. bad: {index: what
+    is wrong}, as far as is known.
     """
 
     def __init__(self, source=None, images=None, labels=None, classes=None, in_chans=3, name=""):
         self.source, self.images = source, images
         self.labels, self.classes, self.in_chans, self.name = labels, classes, in_chans, name
-        self.range, self.unlabelled, self.bad = None, "it has no class folders", {}
+        self.range, self.bits = None, 8
+        self.unlabelled, self.bad = "it has no class folders", {}
         self.mean, self.std = IMAGENET_STATS
         if in_chans != 3:
             self.mean, self.std = ((sum(x) / 3,) * in_chans for x in IMAGENET_STATS)
@@ -806,7 +815,9 @@ def without_masks(source, folders):
     are of images and of masks."""
     folders = sorted(folders)
     masks, images = (list(filter(kind.fullmatch, folders)) for kind in (MASKS, PICTURES))
-    if masks and images and source.names.below(masks[0]):           # no text beside, as YOLO's
+    # folders of text beside images are no masks, as YOLO's labels/
+    masks = [folder for folder in masks if images and source.names.below(folder)]
+    if masks:
         raise DataError(f"{source.root}: {masks[0]}/ beside {images[0]}/ looks like masks, which "
                         f"are not to be learnt from: give a set of {images[0]}/ alone")
     text = source.names.array.tobytes().lower()
@@ -1066,6 +1077,7 @@ def load(source, train=True, in_chans=3, stats="imagenet", max_bad=0.01, value_r
             with contextlib.suppress(DataError):            # one range for both parts
                 measured = open_folder(source, True, in_chans, labels_file, val_share)
         dataset.range = find_range(measured, value_range, found)
+        dataset.bits = measured.bits
         dataset = into_memory(dataset, {size for _, size, _ in found}, max_bad)
     elif labels_file or val_share:
         raise DataError(f"{source or 'the embedded set'} has labels and test images of its own")
@@ -1084,7 +1096,7 @@ def sample(dataset):
             image = dataset.open(i)
             found.append((i, image.size, image.bits))
             stacks += not image.is_jpeg and getattr(image.image, "n_frames", 1) > 1
-            without += dataset.in_chans == 4 and len(image.image.getbands()) in (1, 3)
+            without += dataset.in_chans == 4 and not image.image.has_transparency_data
     if without:
         note(f"{dataset.name}: {without} of {len(found)} images looked at have no fourth channel; "
              "it is 255 throughout")
@@ -1111,13 +1123,15 @@ def find_range(dataset, asked=None, found=None):
     What is asked for; else that of 16 bits; "auto", or else of 32 bits and floats, which have no
     range of their own: the least and largest value of a sample.
     """
-    deepest = max((bits for _, _, bits in found or sample(dataset)), default=8)
-    if deepest == 8:
-        if asked:
-            note(f"{dataset.name}: its values have 8 bits, for which there is no --range")
-        return None
+    found = found or sample(dataset)
+    dataset.bits = deepest = max((bits for _, _, bits in found), default=8)
+    if asked and deepest == 8:
+        note(f"{dataset.name}: none of {len(found)} images looked at has more than 8 bits, and "
+             "those of 8 need no --range")
     if asked not in (None, "auto"):
         return tuple(map(float, asked))
+    if deepest == 8:
+        return None
     if deepest == 16 and asked is None:
         return 0.0, 65535.0
     values = []
@@ -1710,7 +1724,7 @@ def shrunk(content, short_side):
             return content
         fits = [f for f in (8, 4, 2) if image.is_jpeg and min(image.size) >= 2 * f * short_side]
         small = image.decode(max(fits, default=1))
-        if image.bits > 8 or "a" in small.mode.lower() or "transparency" in small.info:
+        if image.bits > 8 or small.has_transparency_data or image.lacking(4):
             return content                  # more than a JPEG can hold
         small = small.convert("L" if small.mode in ("1", "L") else "RGB")
         scale = short_side / min(small.size)

@@ -303,8 +303,9 @@ def linear(frozen, train, test, args, seed):
                   chosen_on=chosen_on, held_out_top1=on_held_out[chosen].item(), epochs=args.epochs,
                   batch_size=batch_size,
                   best_on_test=sweeps[0].accuracies(test_x, test_labels).max().item(),
-                  best_on_test_note="chosen on the test images, as released code does",
-                  probe_block=args.block or frozen.encoder.depth, blocks=0)     # Table 5's, without
+                  best_on_test_note="chosen on the test images, as released code does")
+    if args.labels is None and not args.batchnorm:          # Table 5 without new blocks
+        fields |= dict(probe_block=args.block or frozen.encoder.depth, blocks=0)
     weight, bias = sweeps[0].classifier(chosen)
     return fields, dict(weight=weight, bias=bias, normalise=False)
 
@@ -355,7 +356,7 @@ def fit_on_crops(sweeps, frozen, fit, folds, batch_size, seed):
     asked = dict(lr=args.lr, epochs=args.epochs, batch_size=batch_size, batchnorm=args.batchnorm,
                  data=args.data, images=fit.digest, labels=fit.label_digest,
                  stats=[fit.mean, fit.std, fit.range], block=args.block, sweeps=len(sweeps))
-    first = resume_linear(sweeps, path, asked)
+    first = resume_linear([*(sweep.tensors() for sweep in sweeps), [bad]], path, asked)
     if first and env.rank == 0:
         print(f"resumed {path} at epoch {first}", flush=True)
 
@@ -371,22 +372,23 @@ def fit_on_crops(sweeps, frozen, fit, folds, batch_size, seed):
                     x, ids = x[good], ids[good]
                 yield x, labels[ids], folds[ids]
             if env.rank == 0:
-                state = [sweep.tensors() for sweep in sweeps]
-                checkpoint.save(dict(asked=asked, epoch=epoch + 1, sweeps=state), path)
+                state = [*(sweep.tensors() for sweep in sweeps), [bad]]
+                checkpoint.save(dict(asked=asked, epoch=epoch + 1, state=state), path)
 
     train_on(batches(), sweeps, first * len(loader), args.epochs * len(loader), env.rank > 0)
     return int(bad.sum())
 
 
-def resume_linear(sweeps, path, asked):
-    """Put back what an earlier, stopped evaluation of this kind had reached: the epochs done."""
+def resume_linear(state, path, asked):
+    """Put back what an earlier, stopped evaluation of this kind had reached into the tensors of
+    `state`: the epochs done."""
     epoch = 0
     if os.path.exists(path):
         try:
             content = checkpoint.read(path)
             if content["asked"] == asked:
-                for sweep, state in zip(sweeps, content["sweeps"]):
-                    for own, kept in zip(sweep.tensors(), state, strict=True):
+                for ours, theirs in zip(state, content["state"], strict=True):
+                    for own, kept in zip(ours, theirs, strict=True):
                         own.copy_(kept)
                 epoch = content["epoch"]
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -654,7 +656,7 @@ def evaluate(frozen, train, test, how, args, seed):
             weights=args.weights, protocol=fields["protocol"],
         ), path)
         print(f"wrote {path}", flush=True)
-    if args.mode == "linear":
+    if args.mode == "linear" and not args.cache_features:
         with contextlib.suppress(FileNotFoundError):
             os.remove(part_of(frozen, seed))
     return entry

@@ -565,8 +565,6 @@ def reproduce(args):
     first = int(os.environ.get("RANK", 0)) == 0
     say = functools.partial(print, flush=True) if first else lambda line: None
     path = os.path.join(args.out, "results.jsonl")
-    mae_pretrain.get_args(command(p, 0, systems(p)["MAE"][1], *p["more"]))  # --common is right
-    same_inputs(args, p, first)
     results = run.read_results(path) if os.path.exists(path) else []
     done = {(e["seed"], e["name"], e["protocol_name"]) for e in results}
     todo = {key: job for key, job in jobs(p, args.seeds).items() if key not in done}
@@ -574,6 +572,11 @@ def reproduce(args):
               for seed, name, _ in todo}
     models = {(seed, each) for (seed, _), names in of_job.items() for each in names
               if each != TAIL}
+    for _, name in models:                                  # is --common right?
+        stage, options = systems(p)[name]
+        if "{" not in options.get("init", "") + options.get("data", ""):    # what is not there yet
+            stage.get_args(command(p, 0, options, *p["more"]))
+    same_inputs(args, p, first)
     training = sum(flops(p, *systems(p)[name]) for _, name in models)
     evaluating = sum(evaluation_flops(p, *job) for job in todo.values())
     say(f"{len(models)} systems to train or resume, {len(todo)} evaluations, {len(done)} results "

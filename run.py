@@ -775,7 +775,7 @@ def training_images(args, config, source, env):
 def about(args, system, dataset, source):
     """What a checkpoint says of itself besides its weights."""
     return dict(system=system, data=dataset.name, mean=list(dataset.mean), std=list(dataset.std),
-                range=dataset.range, epochs=args.epochs, seed=args.seed,
+                range=dataset.range, bits=dataset.bits, epochs=args.epochs, seed=args.seed,
                 classes=dataset.classes, init=source and source["digest"], commit=commit())
 
 

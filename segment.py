@@ -382,6 +382,9 @@ def load_segmenter(path):
             raise ValueError(f"it claims a head {head!r:.80}")
         net = Segmenter(config, head)
         net.load_state_dict(state)
+        ignored = content.setdefault("ignored", [])
+        if type(ignored) is not list or not {*ignored} <= {*range(head["classes"])}:
+            raise ValueError(f"it ignores {ignored!r:.80}")
         if len(content["classes"]) != head["classes"]:
             raise ValueError(f"{len(content['classes'])} names for {head['classes']} classes")
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -556,8 +559,8 @@ class Pairs(data.Dataset):
         wrong = ids[~ignored & ((ids < first) | (ids >= first + classes))]
         if len(wrong):
             raise DataError(f"{self.targets[i]}: class id {wrong[0]}, and the {classes} classes "
-                            f"are {first} to {classes - 1 + first}; --classes FILE names more, "
-                            "--ignore leaves ids out")
+                            f"are {first} to {classes - 1 + first}; --ignore leaves ids out"
+                            + ", --classes FILE names more" * bool(self.classes))
         return np.where(ignored, IGNORED, ids - first).astype(np.uint8)
 
     def pair(self, i):
@@ -600,7 +603,7 @@ def fit_short(image, short, factor=1.0):
 
 def shrunk(image, short):
     """A PIL image, its short side resized, as uint8 (C, h, w)."""
-    pixels = np.array(image.resize(fit_short(image, short), Image.BILINEAR))
+    pixels = np.array(data.plain_bands(image).resize(fit_short(image, short), Image.BILINEAR))
     return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
@@ -612,7 +615,7 @@ def random_crop(image, label, crop, short, i, *key):
     """
     u = augment.uniform(torch.tensor([i]), 24, SEGMENT, 0, *key)[0].tolist()
     size = fit_short(image, short, 0.5 + 1.5 * u[0])
-    image = np.asarray(image.resize(size, Image.BILINEAR))
+    image = np.asarray(data.plain_bands(image).resize(size, Image.BILINEAR))
     label = np.asarray(label.resize(size, Image.NEAREST))
     room = [max(side - wanted, 0) + 1 for side, wanted in zip(label.shape, crop)]
     for down, across in zip(u[2::2], u[3::2]):
@@ -798,7 +801,7 @@ class Tester:
         self.forward, self.env, self.size = env.autocast(net.eval()), env, net.config["img_size"]
         self.short, self.stride = content["short_side"], content["stride"]
         self.mean, self.std = statistics(content["mean"], content["std"], env.device)
-        self.ignored = content.get("ignored", [])
+        self.ignored = content["ignored"]
 
     def label(self, image, size):
         """uint8 (C, h, w) -> class ids uint8 (H, W) of `size`, on the device."""

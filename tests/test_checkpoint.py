@@ -366,6 +366,8 @@ def test_exports_load_in_their_libraries(tmp_path):
     net, source = exported(tmp_path, dict(mean=[0.4, 0.5, 0.6], std=[0.2] * 3, range=[-1.0, 3.0]))
     x, features = images(), net(images())
     said = checkpoint.export(source, "timm", str(tmp_path / "x.safetensors"))
+    of_8_bits = source | dict(meta=source["meta"] | dict(bits=8))
+    assert checkpoint.hf_settings(of_8_bits)[1]["rescale_factor"] == 1 / 255
     assert "less [0.4, 0.5, 0.6], by [0.2, 0.2, 0.2]; the values -1 and 3 are 0 and 1" in said
     there = timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=128, depth=2,
                                           num_heads=2, num_classes=0).eval()

@@ -95,6 +95,9 @@ def in_many_forms(folder, out):
         tar_of(out / "parts" / part / "x.tar", inside)
         tar_of(out / f"set-{part}.tar", inside)
         tar_of(out / "whole" / f"{part}.tar", [(f"{part}/{name}", c) for name, c in inside])
+        # a class that is called train is no folder around all
+        tar_of(out / "named" / f"{part}.tar", [*inside, ("train/1.jpg", inside[0][1])])
+    assert opened(out / "named").classes == ["cat", "dog", "train"]
     yield str(out / "parts")
     yield str(out / "set-{train,val}.tar")
     yield str(out / "whole")
@@ -222,11 +225,16 @@ def test_the_short_side_is_shrunk_and_what_a_jpeg_cannot_hold_is_kept(tmp_path):
     Image.open(f"{root}/a.jpg").save(f"{root}/e.jpg", exif=turned, quality=95)
     Image.fromarray(np.arange(40000, dtype=np.uint16).reshape(200, 200)).save(f"{root}/f.png")
     (tmp_path / "f/g.png").write_bytes(png_of_16_bits(np.zeros((150, 150, 3))))
+    Image.new("RGBA", (150, 150)).save(f"{root}/h.tif")
+    bands = bytes_of(root, "h.tif").replace(b"\x52\1\3\0\1\0\0\0\2", b"\x52\1\3\0\1\0\0\0\0")
+    assert bands != bytes_of(root, "h.tif")
+    (tmp_path / "f/h.tif").write_bytes(bands)               # a fourth band that is no alpha
     path = pack(root, tmp_path / "x.tar", "--short-side", "100")
     ours, theirs = data.every_image(path), data.every_image(root)
-    assert [ours.open(i).size for i in range(7)] == [
-        (100, 201), (125, 100), (90, 300), (200, 160), (201, 100), (200, 200), (150, 150)]
-    assert [contents(ours)[i] == contents(theirs)[i] for i in range(7)] == [0, 0, 1, 1, 0, 1, 1]
+    assert [ours.open(i).size for i in range(8)] == [
+        (100, 201), (125, 100), (90, 300), (200, 160), (201, 100), (200, 200), (150, 150),
+        (150, 150)]
+    assert [contents(ours)[i] == contents(theirs)[i] for i in range(8)] == [0, 0, 1, 1, 0, 1, 1, 1]
     for i in (0, 1, 4):
         size = ours.open(i).size[::-1]
         small = np.array(Image.fromarray(theirs.read(i).numpy()).resize(size, Image.LANCZOS))

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 import augment
 import data
+import segment
 from conftest import corrupt, folder_of, images_like, png, png_of_16_bits
 
 
@@ -97,6 +98,11 @@ def test_a_training_set_without_labels_is_named_and_why(tmp_path, names, why):
     folder_of(tmp_path / "train", names)
     os.makedirs(tmp_path / "train" / "labels")
     (tmp_path / "train/labels/1.txt").write_text("0 .5 .5 1 1")
+    if names == ["images/1.png"]:
+        folder_of(tmp_path / "other", ["images/1.png", "masks/1.png"])
+        os.makedirs(tmp_path / "other/labels")
+        with pytest.raises(data.DataError, match="masks/ beside images/"):
+            data.load(str(tmp_path / "other"))
     classes_in(tmp_path, "val")
     train, test = data.load(str(tmp_path)), data.load(str(tmp_path), train=False)
     assert len(train) == len(names) and train.labels is None
@@ -397,9 +403,10 @@ def test_stacks_are_said_to_be_read_by_their_first_frame(tmp_path, capsys):
 
 def test_a_range_of_8_bits_is_not_used_and_deep_colours_of_a_tiff_are_refused(tmp_path, capsys):
     folder_of(tmp_path, ["1.png", "2.png"])
-    assert data.load(str(tmp_path), in_chans=4, value_range=(0, 100)).range is None
+    dataset = data.load(str(tmp_path), in_chans=4, value_range=(0, 100))
+    assert dataset.range == (0, 100) and dataset.bits == 8              # of deep ones among them
     said = capsys.readouterr().out
-    assert "its values have 8 bits, for which there is no --range" in said
+    assert "none of 2 images looked at has more than 8 bits" in said
     assert "2 of 2 images looked at have no fourth channel" in said
     # width, height, bits, compression, photometric, offset, samples, rows, bytes
     tags = {256: 2, 257: 1, 258: 16, 259: 1, 262: 2, 273: 134, 277: 3, 278: 1, 279: 12}
@@ -439,6 +446,13 @@ def test_a_fourth_band_that_is_not_called_alpha_is_not_left_out(tmp_path):
     box = (0.5, 0.25, 7.5, 7.0)
     crops = [data.crop(set.read(0), box, (5, 6), augment.TEST_VIEW) for set in (four, three)]
     assert torch.equal(crops[0][:3], crops[1]) and crops[0].shape == (4, 5, 6)
+    image = Image.open(tmp_path / "alpha.tif")
+    small, plain = (segment.shrunk(one, 6) for one in (image, image.convert("RGB")))
+    assert torch.equal(small[:3], plain)
+    label = Image.new("L", image.size)
+    big, plain = (segment.random_crop(one, label, (9, 9), 9, 0)[0]
+                  for one in (image, image.convert("RGB")))
+    assert np.array_equal(big[..., :3], plain)
 
 
 def test_check_says_the_range_and_what_is_lost(tmp_path, capsys):

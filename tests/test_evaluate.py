@@ -128,13 +128,14 @@ def steps(monkeypatch):
 
 @pytest.mark.parametrize("norm", [[], ["--batchnorm"]])
 def test_a_stopped_linear_evaluation_goes_on(encoder_folder, tmp_path, steps, norm, capsys):
-    root = class_folder(tmp_path / "data", 8, 8)
+    root = class_folder(tmp_path / "data", 8, 8, sizes=2)
+    corrupt(root / "train" / "cat" / "3.png")
 
     def go(name):
         """The result, and the factors of the rate of every step taken."""
         steps.taken.clear()
         entry, = run_mode(encoder_folder, tmp_path / name, "--data", root, "--epochs", 3,
-                          "--batch-size", 8, "--no-cache-features", *norm)
+                          "--batch-size", 8, "--no-cache-features", "--max-bad", 0.5, *norm)
         return entry, list(steps.taken)
 
     whole, every = go("whole")
@@ -148,9 +149,13 @@ def test_a_stopped_linear_evaluation_goes_on(encoder_folder, tmp_path, steps, no
         with pytest.raises(AttributeError, match="write_result"):
             go("parts")
     rest = list(steps.taken)
+    part = kept.read_bytes()                                # another protocol leaves it alone
+    run_mode(encoder_folder, tmp_path / "parts", "--data", root, "--epochs", 1, "--cache-features")
+    assert kept.read_bytes() == part
     parts, more = go("parts")
     assert rest == every[-len(every) // 3:] and not more and not kept.exists()
-    for key in ("top1", "best_on_test", "held_out_top1", "lr"):
+    assert whole["unreadable"] > 0
+    for key in ("top1", "best_on_test", "held_out_top1", "lr", "unreadable"):
         assert parts[key] == whole[key], key
     ours, theirs = (checkpoint.read(tmp_path / name / "classifier-linear.pt")["classifier"]
                     for name in ("parts", "whole"))
