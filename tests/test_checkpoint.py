@@ -175,6 +175,8 @@ def test_heads_and_size_that_a_file_states_are_not_overruled(tmp_path):
 
 def test_heads_that_timm_states_are_taken(tmp_path):
     checkpoint.write_safetensors(vit().state_dict(), open(tmp_path / "model.safetensors", "wb"))
+    checkpoint.write_safetensors(dict(x=torch.empty(0, 3)), open(tmp_path / "none", "wb"))
+    assert checkpoint.read_safetensors(tmp_path / "none")["x"].shape == (0, 3)
     for args, heads in (("of another kind", 2), (dict(num_heads=4), 4)):
         (tmp_path / "config.json").write_text(json.dumps(dict(model_args=args)))
         assert checkpoint.read_encoder(str(tmp_path))["config"]["heads"] == heads

@@ -291,6 +291,15 @@ def test_colours_of_16_bits_keep_their_range(tmp_path):
     assert data.Encoded(bytearray(file.read_bytes())).extremes() == (0, 4004)
 
 
+def test_names_of_classes_need_not_be_text():
+    dataset = data.Dataset(images=torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    digests = set()
+    for name in ("caf\udce9", "cafe"):                      # Latin-1, as the file system gives it
+        dataset.label([name, "b"], [name, "b"])
+        digests.add(dataset.label_digest)
+    assert len(digests) == 2
+
+
 def test_a_share_of_each_class_is_held_out(tmp_path):
     root = folder_of(tmp_path, [f"{c}/{i}.png" for c, n in (("a", 10), ("b", 5), ("c", 1))
                                 for i in range(n)])

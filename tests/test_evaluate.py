@@ -189,6 +189,8 @@ def test_knn_reports_every_k(encoder_folder, tmp_path):
     assert set(entry["by_k"]) == {"3", "5"} and entry["top1"] == round(entry["by_k"]["3"], 2)
     assert entry["balanced"] == entry["top1"] <= entry["top5"]          # as many of each class
     path, = tmp_path.glob("per-class-knn-*.csv")
+    run_mode(encoder_folder, tmp_path, "--mode", "knn", "--data", root, "--block", 2, "--per-class")
+    assert len([*tmp_path.glob("per-class-knn-*.csv")]) == 2            # none overwritten
     assert sum(int(row["support"]) for row in rows_of(path)) == 18
     shutil.rmtree(root / "val" / "a")                                   # fewer classes, and one
     for name in "bcde":

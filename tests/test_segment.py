@@ -139,6 +139,8 @@ def test_pyramid_and_head_take_odd_grids(grid):
     assert net.eval()(x)[1] is None
     assert segment.describe("upernet", 12, 150)["taps"] == [4, 6, 8, 12]
     assert segment.describe("linear", 24, 150)["taps"] == [24]
+    rates = [segment.DEFAULTS[protocol]["lr"] for protocol in ("upernet", "linear", "linear4")]
+    assert rates == [1e-4, 1e-3, 8e-4]                      # MAE's, DINOv2's, iBOT's
 
 
 @pytest.mark.parametrize("sizes", [[(12, 20), (6, 10), (3, 5), (1, 2)], [(7, 9), (1, 1), (6, 6)],
