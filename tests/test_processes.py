@@ -4,7 +4,6 @@ import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 
@@ -15,7 +14,7 @@ import torch.distributed.run as torchrun
 import checkpoint
 import data
 import run
-from conftest import QUIET, ROOT, STAGES, Started, child, folder_of, log_of, options, saved
+from conftest import QUIET, STAGES, Started, child, folder_of, log_of, options, saved
 from test_faults import after_step, slow_steps
 
 
@@ -48,7 +47,7 @@ def no_last_pt():
     run.Job.path = lambda self, name: os.path.join(self.out, "elsewhere", name)
 
 
-DISTRIBUTED = ["--epochs", "2", "--timeout-minutes", "0.15", "--batch-size", "15"]
+DISTRIBUTED = ["--epochs", "2", "--timeout-minutes", "0.1", "--batch-size", "15"]
 
 
 # the last is over at once, the others when their time is
@@ -168,21 +167,6 @@ def workers_of(parent):
     return found
 
 
-def test_torchrun_brings_a_killed_process_back(images, tmp_path):
-    """Its command as users type it: each process imports torch anew."""
-    log, out = tmp_path / "said.txt", tmp_path / "out"
-    with open(log, "w") as f:
-        job = subprocess.Popen([
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-            "--max-restarts", "2", "mae_pretrain.py", "--data", images, "--out", out, *ALONE,
-            "--epochs", "3"], stdout=f, stderr=f, start_new_session=True, cwd=ROOT)
-    until([log], " step 5/12 ", lambda: job.poll() is None)
-    os.kill(max(workers_of(job.pid)), signal.SIGKILL)
-    assert job.wait(180) == 0, log.read_text()[-3000:]
-    assert "resumed " in log.read_text()
-    assert saved(out)["step"] == 12 and [line["step"] for line in log_of(out)] == [*range(1, 13)]
-
-
 def agent(*words):
     """torchrun as a process of ours: the same agent, and its processes are forked."""
     args = torchrun.parse_args([*map(str, words[:-2]), "mae_pretrain.py"])
@@ -197,6 +181,21 @@ def worker(*what):
     except SystemExit as end:
         if end.code:
             raise
+
+
+def test_torchrun_brings_a_killed_process_back(server, images, tmp_path):
+    log, out = tmp_path / "said.txt", tmp_path / "out"
+    what = ["--data", images, *ALONE, "--epochs", "3", "--out", str(out)]
+    meet = ["--nproc_per_node", 2, "--max-restarts", 2, "--rdzv_backend", "c10d",
+            "--rdzv_endpoint", "localhost:0"]               # --standalone's
+    job = server.Process(target=agent, args=(*meet, what, str(log)))
+    job.start()
+    until([log], " step 5/12 ", job.is_alive)
+    os.kill(max(workers_of(job.pid)), signal.SIGKILL)
+    job.join(180)
+    assert job.exitcode == 0, log.read_text()[-3000:]
+    assert "resumed " in log.read_text()
+    assert saved(out)["step"] == 12 and [line["step"] for line in log_of(out)] == [*range(1, 13)]
 
 
 def test_two_machines_go_on_after_one_was_lost(start, server, images, tmp_path):
