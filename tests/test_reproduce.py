@@ -255,6 +255,13 @@ def test_a_second_run_skips_what_is_done_and_a_broken_one_goes_on(tmp_path, stub
     assert [script for script, _ in call()].count("finetune") == 1
 
 
+def test_a_typing_error_in_common_leaves_nothing_behind(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(arguments(tmp_path, "--only", "table3", "--common", "--nonsense 3"))
+    assert stop.value.code == 2 and "--nonsense" in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
 def test_tuning_and_filled_tables(tmp_path, stubs):
     args = arguments(tmp_path, "--only", "tuning", preset="cifar10-small")
     parts = {name for name in reproduce.systems(reproduce.plan(args)) if name.startswith("tune ")}
