@@ -165,8 +165,9 @@ class Encoded:
         if self.bits == 32 and value_range is None:
             raise BadFile("values of 32 bits in a set of 8 or 16 bits: give --range")
         with or_bad_file():
-            if self.lacking(in_chans):
-                raise BadFile(self.lacking(in_chans))
+            trouble = self.lacking(in_chans)
+            if trouble:
+                raise BadFile(trouble)
             if self.is_deep:
                 image = Image.fromarray(to_bytes(self.values(), value_range or (0, 65535)))
                 if "exif" in self.image.info:               # else pillow would decode all to look
@@ -890,10 +891,9 @@ def table_of(lines):
                           for at in places) for row in rows]
 
 
-def other_part(listed, name):
-    """Whether an image's name says train, val or test, and the listed one's folders another."""
-    own, asked = (set(map(part_kind, folders)) - {None}
-                  for folders in (name.split("/")[:-1], listed[:-1]))
+def other_part(folders, listed):
+    """Whether an image's folders say train, val or test, and those of the listed one another."""
+    own, asked = (set(map(part_kind, names)) - {None} for names in (folders, listed))
     return bool(own and asked) and not own & asked
 
 
@@ -915,11 +915,11 @@ def find_listed(source, rows, where):
         parts = os.path.normpath(name).split("/")
         if parts[0] in ("", ".."):
             raise DataError(f"{where}: the name {listed!r} leads out of the data folder")
-        hits = {i: nfc(source.names[i]).split("/")[:-1] for i in position.get(parts[-1], ())
-                if not other_part(parts, source.names[i])}
+        hits = {i: nfc(source.names[i]).split("/")[:-1] for i in position.get(parts[-1], ())}
         fits = [i for i, folders in hits.items() if folders == parts[:-1]] or [
             i for i, folders in hits.items()    # a file in no folder goes by its name alone
-            if len(parts) == 1 or folders[-1:] in ([], parts[-2:-1])]
+            if len(parts) == 1 or folders[-1:] in ([], parts[-2:-1])
+            and not other_part(folders, parts[:-1])]
         if len(fits) == 1:
             chosen += fits
         else:
