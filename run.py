@@ -515,28 +515,32 @@ class Peers:
         self.questions += 1
         key, before = f"answers {self.questions}", f"answers {self.questions - 1}"
         self.store.append(key, json.dumps([self.rank, value]) + "\n")
-        self.store.add(f"{key} count", 1)                   # one number to ask for, not n answers
+
+        def answers():
+            lines = self.store.get(key).decode().splitlines()
+            return lines if len(lines) == self.n else None
+
+        time.sleep(1e-4 * self.n)                           # so that most need ask once
         end = time.monotonic() + self.seconds
-        while not self.until(lambda: self.store.add(f"{key} count", 0) == self.n, GLANCE_SECONDS):
+        while not (lines := self.until(answers, GLANCE_SECONDS)):
             if time.monotonic() > end or self.store.check(["failure"]):
                 raise self.roll_call() or RunError("the processes lost each other while they "
                                                    f"compared {question}")
         if self.rank == 0:                                  # who answers has read those before
             self.store.delete_key(before)
-            self.store.delete_key(f"{before} count")
-        answers = dict(map(json.loads, self.store.get(key).decode().splitlines()))
-        return [answers[rank] for rank in range(self.n)]
+        by_rank = dict(map(json.loads, lines))
+        return [by_rank[rank] for rank in range(self.n)]
 
     def until(self, there, seconds):
-        """Whether there() becomes true within so long. Asks again and again: the store's own
-        waiting writes lines to the screen when its time is over."""
+        """The first true value of there() within so long, or None. Asks again and again: the
+        store's own waiting writes lines to the screen when its time is over."""
         end, pause = time.monotonic() + seconds, 0.0005
-        while not there():
+        while not (value := there()):
             if time.monotonic() > end:
-                return False
+                return None
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
-        return True
+        return value
 
     def listen(self):
         """Sign in when another process calls, even while stuck in a collective; then end."""
