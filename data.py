@@ -146,6 +146,9 @@ class Encoded:
         self.is_deep = form == "PNG" and content[24] == 16 and mode in ("LA", "RGB", "RGBA")
         is_16 = mode.startswith("I;16") or mode == "I" and form in ("PNG", "PPM") or self.is_deep
         self.bits = 16 if is_16 else 32 if mode in ("I", "F") else 8
+        self.tags = getattr(self.image, "tag_v2", {})                   # a TIFF's
+        # MinIsWhite, which pillow turns in 8 bits alone
+        self.whites_least = mode.startswith("I;16") and self.tags.get(262) == 0
 
     def decode(self, factor=1):
         """The PIL image, upright, of ceil(size / factor) pixels; factor 2, 4 or 8 for JPEGs."""
@@ -153,7 +156,10 @@ class Encoded:
             if factor > 1:
                 width, height = self.image.size
                 self.image.draft(None, (width // factor, height // factor))
-            return ImageOps.exif_transpose(self.image)
+            image = ImageOps.exif_transpose(self.image)
+            if self.whites_least:
+                image = Image.fromarray((1 << self.tags[258][0]) - 1 - np.array(image))
+            return image
 
     def pixels(self, in_chans, factor=1, value_range=None):
         """The same as a uint8 tensor (H, W, C) with in_chans channels; see `to_channels`."""
@@ -180,7 +186,7 @@ class Encoded:
 
     def lacking(self, in_chans):
         """What of a TIFF pillow would leave out unsaid, and what to do about it; else None."""
-        tags, bands = getattr(self.image, "tag_v2", {}), len(self.image.getbands())
+        tags, bands = self.tags, len(self.image.getbands())
         bits = max(tags.get(258, (8,)))
         if bands > 1 and bits > 8:
             return (f"a TIFF whose colours have {bits} bits, of which pillow reads 8: save it as a "

@@ -410,6 +410,29 @@ def test_stacks_are_said_to_be_read_by_their_first_frame(tmp_path, capsys):
     assert "1 of 2 images looked at have several frames" in capsys.readouterr().out
 
 
+def raw_tiff(width, bits, values, photometric, samples=1):
+    """A TIFF of one row, as bytes."""
+    tags = {"width": (256, width), "height": (257, 1), "bits": (258, bits), "compression": (259, 1),
+            "photometric": (262, photometric), "offset": (273, 134), "samples": (277, samples),
+            "rows": (278, 1), "bytes": (279, len(values))}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.values())
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    return header.ljust(134, b"\0") + values
+
+
+def test_a_tiff_whose_least_value_is_white_is_read_as_its_twin(tmp_path):
+    """X-rays from DICOM's MONOCHROME1; pillow turns those of 8 bits alone."""
+    values = np.array([0, 1000, 30000, 65535], "<u2")
+    for name, photometric, written in (("black", 1, values), ("white", 0, 65535 - values)):
+        (tmp_path / f"{name}.tif").write_bytes(raw_tiff(4, 16, written.tobytes(), photometric))
+    dataset = data.Dataset(data.FileSource(str(tmp_path), ["black.tif", "white.tif"]), in_chans=1)
+    assert dataset.read(0).flatten().tolist() == [0, 4, 117, 255]
+    assert torch.equal(dataset.read(1), dataset.read(0))
+    dark = np.array([5, 65535], "<u2").tobytes()
+    (tmp_path / "white.tif").write_bytes(raw_tiff(2, 16, dark, 0))
+    assert dataset.open(1).extremes() == (0, 65530)
+
+
 def test_a_range_of_8_bits_is_not_used_and_deep_colours_of_a_tiff_are_refused(tmp_path, capsys):
     folder_of(tmp_path, ["1.png", "2.png"])
     dataset = data.load(str(tmp_path), in_chans=4, value_range=(0, 100))
@@ -417,11 +440,7 @@ def test_a_range_of_8_bits_is_not_used_and_deep_colours_of_a_tiff_are_refused(tm
     said = capsys.readouterr().out
     assert "none of 2 images looked at has more than 8 bits" in said
     assert "2 of 2 images looked at have no fourth channel" in said
-    # width, height, bits, compression, photometric, offset, samples, rows, bytes
-    tags = {256: 2, 257: 1, 258: 16, 259: 1, 262: 2, 273: 134, 277: 3, 278: 1, 279: 12}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
-    (tmp_path / "2.png").write_bytes(header.ljust(134, b"\0") + bytes(range(12)))
+    (tmp_path / "2.png").write_bytes(raw_tiff(2, 16, bytes(range(12)), photometric=2, samples=3))
     dataset = data.Dataset(data.FileSource(str(tmp_path), ["2.png"]))
     with pytest.raises(data.BadFile, match="colours have 16 bits, of which pillow reads 8"):
         dataset.read(0)
