@@ -242,6 +242,14 @@ def check_sizes(content, size):
         raise CheckpointError("refused, its tensors claim more bytes than the file has")
 
 
+def encoder_digest(source, img_size=None):
+    """The digest of the encoder in a file that was read, as evaluate.py gives it."""
+    state, config = fit(source, img_size)
+    encoder = VisionTransformer(**config)
+    encoder.load_state_dict(state)
+    return digest(encoder)
+
+
 def digest(encoder, only=lambda name: True):
     """12 hexadecimal digits of a hash over every weight, or over those whose name passes `only`."""
     total = hashlib.sha256()

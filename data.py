@@ -17,6 +17,7 @@ import functools
 import gc
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -83,6 +84,12 @@ def or_bad_file():
 def printable(text):
     """A text of which a console can show every name of a file, also one that is not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def show_all_names():
+    """Have the output escape what it cannot show, in place of a UnicodeEncodeError."""
+    with contextlib.suppress(AttributeError):               # a notebook's, or closed
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def say(text):
@@ -347,9 +354,10 @@ class Progress:
 
     def step(self, n=1):
         self.done += n
-        now, terminal = time.perf_counter(), sys.stderr.isatty()
-        if now < self.due:
+        now = time.perf_counter()
+        if now < self.due or sys.stderr is None:
             return
+        terminal = getattr(sys.stderr, "isatty", bool)()                # of a logger's: none
         self.due = now + (0.5 if terminal else 30)
         rate, of, left = (self.done - self.first) / (now - self.started), "", ""
         if self.total:
@@ -479,7 +487,9 @@ def index_tars(path, tars):
                     files[name] = number, at, size      # the last of one name, as when unpacked
         names += files
         places += files.values()
-        labels += [texts.get(re.sub(r"\.[^/]*$", "", name), "") for name in files]
+        for name in files:          # 1.2.840.png goes with 1.2.840.cls, a.seg.png with a.cls
+            keys = os.path.splitext(name)[0], re.sub(r"\.[^/]*$", "", name)
+            labels.append(next((texts[key] for key in keys if key in texts), ""))
     names = in_folders(path, [tar for tar, _ in tars], names, [number for number, *_ in places])
     order = sorted(range(len(names)), key=lambda i: tree_order(names[i]))
     source = TarSource(path, Names(names), tars, np.array(places, np.int64).reshape(-1, 3),
@@ -655,7 +665,9 @@ MASKS = re.compile(f"(?i)(label|mask|ann|annotation|seg|segmentation|ground.?tru
 PICTURES = re.compile(f"(?i)(image|img|jpegimage|leftimg|picture|photo|rgb){SUFFIX}")
 MASK_OF = re.compile(rb"(?i)[-_ .](mask|seg(mentation)?|gt|label|label.?ids|ground.?truth|trimap|"
                      rb"superpixel|instance|binary|manual|annotation)s?[-_]?\d*(?=\.)")
-NOT_LISTS = {b"PK\3\4": "a zip archive: unpack it",
+NOT_LISTS = {b"PK\3\4": "a zip archive, a spreadsheet or arrays of numpy: unpack it, save it as "
+                          "CSV or write its images to files",
+             b'{"': "JSON: write a CSV", b"[{": "JSON: write a CSV", b"{\n": "JSON: write a CSV",
              b"PAR1": "a parquet table: write its images to files",
              b"\x93NUMPY": "a numpy array: write its images to files",
              b"\x89HDF": "an HDF5 file: write its images to files",
@@ -860,11 +872,12 @@ def read_table(path):
                 "utf-8-sig", "surrogateescape")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip(' \t"')]
-    rows = table_of(lines)
+    lines = [line.strip(" ") for line in text.splitlines() if line.strip(' \t"')]
+    lines = [*itertools.dropwhile(lambda line: line.lower().startswith(("sep=", "# ")), lines)]
+    rows = table_of(lines, path)
     if rows is None:
         rows = []
-        for line in (line.strip('"') for line in lines):
+        for line in (line.strip().strip('"') for line in lines):
             name, *label = line.rsplit(maxsplit=1)
             has = label and (label[0].isdigit() or name.lower().endswith(EXTENSIONS))
             rows.append((name, label[0], None) if has else (line, None, None))
@@ -873,7 +886,7 @@ def read_table(path):
     return rows
 
 
-def table_of(lines):
+def table_of(lines, path):
     """The rows of a CSV, see `read_table`, or None where the lines are none."""
     for delimiter in ",;\t|":
         rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
@@ -885,15 +898,28 @@ def table_of(lines):
                           for words in COLUMNS.values()]
                 rows = list(rows)
                 ends = [c.strip().lower().endswith(EXTENSIONS) for c in rows[0]] if rows else []
-                if True in ends and not any(ends[places[0]:places[0] + 1]):
-                    places[0] = ends.index(True)        # an id beside the column of the files
+                files = [i for i, (head, end) in enumerate(zip(heads, ends))
+                         if end and not MASKS.fullmatch(head)]
+                if files and not any(ends[places[0]:places[0] + 1]):
+                    places[0] = files[0]                # an id beside the column of the files
+                for number, row in enumerate(rows, start=2):
+                    if any(cell.strip() for cell in row[len(heads):]):
+                        raise DataError(f"{path}: row {number} has more cells than the first line "
+                                        f"names columns: a cell with a {delimiter!r} in it needs "
+                                        "quotes")
+                unknown = [head for i, head in enumerate(heads) if head and i not in places]
+                if places[1] is None and unknown:
+                    note(f"{path}: no column of labels in it, of {', '.join(unknown)} (they are "
+                         f"known by their names: {', '.join(COLUMNS['label'])})")
             elif len(first) > 1 and heads[0].endswith(EXTENSIONS):
                 rows, places = [first, *rows], range(3)
                 if not all(row[1:] and row[0].strip().lower().endswith(EXTENSIONS) for row in rows):
                     continue
             else:
                 continue
-            return [tuple(None if at is None or at >= len(row) else row[at].strip()
+            # an apostrophe guards what a spreadsheet would compute, as in our own predictions.csv
+            return [tuple(None if at is None or at >= len(row)
+                          else re.sub(r"^'(?=[-+=@])", "", row[at].strip())
                           for at in places) for row in rows]
 
 
@@ -905,7 +931,8 @@ def other_part(folders, listed):
 
 def find_listed(source, rows, where):
     """Indices into a source of the listed names; all must be found. By the whole name, else by its
-    last two parts or one; absolute where they lie below its root; with or without an ending."""
+    last parts, as many as both have; absolute where they lie below its root; with or without an
+    ending."""
     position, whole = {}, all(name and name.lower().endswith(EXTENSIONS) for name, *_ in rows)
     for i, file in enumerate(source.names):
         last = nfc(file[file.rfind("/") + 1:])
@@ -924,7 +951,7 @@ def find_listed(source, rows, where):
         hits = {i: nfc(source.names[i]).split("/")[:-1] for i in position.get(parts[-1], ())}
         fits = [i for i, folders in hits.items() if folders == parts[:-1]] or [
             i for i, folders in hits.items()    # a file in no folder goes by its name alone
-            if len(parts) == 1 or folders[-1:] in ([], parts[-2:-1])
+            if all(map(str.__eq__, folders[::-1], parts[-2::-1]))
             and not other_part(folders, parts[:-1])]
         if len(fits) == 1:
             chosen += fits
@@ -965,7 +992,8 @@ def open_folder(path, train, in_chans, labels_file=None, val_share=0):
     if rows:
         source, labels, parts = listed_images(source, rows, labels_file, parts, part)
     if val_share and ("val" in parts or "test" in parts):
-        raise DataError(f"--val-share: {name} has test images of its own")
+        raise DataError(f"--val-share: {name} has test images of its own; if these have no labels, "
+                        "give the folder of the training images")
     dataset = Dataset(source, in_chans=in_chans, name=name)
     if labels:
         dataset.label(labels, sorted_classes(labels))
@@ -1003,17 +1031,21 @@ def listed_images(source, rows, table, parts, train):
     else:
         kinds = [name.split("/")[0] for name in named]
     chosen = choose_part(table, parts, train)
-    mine = [(i, nfc(label or "")) for i, kind, (_, label, _) in zip(ids, kinds, rows)
+    mine = [(i, "" if (label or "").lower() == "nan" else nfc(label or ""))    # pandas' for none
+            for i, kind, (_, label, _) in zip(ids, kinds, rows)
             if not chosen or kind == chosen]
     if not mine:
-        raise DataError(f"{table}: no row of it names an image of {chosen}/")
+        raise DataError(f"{table}: no row of it names an image of {chosen}/; to test on some of "
+                        "the others give their folder, with --val-share")
     source, labels = source.select([i for i, _ in mine]), [label for _, label in mine]
     if not any(labels):
         return source, None, parts
     known = {}
     for row, (i, label) in enumerate(mine):
         if not label or known.setdefault(i, label) != label:
-            trouble = "two labels" if label else "no label"
+            trouble = "two labels" if label else (
+                f"no label (so {sum(not label for _, label in mine)} of {len(mine)}): take such "
+                "rows out of the table")
             raise DataError(f"{table}: {source.names[row]} has {trouble}")
     if len(known) < len(mine):
         note(f"{table}: {len(mine) - len(known)} rows repeat others and are left out")
@@ -1025,7 +1057,8 @@ def listed_images(source, rows, table, parts, train):
     every = {(folder[i], label) for i, (_, label, _) in zip(ids, rows)}
     counts = {len(every), len({place for place, _ in every}), len({label for _, label in every})}
     numbers = all((label or "").isdecimal() for _, label in every)
-    if numbers and "" not in folder.values() and len(counts) == 1:
+    own = any(place.isdecimal() or not place for place in folder.values())
+    if numbers and not own and len(counts) == 1:
         labels = [folder[i] for i, _ in mine]
     return source, labels, parts
 
@@ -1042,6 +1075,8 @@ def split_off(dataset, share, train):
     labels = torch.zeros(len(dataset)).long() if dataset.labels is None else dataset.labels
     counts = labels.bincount()
     wanted = (counts * share).round().clamp_min(1).minimum(counts - 1)
+    if not wanted.clamp_min(0).any():
+        raise DataError(f"--val-share: no class of {dataset.name} has two images, to hold one out")
     held = first_of_each(labels, wanted, shuffled(len(dataset), SUBSET, 5, 0))
     mine = torch.full((len(dataset),), bool(train))
     mine[held] = not train
@@ -1196,14 +1231,17 @@ def into_memory(dataset, sizes, max_bad):
 
 
 def report_bad(dataset, max_bad, seen=0):
-    """Name the bad files after the first `seen`; DataError when their share is above max_bad."""
+    """Name the bad files after the first `seen`, once where a set has one twice; DataError when
+    their share is above max_bad."""
     bad, n = dataset.bad, len(dataset)
+    first = {dataset.file(i): i for i in reversed(bad)}
     for i in list(bad)[seen:]:
         path = os.path.join(getattr(dataset.source, "root", dataset.name), dataset.file(i))
-        print(printable(f"warning: skipped {path}: {bad[i]}"), flush=True)
-    if len(bad) > max(max_bad * n, 1):
-        raise DataError(f"{len(bad)} of {n} images cannot be read, more than --max-bad {max_bad:g} "
-                        f"allows; first {dataset.file(next(iter(bad)))}", 1)
+        if first[dataset.file(i)] == i:
+            print(printable(f"warning: skipped {path}: {bad[i]}"), flush=True)
+    if len(first) > max(max_bad * n, 1):
+        raise DataError(f"{len(first)} of {n} images cannot be read, more than --max-bad "
+                        f"{max_bad:g} allows; first {dataset.file(next(iter(bad)))}", 1)
 
 
 def labelled(dataset, spec=None, seed=0, draw="balanced"):
@@ -1221,7 +1259,10 @@ def labelled(dataset, spec=None, seed=0, draw="balanced"):
         if dataset.files is None:
             raise DataError(f"--labels {spec}: a list names files, and {dataset.name} has none")
         rows = read_table(spec)
-        ids = torch.tensor(sorted(find_listed(dataset.source, rows, f"--labels {spec}")))
+        listed = find_listed(dataset.source, rows, f"--labels {spec}")
+        ids = torch.tensor(sorted(set(listed)))
+        if len(ids) < len(listed):
+            note(f"--labels {spec}: {len(listed) - len(ids)} lines repeat others and are left out")
         how = f"list {os.path.basename(spec)}"
         if any(label for _, label, _ in rows):
             note(f"--labels {spec} chooses images; the labels in it are not used, but those "
@@ -1564,8 +1605,11 @@ class Loader:
 
 
 def settle(worker):
-    """In a new worker: to collect garbage among what is its parent's would copy 80 MiB of it."""
+    """In a new worker: to collect garbage among what is its parent's would copy 80 MiB of it. A
+    signal to the run's group (torchrun, Slurm, timeout, Ctrl-C) is for the run, which then needs
+    its workers until it has saved."""
     gc.freeze()
+    os.setpgid(0, 0)
 
 
 # ------------------------------------------------------------------------------------ embedded set
@@ -1851,6 +1895,7 @@ def get_args(argv=None):
 
 def program(argv=None):
     """The exit code of the command line; what the user can mend is one line."""
+    show_all_names()
     try:
         args = get_args(argv)
         (pack if args.command == "pack" else check)(args)

@@ -272,6 +272,8 @@ def linear(frozen, train, test, args, seed):
         folds = torch.zeros(len(fit), dtype=torch.long)
     batch_size = min(args.batch_size, len(fit))
     batch_size -= 0 if args.cache_features else batch_size % env.processes
+    if batch_size < args.batch_size:
+        data.note(f"batches of {batch_size}, not {args.batch_size}: {len(fit)} images to fit on")
     if batch_size == 0:
         raise UsageError(f"--batch-size {args.batch_size} and {len(fit)} labelled images are too "
                          f"few for {env.processes} processes: each needs an image at a time")
@@ -412,6 +414,8 @@ def knn(frozen, train, test, args, seed):
         progress.step(len(part))
     found = [scored(of_k, labels, len(train.classes)) for of_k in torch.cat(parts).unbind(1)]
     by_k = {str(k): each["top1"] for k, each in zip(args.k, found)}
+    if args.k[0] < 5:                                       # fewer neighbours than classes named
+        found[0].pop("top5", None)
     fields = dict(protocol=f"{args.k[0]}-NN{of_block(args)}", **found[0], chosen_on="nothing")
     return fields | dict(by_k=by_k), None
 
@@ -553,9 +557,9 @@ def predict(args, env):
 def table(entries):
     """Markdown: systems as rows, protocols as columns, top-1; mean ± deviation of several seeds.
 
-    A name is lengthened where it stands for more than seeds: of a row by the data and by the
-    checkpoint, of a column by the labels. Of results of one seed, with other settings, the last
-    counts.
+    A name is lengthened where it stands for more than seeds: of a row by the data, the weights, the
+    size of the images and the checkpoint, of a column by the labels. Of results of one seed, of
+    other settings or of an encoder that was trained again, the last counts.
     """
     def names_of(key, *more):
         """A name for each entry, with those further fields that tell entries of a name apart."""
@@ -572,7 +576,7 @@ def table(entries):
         return re.sub(r", seed \d+$", "", str(entry.get(field)))
 
     def several(field):
-        return lambda own: len({told(e, field) for e in own}) > 1
+        return lambda own: len({told(e, field) for e in own if field in e}) > 1
 
     def seed_of(entry):
         """What is another for another seed: (encoder, its seed, the evaluation's)."""
@@ -584,11 +588,13 @@ def table(entries):
         found = {seed_of(e)[:2] for e in own}
         return len({seed for _, seed in found}) < len(found)
 
-    rows = names_of("system", ("data", several("data")), ("checkpoint", not_seeds))
+    fields = "data", "weights", "img_size"
+    rows = names_of("system", *((field, several(field)) for field in fields),
+                    ("checkpoint", not_seeds))
     columns = names_of("protocol", ("labels", several("labels")))
     cells = {}
     for row, column, entry in zip(rows, columns, entries):
-        cells.setdefault((row, column), {})[seed_of(entry)] = entry["top1"]
+        cells.setdefault((row, column), {})[seed_of(entry)[1:]] = entry["top1"]
     heads = list(dict.fromkeys(columns))
     lines = ["| system | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for row in dict.fromkeys(rows):
@@ -611,7 +617,7 @@ def make_folder(option, folder):
 
 def print_table(args):
     path = os.path.join(args.out, "results.jsonl")
-    entries = run.read_results(path)
+    entries = [entry for entry in run.read_results(path) if "miou" not in entry]  # segment.py's
     for entry in entries:
         named = all(isinstance(entry.get(k), str) for k in ("system", "protocol"))
         if not named or type(entry.get("top1")) not in (int, float):
@@ -630,7 +636,8 @@ def evaluate(frozen, train, test, how, args, seed):
     system = meta.get("system", os.path.basename(os.path.normpath(frozen.path)))
     pretraining = {k: meta.get(k) for k in ("epochs", "step", "seed", "data", "commit")}
     entry = dict(system=system, **fields, unreadable=frozen.unreadable, checkpoint=frozen.path,
-                 digest=frozen.digest, weights=args.weights, data=train.name, labels=how,
+                 digest=frozen.digest, weights=args.weights,
+                 img_size=list(frozen.encoder.config["img_size"]), data=train.name, labels=how,
                  labelled=len(train), seed=seed, pretraining=pretraining,
                  seconds=round(time.perf_counter() - started, 1), commit=run.commit())
     assert checkpoint.digest(frozen.encoder) == frozen.digest, "the evaluation changed the encoder"

@@ -59,7 +59,7 @@ def get_args(argv=None):
     add("--mixup", type=number(), help="its Beta distribution's alpha, 0: none")
     add("--cutmix", type=number(), help="the same for CutMix")
     add("--erasing", type=number(float, 0, 1), help="probability of random erasing")
-    add("--label-smoothing", type=number(float, 0, 1), default=0.1)
+    add("--label-smoothing", type=number(float, 0, 1), default=0.1, help="of the targets")
     add = parser.group("optimisation")
     add("--epochs", type=number(int, 1), help="default 100, embedded 10; with --labels for a part "
         "of them 400, embedded 60")
@@ -170,14 +170,6 @@ def mixing(args, classes):
     return v2.RandomChoice(transforms) if transforms else lambda images, labels: (images, labels)
 
 
-def encoder_digest(args, source):
-    """The digest of the encoder that fine-tuning started from, as evaluate.py gives it."""
-    state, config = checkpoint.fit(source, args.img_size)
-    encoder = VisionTransformer(**config)
-    encoder.load_state_dict(state)
-    return checkpoint.digest(encoder)
-
-
 def evaluate(net, test, dataset, args, env):
     """(percentages of model.accuracies, confusion matrix (C, C) on the CPU) over the test images
     that can be read; the training set has their mean and deviation."""
@@ -217,6 +209,8 @@ def main(args):
                              args.init_size)
     dataset, how, everything, test = load(args, source, env)
     batch_size = min(args.batch_size, len(dataset) // env.processes * env.processes)
+    if batch_size < args.batch_size:
+        data.note(f"batches of {batch_size}, not {args.batch_size}: {len(dataset)} images")
     if batch_size == 0:
         raise UsageError(f"{len(dataset)} labelled images are fewer than the {env.processes} "
                          "processes")
@@ -293,13 +287,15 @@ def main(args):
     # ------------------------------------------------------------- 5. the result, of the last epoch
     found, confusion = evaluate(net, test, dataset, args, env)
     assert checkpoint.digest(net, fixed.__contains__) == before, "training changed frozen weights"
-    tested, digest = int(confusion.sum()), encoder_digest(args, source)
+    tested = int(confusion.sum())
+    digest = checkpoint.encoder_digest(source, args.img_size)
     bad = set().union(*run.gather_objects(list(dataset.bad)))
     pretraining = {k: source["meta"].get(k) for k in ("epochs", "step", "seed", "data", "commit")}
     entry = dict(system=system, protocol=protocol, **{k: round(v, 2) for k, v in found.items()},
                  chosen_on="nothing", checkpoint=args.checkpoint, digest=digest,
-                 weights=args.weights, data=dataset.name, labels=how, labelled=len(dataset),
-                 tested=tested, unreadable=len(test) - tested + len(bad), seed=args.seed,
+                 weights=args.weights, img_size=list(net.config["img_size"]), data=dataset.name,
+                 labels=how, labelled=len(dataset), tested=tested,
+                 unreadable=len(test) - tested + len(bad), seed=args.seed,
                  epochs=args.epochs, batch_size=batch_size, lr=args.lr,
                  layer_decay=args.layer_decay, pretraining=pretraining,
                  seconds=round(job.seconds(), 1), commit=run.commit())

@@ -69,15 +69,16 @@ def get_args(argv=None):
     return run.complete(parser, args, defaults)
 
 
-def system_name(args):
+def system_name(args, source):
     """What the paper calls this run."""
     name = {"moco": "MoCo v3", "vicreg": "VICReg", "simclr": "SimCLR"}[args.loss]
     if args.mim_weight:
         return f"MTL (MAE + {name})"
-    if args.init == "none":
-        return name
-    if args.freeze_blocks or 0 in args.lr:
+    lower = args.freeze_blocks or 0 in args.lr
+    if source and lower:
         return f"MIM -> {name} grafting"
+    if source is None or len(set(args.lr)) == 1:
+        return f"{name} from MAE's weights" if source else name
     return "Layer grafted" if args.loss == "moco" else f"Layer grafted {name}"
 
 
@@ -128,7 +129,7 @@ def main(args):
     anchored, anchors = anchors_of(encoder, args.anchor_blocks if args.anchor_weight else None)
 
     # ------------------------------------------------------------- 3. what the run is
-    meta = run.about(args, system_name(args), dataset, source)
+    meta = run.about(args, system_name(args, source), dataset, source)
     meta |= dict(decoder=getattr(encoder, "decoder_config", None))
     chance = 4 * args.temperature * math.log(args.batch_size) if args.loss == "moco" else None
     job = run.Job(args, env, net, optimizer, scaler, loader, meta, source, warmup, chance)

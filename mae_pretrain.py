@@ -50,9 +50,11 @@ def get_args(argv=None):
     return run.complete(parser, args, defaults)
 
 
-def system_name(args):
+def system_name(args, source):
     """What the paper calls this run."""
-    return "CL -> MIM grafting" if args.init != "none" and args.freeze_blocks else "MAE"
+    goes_on = source is None or source["meta"].get("system") == "MAE"
+    lower = args.freeze_blocks or 0 in args.lr
+    return "CL -> MIM grafting" if lower and not goes_on else "MAE"
 
 
 def build(args):
@@ -89,7 +91,7 @@ def main(args):
     steps, warmup = args.epochs * len(loader), int(args.warmup_epochs * len(loader))
 
     # ------------------------------------------------------------- 3. what the run is
-    meta = run.about(args, system_name(args), dataset, source)
+    meta = run.about(args, system_name(args, source), dataset, source)
     meta |= dict(decoder=getattr(encoder, "decoder_config", None))
     job = run.Job(args, env, net, optimizer, scaler, loader, meta, source, warmup)
 

@@ -133,6 +133,8 @@ TABLES = {
                  ("MAE" + TAIL, "MoCo v3" + TAIL, "Layer grafted" + TAIL), ("linear", "tail")),
     "tuning": ("Tuning of the parts, on held-out training images", ("tune ", "grid "), ("linear",)),
 }
+# options that --common would make the same in systems that differ in them
+APART = "--epochs", "--lr", "--init", "--freeze-blocks", "--loss", "--mim-weight", "--data", "--out"
 ANALYSES = "analyses"                                       # Figures 1, 3 to 8, by analyze.py
 PAPERS = [name for name in TABLES if name.startswith(("table", "figure"))]
 SHOWN = {"tuning": "held_out_top1", "longtail": "balanced", "table6": "miou"}     # not top-1
@@ -168,7 +170,8 @@ def get_args(argv=None):
     add("--only", help=f"comma list of {', '.join([*TABLES, ANALYSES])} (default: the paper's "
         "tables and figures)")
     add("--seeds", type=numbers(kind=int, high=2 ** 31), help="comma list (0; cifar10: 0,1,2)")
-    add("--common", default="", help="options for every training run, in quotes")
+    add("--common", default="", help="options for every training run, in quotes: not those that "
+        f"tell systems apart, {', '.join(APART)}")
     add("--out", help="default out/PRESET")
     add("--dry-run", action="store_true", help="print the commands and what they take, and stop")
     args = parser.parse_args(argv)
@@ -180,6 +183,9 @@ def get_args(argv=None):
             parser.error(f"--only {name}: there are {', '.join([*TABLES, ANALYSES])}")
         if name in p.get("never", ()):
             parser.error(f"--only {name}: preset {args.preset} has none of it")
+    apart = [word for word in shlex.split(args.common) if word.split("=")[0] in APART]
+    if apart:
+        parser.error(f"--common: {apart[0]} is each system's own; it would make them alike")
     if "table6" in args.only and not args.ade20k:
         parser.error("--only table6 needs --ade20k FOLDER")
     for path in (args.mae, args.moco, args.labels_1, args.labels_10, args.ade20k):
@@ -450,8 +456,11 @@ def write_long_tail(source, out):
 
 # ------------------------------------------------------------------------------------- reports
 def cell(results, name, protocol, figure="top1"):
-    """Mean ± standard deviation over seeds of top-1 (or another figure), or nothing."""
-    found = [e[figure] for e in results if e["name"] == name and e["protocol_name"] == protocol]
+    """Mean ± standard deviation over seeds of top-1 (or another figure), or nothing. Of two
+    results of one seed the last counts."""
+    found = {e["seed"]: e[figure] for e in results
+             if e["name"] == name and e["protocol_name"] == protocol}
+    found = list(found.values())
     if not found:
         return ""
     spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
@@ -580,7 +589,8 @@ def reproduce(args):
     training = sum(flops(p, *systems(p)[name]) for _, name in models)
     evaluating = sum(evaluation_flops(p, *job) for job in todo.values())
     say(f"{len(models)} systems to train or resume, {len(todo)} evaluations, {len(done)} results "
-        f"are there; {training:.3g} operations to train, {evaluating:.3g} to evaluate: about "
+        f"are there; {training:.3g} operations to train, {evaluating:.3g} to evaluate, "
+        f"for the preset's {p['images']:,} images: about "
         f"{run.duration((training + evaluating) / p['rate'])} on one device at {p['rate']:.2g} "
         "a second")
     started, trained = time.perf_counter(), set()
@@ -605,8 +615,7 @@ def reproduce(args):
         if name.startswith("grid "):
             entry["lr"] = [float(rate) for rate in name.removeprefix("grid ").split(",")]
         if first:
-            with open(path, "a") as f:
-                f.write(json.dumps(entry) + "\n")
+            run.append_line(path, json.dumps(entry))
             results = run.read_results(path)                # another process may have written too
             with open(os.path.join(args.out, "results.md"), "w") as f:
                 f.write(markdown(results, p) + "\n")

@@ -31,6 +31,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import errno
 import fcntl
 import inspect
 import json
@@ -164,13 +165,15 @@ def image_size(text):
 MTL = "`python graft_train.py --mim-weight 1 --out out/mtl`"
 MADE_BY = {"out/mae": "`python mae_pretrain.py`",
            "out/graft": "`python mae_pretrain.py` and `python graft_train.py`",
+           "out/moco": "`python graft_train.py --init none --out out/moco`",
            "out/mtl": f"`python mae_pretrain.py` and {MTL}"}
 COUNT, SIZE, SHARE = number(int), number(int, 1), number(float, 0, 1)
 AUTO = dict(default="auto")
 # what several stages have in common; a stage names what it takes of it, with add_options
 OPTIONS = {
     "data": dict(help="folder, list, tar, cifar10, cifar100 (default: $DATA, else embedded)"),
-    "img-size": dict(type=image_size, help="224 or HEIGHTxWIDTH (default: the checkpoint's)"),
+    "img-size": dict(type=image_size, help="224 or HEIGHTxWIDTH (default: the checkpoint's; "
+                     "without one 224, embedded 32)"),
     "in-chans": dict(type=int, choices=(1, 3, 4), help="grey, RGB, RGBA (default: --init's or 3)"),
     "stats": dict(choices=("imagenet", "data"),
                   help="of the channels (default: the checkpoint's, else imagenet)"),
@@ -187,8 +190,9 @@ OPTIONS = {
                  "transformers; or none"),
     "arch": dict(choices=ARCHS, help="with --init none"),
     "patch-size": dict(type=number(int, 1, 256), help="with --init none (default: --arch's)"),
-    "heads": dict(type=number(int, 1, 256), help="where --init does not say how many"),
-    "init-size": dict(type=image_size, help="of --init's images, if unsaid and not square"),
+    "heads": dict(type=number(int, 1, 256), help="where a checkpoint does not say how many"),
+    "init-size": dict(type=image_size, help="of a checkpoint's images, if unsaid and "
+                      "not square"),
     "freeze-blocks": dict(type=COUNT, default=0, metavar="K", help="keep the embeddings and the "
                           "first K blocks, as in two-stage grafting"),
     "mask-ratio": dict(type=number(float, 0, 0.99, above=True), default=0.75,
@@ -221,7 +225,9 @@ OPTIONS = {
 # options that change how a run goes, not what it computes: they may differ when it is resumed
 RUNTIME = ("out", "resume", "device", "workers", "compile", "micro_batch", "log_every",
            "save_minutes", "mode", "every_epochs", "knn_every", "eval_every", "results", "max_bad",
-           "timeout_minutes", "deterministic", "tensorboard")
+           "timeout_minutes", "deterministic", "tensorboard", "per_class")
+# where files lie; that they are the same ones their digests say
+PLACES = ("data", "labels_file", "init", "checkpoint")
 
 
 def add_options(add, names, **defaults):
@@ -266,8 +272,8 @@ def check(parser, args, encoders=()):
     for path in encoders:
         if path != "none" and not checkpoint.there(path):
             option = "--init FILE or none" if "init" in args else "--checkpoint FILE"
-            parser.error(f"no checkpoint {path}: run {MADE_BY.get(path, MADE_BY['out/mae'])} first,"
-                         f" or give {option}")
+            first = f"run {MADE_BY[path]} first, or " if path in MADE_BY else ""
+            parser.error(f"no checkpoint {path}: {first}give {option}")
     asked = {name: value for name, value in vars(args).items() if value}
     source, epochs = asked.get("data"), asked.get("epochs")
     if source and source not in data.DOWNLOADS and "{" not in source and not os.path.exists(source):
@@ -288,6 +294,7 @@ def program(main, get_args):
     """Run a stage from the command line. What the user can mend ends in one line and the exit code
     that its exception carries; a signal that asked for a stop ends in 128 + its number."""
     code, said = 0, None
+    data.show_all_names()
     try:
         main(get_args())
     except Stopped as stopped:
@@ -303,6 +310,9 @@ def program(main, get_args):
         own = hasattr(error, "exit_code")
         if not own and str(error).startswith("DataLoader worker (pid"):     # raised anywhere
             said = RunError(f"{error}: {data.FEWER_WORKERS}")
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            said = RunError(f"{error.filename or 'what it prints'}: {error.strerror}")
         elif not own:
             said = peers and peers.blame(error)
             if said is None:
@@ -697,9 +707,14 @@ def write_result(out, entry):
         os.makedirs(out, exist_ok=True)
         there = read_results(path) if os.path.exists(path) else []
         if essence(json.loads(line)) not in map(essence, there):
-            with open(path, "a+b") as f:
-                torn = f.tell() and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n"
-                f.write(b"\n" * bool(torn) + line.encode() + b"\n")
+            append_line(path, line)
+
+
+def append_line(path, line):
+    """Append a line to a file whose last one a kill may have torn."""
+    with open(path, "a+b") as f:
+        torn = f.tell() and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n"
+        f.write(b"\n" * bool(torn) + line.encode() + b"\n")
 
 
 def read_results(path):
@@ -857,7 +872,8 @@ class Job:
         self.out, self.images = args.out, loader.batch_size * env.processes
         self.epoch_steps = len(loader)
         self.total = args.epochs * len(loader) if "epochs" in args else args.iterations
-        self.settings = {k: v for k, v in vars(args).items() if k not in RUNTIME} | dict(
+        self.settings = dict(network=type(net).__name__) | {
+            k: v for k, v in vars(args).items() if k not in RUNTIME} | dict(
             source=source and source["digest"], files=loader.dataset.digest)
         if not encoder_file:                                                # it learns from them
             self.settings["labels_digest"] = loader.dataset.label_digest
@@ -1091,6 +1107,10 @@ class Job:
             self.refuse_changes(path, state["settings"])
             self.say(f"resumed {path} at step {step} of {self.total}")
         same("steps to go on from in --out", step)
+        if self.args.resume == "never" and self.env.rank == 0:
+            for name in ("last.pt", "previous.pt"):         # not of what is logged from now on
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.path(name))
         self.cut_log(step)
         if path:
             try:
@@ -1113,6 +1133,10 @@ class Job:
             if settings.get(k, now) == now:
                 continue
             told = f"{path} was written with {k} {settings[k]}, now {k} is {now}"
+            if k in PLACES and settings[k] and now and os.path.exists(now) and all(
+                    settings.get(each) == self.settings[each] for each in ("files", "source")):
+                self.say(f"note: {told}; the names of its files are the same")
+                continue
             if k != "epochs" or not self.encoder_file:
                 raise UsageError(f"{told}: use another --out, or --resume never to start over")
             raise UsageError(f"{told}: its rates followed the other schedule. Go on from its "

@@ -537,13 +537,16 @@ class Pairs(data.Dataset):
         path = self.targets[i]
         try:
             with data.open_image(path) as label:
-                mode, size = label.mode, label.size
+                mode, size, form = label.mode, label.size, label.format
             with data.open_image(os.path.join(self.name, self.file(i))) as image:
                 turned = image.getexif().get(0x0112, 1) > 4
                 shown = image.size[::-1] if turned else image.size
         except data.BadFile:
             return
-        if mode not in ("1", "L", "P", "I", "I;16"):
+        if form in ("JPEG", "MPO", "GIF"):                  # JPEG blurs ids, GIF numbers them anew
+            raise DataError(f"{path}: a {form} does not keep class ids; write labels as PNGs, from "
+                            "what they were made of")
+        if mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
             raise DataError(f"{path}: a label of {mode} pixels; needed is one channel of class ids "
                             "(a palette PNG is read by its indices)")
         if size != shown:
@@ -578,7 +581,8 @@ class Pairs(data.Dataset):
         return largest
 
     def check_ids(self):
-        """Refuse masks of 0 and 255, whose second class would count for nothing."""
+        """Refuse masks of 0 and 255, whose second class would count for nothing, and of 0, 128
+        and 255, whose classes would be 129."""
         found = set()
         for i in augment.shuffled(len(self), augment.SUBSET, 7)[:64].tolist():
             with contextlib.suppress(data.BadFile):
@@ -586,6 +590,11 @@ class Pairs(data.Dataset):
         if len(found) == 2 and IGNORED in found:
             raise DataError(f"{self.name}: the labels hold but one class, and {IGNORED}, which is "
                             f"ignored: if {IGNORED} is a class, write it as 1")
+        ids = sorted(found - {IGNORED})
+        if self.classes is None and ids and ids[-1] >= 16 * len(ids):
+            raise DataError(f"{self.name}: the labels hold the ids {', '.join(map(str, ids))} "
+                            f"alone and {IGNORED}, which is ignored: write the classes as 0, 1, 2, "
+                            f"..., or name all {ids[-1] + 1} of them by --classes")
 
 
 def picture(pixels):
@@ -867,7 +876,6 @@ def load_pairs(args, in_chans, known):
     for pairs in (used, test):
         pairs.range = known.get("range")
         pairs.mean, pairs.std = (tuple(known.get(k) or getattr(pairs, k)) for k in ("mean", "std"))
-    run.same("numbers of images", f"{len(used)} and {len(test)}")
     return used, how, test
 
 
@@ -879,6 +887,7 @@ def train_and_test(args, env):
     source, state, config = run.once_a_node(checkpoint.start, of_init)
     known = source["meta"] if source else {}
     pairs, how, test = run.once_a_node(load_pairs, args, config["in_chans"], known)
+    run.same("numbers of images", f"{len(pairs)} and {len(test)}")
     args.batch_size = min(args.batch_size, len(pairs) // env.processes * env.processes)
     if args.batch_size < 2:
         raise UsageError(f"--batch-size, of {len(pairs)} training images: the heads' BatchNorm "
@@ -956,7 +965,8 @@ def train_and_test(args, env):
     told = ("epochs", "step", "seed", "data", "commit")
     result = dict(system=system, protocol=args.protocol, miou=found["miou"],
                   accuracy=found["accuracy"], iou=dict(zip(pairs.classes, found["iou"])),
-                  checkpoint=args.init, digest=source and source["digest"], data=pairs.name,
+                  checkpoint=args.init, data=pairs.name,
+                  digest=source and checkpoint.encoder_digest(source),
                   part=test.part, labels=how, labelled=len(pairs), tested=tested,
                   **{k: getattr(args, k) for k in asked}, head=head,
                   pretraining={k: known.get(k) for k in told},
@@ -1002,12 +1012,13 @@ def predict(args):
             continue
         labels = tester.label_picture(image)
         over = figures.overlay(np.asarray(image.convert("RGB")), labels, classes)
-        drawn = {"": figures.label_image(labels, classes), "-overlay": Image.fromarray(over)}
-        for ending, page in drawn.items():
-            with run.atomic(os.path.join(out, f"{name}{ending}.png")) as path:
+        drawn = {"predict": figures.label_image(labels, classes),
+                 "predict-overlays": Image.fromarray(over)}
+        for folder, page in drawn.items():
+            with run.atomic(os.path.join(args.out, folder, f"{name}.png")) as path:
                 page.save(path, format="PNG")
     done = len(images) - len(images.bad)
-    print(f"wrote {out}: labels and overlays of {done} images", flush=True)
+    print(f"wrote {out}: labels of {done} images, and {out}-overlays", flush=True)
     return dict(images=done, classes=content["classes"], path=out)
 
 

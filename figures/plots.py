@@ -233,7 +233,8 @@ def averaged(entries, *keys):
     groups = {}
     for entry in entries:
         key = tuple(entry[k] for k in keys)
-        groups.setdefault(key, {})[entry.get("seed", 0)] = entry["top1"]
+        seed = (entry.get("pretraining") or {}).get("seed"), entry.get("seed", 0)
+        groups.setdefault(key, {})[seed] = entry["top1"]
     rows = []
     for key, by_seed in groups.items():
         top1 = list(by_seed.values())

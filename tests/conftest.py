@@ -234,7 +234,7 @@ class Started:
             with socket.socket() as s:
                 s.bind(("127.0.0.1", 0))
                 meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
-            meet["WORLD_SIZE"] = str(processes)
+            meet["WORLD_SIZE"] = meet["LOCAL_WORLD_SIZE"] = str(processes)      # as torchrun does
             environments = [dict(meet, RANK=str(r), LOCAL_RANK=str(r)) for r in range(processes)]
         if not isinstance(prepare, dict):
             prepare = dict.fromkeys(range(processes), prepare)

@@ -442,7 +442,8 @@ def test_lr_grid_has_a_heat_map_for_each_third_rate_and_protocol(tmp_path, monke
 
 def test_partial_fine_tuning_and_depth_probes(tmp_path):
     protocols = {0: "fine-tune", 2: "partial fine-tune 2"}
-    entries = [dict(system=system, protocol=protocols[k], top1=80.0 - k + seed, seed=seed)
+    entries = [dict(system=system, protocol=protocols[k], top1=80.0 - k + seed, seed=0,
+                    pretraining=dict(seed=seed))
                for system in ("Layer grafted", "mae") for k in protocols for seed in (0, 2)]
     entries[4:] = [e | dict(name="MAE") for e in entries[4:]]       # as reproduce.py calls it
     # repeated with one seed: the last one counts

@@ -150,7 +150,8 @@ def test_names_are_compact_and_change_the_digest(tmp_path):
 @pytest.mark.parametrize("name, content, kind", [
     ("x.zip", b"PK\3\4" + bytes(99), "zip archive"), ("x.parquet", b"PAR1abc", "parquet"),
     ("x.npy", b"\x93NUMPY\1\0", "numpy array"), ("x.bin", b"abc\0def", "neither text"),
-    ("x.tar.gz", b"\x1f\x8b\x08\0", "gzip"), ("x.jpg", b"\xff\xd8\xff\xe0", "an image")])
+    ("x.tar.gz", b"\x1f\x8b\x08\0", "gzip"), ("x.jpg", b"\xff\xd8\xff\xe0", "an image"),
+    ("x.xlsx", b"PK\3\4" + bytes(99), "save it as CSV"), ("x.json", b'[{"file"', "JSON")])
 def test_files_that_are_no_list_are_named(tmp_path, name, content, kind):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(data.DataError, match=kind) as error:
@@ -168,6 +169,9 @@ def test_files_that_are_no_list_are_named(tmp_path, name, content, kind):
     '\ufeff"label";"Filename"\n"dog";"dog_1.png"\n"cat";"cat_0.png"',
     "dog_1.png\tdog\ncat_0.png\tcat", "lesion_id|image_id|dx\n7|dog_1|dog\n8|cat_0|cat",
     "id,photo,dx\ncat_0,dog_1.png,dog\ndog_1,cat_0.png,cat",
+    "\tfile\tlabel\n0\tdog_1.png\tdog\n1\tcat_0.png\tcat",               # with pandas' index
+    "sep=;\nid;note;dx\ndog_1;;dog\ncat_0;left;cat",
+    "# a comment\nid,dx,mask\ndog_1,dog,dog_1.png\ncat_0,cat,dog_1.png",
     "train/dog/dog_1\ncat_0"])
 def test_lists(tmp_path, text, capsys):
     root = os.path.dirname(classes_in(tmp_path))
@@ -259,6 +263,9 @@ def test_labels_file_with_and_without_a_split(tmp_path, capsys):
     (["a/1.png,x,train", "a/1.png,x,val"], "1 images are in split train and in another, first a/1"),
     (["label", "x"], "row 2 of the table names no file"),
     (["train/a/1.png,x,train"], "1 of 1 listed images do not exist"),   # val/a/1.png is another
+    (["b/a/1.png,x,train", "c/a/1.png,y,train"], "stand for one image, a/1.png"),
+    (["a/1.png,x,train", "2.png,left, x,train"], "row 3 has more cells than the first line names"),
+    (["a/1.png,nan,train", "2.png,x,train"], r"a/1.png has no label \(so 1 of 2\)"),
     (["c/2.png,x,train", "d/2.png,y,train"], "c/2.png and d/2.png stand for one image, 2.png")])
 def test_tables_that_would_mislead_are_refused(tmp_path, rows, message):
     names = ["val/a/1.png"] if rows[0].startswith("train") else ["a/1.png", "2.png"]
@@ -267,6 +274,28 @@ def test_tables_that_would_mislead_are_refused(tmp_path, rows, message):
     table.write_text("\n".join([head, *rows[rows[0] == "label":]]) + "\n")
     with pytest.raises(data.DataError, match=message):
         data.load(root, labels_file=str(table))
+
+
+def test_what_a_table_says_goes_before_what_folders_are_called(tmp_path, capsys):
+    names, table = ["1/0.png", "2/0.png", "1/-1.png"], tmp_path / "l.csv"
+    root = folder_of(tmp_path / "set", names)
+    table.write_text("file,label\n1/0.png,2\n2/0.png,1\n")            # grades in folders of sites
+    assert data.load(root, labels_file=str(table)).classes == ["1", "2"]
+    assert data.load(root, labels_file=str(table)).labels.tolist() == [1, 0]
+    table.write_text("file,label\n1/0.png,a\n1/'-1.png,b\n'-1.png,b\n")
+    with pytest.raises(data.DataError, match="'-1.png"):
+        data.load(root, labels_file=str(table))
+    table.write_text("file,label\n1/0.png,a\n'-1.png,b\n")            # as write_csv guards it
+    assert data.load(root, labels_file=str(table)).files[1] == "1/-1.png"
+    names = ["A/p/1.png", "B/p/1.png", "B/p/2.png"]
+    root = folder_of(tmp_path / "more", names)
+    table.write_text("file,label\nA/p/1.png,a\nA/p/2.png,b\n")        # of another p
+    with pytest.raises(data.DataError, match="1 of 2 listed images do not exist, first A/p/2.png"):
+        data.load(root, labels_file=str(table))
+    (tmp_path / "more" / "t.csv").write_text("file,grade\nB/p/1.png,1\n")
+    capsys.readouterr()
+    data.load(f"{root}/t.csv")
+    assert "no column of labels in it, of grade" in capsys.readouterr().out
 
 
 def test_numbers_for_class_folders_are_read_alike_in_both_parts(tmp_path):
@@ -307,6 +336,8 @@ def test_a_share_of_each_class_is_held_out(tmp_path):
     assert test.labels.bincount(minlength=3).tolist() == [2, 1, 0]
     assert sorted([*train.files, *test.files]) == sorted(data.load(root).files)
     assert list(test.files) == list(data.load(root, False, val_share=0.2).files)
+    with pytest.raises(data.DataError, match="no class of .* has two images"):
+        data.load(folder_of(tmp_path / "few", ["a/1.png", "b/1.png"]), val_share=0.2)
     classes_in(tmp_path / "parts")
     classes_in(tmp_path / "parts", "val")
     with pytest.raises(data.DataError, match="test images of its own"):

@@ -184,9 +184,11 @@ def test_a_block_of_linear_is_its_class_token_after_the_norm(encoder_folder, tmp
 # ---------------------------------------------------------------------------------------- k-NN
 def test_knn_reports_every_k(encoder_folder, tmp_path):
     root = class_folder(tmp_path / "data", 3, 3, "abcdef")
-    entry, = run_mode(encoder_folder, tmp_path, "--mode", "knn", "--data", root, "--k", "3,5",
-                      "--per-class")
+    entry, = run_mode(encoder_folder, tmp_path, "--mode", "knn", "--data", root, "--k", "3,5")
+    assert "top5" not in entry                              # of three neighbours
     assert set(entry["by_k"]) == {"3", "5"} and entry["top1"] == round(entry["by_k"]["3"], 2)
+    entry, = run_mode(encoder_folder, tmp_path, "--mode", "knn", "--data", root, "--k", "5,3",
+                      "--per-class")
     assert entry["balanced"] == entry["top1"] <= entry["top5"]          # as many of each class
     path, = tmp_path.glob("per-class-knn-*.csv")
     run_mode(encoder_folder, tmp_path, "--mode", "knn", "--data", root, "--block", 2, "--per-class")
@@ -254,6 +256,10 @@ def test_a_table_averages_seeds_alone():
 
     seeds = [entry(99.0, "a"), entry(40.0, "a"), entry(42.0, "b", seed=1)]      # the last of one
     assert evaluate.table(seeds).endswith("| MAE | 41.0 ± 1.4 |")
+    again = entry(44.0, "d") | dict(checkpoint="out/a")             # an encoder trained again
+    assert "| MAE, out/a | 44.0 |" in evaluate.table([*seeds, again])
+    sizes = [entry(50.0, "a") | dict(img_size=[n, n], weights=w) for n in (32, 48) for w in "bm"]
+    assert "| MAE, b, [48, 48] | 50.0 |" in evaluate.table(sizes)
     more = [*seeds, entry(60.0, "c"), entry(70.0, "a", data="B"), entry(30.0, "a", labels="1%")]
     assert evaluate.table(more).split("\n") == [
         "| system | 20-NN, all | 20-NN, 1% |", "|---|---|---|", "| MAE, A, out/a | 40.0 | 30.0 |",

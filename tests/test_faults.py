@@ -153,6 +153,32 @@ def test_damaged_files_of_a_run_start_it_over_or_are_mended(world, encoder, tmp_
         train("mae_pretrain", encoder, parts, "--epochs", "1")
 
 
+def test_a_run_goes_on_where_its_files_lie_elsewhere_but_not_with_others(world, tmp_path, capsys):
+    """A scratch folder of another name for each job; a path that is typed otherwise."""
+    root = folder_of(tmp_path / "a", [f"{c}/{i}.png" for c in "xy" for i in range(24)], (32, 32))
+    (tmp_path / "b").symlink_to(root)
+    more = ["--epochs", "1", "--data"]
+    train("mae_pretrain", None, tmp_path / "out", *more, root)
+    capsys.readouterr()
+    train("mae_pretrain", None, tmp_path / "out", *more, f"{tmp_path}/b/")
+    said = capsys.readouterr().out
+    assert "names of its files are the same" in said and "resumed" in said
+    other = folder_of(tmp_path / "c", [f"x/{i}.png" for i in range(48)], (32, 32))
+    with pytest.raises(run.UsageError, match="was written with data"):
+        train("mae_pretrain", None, tmp_path / "out", *more, other)
+    with pytest.raises(run.UsageError, match="written with network MaskedAutoencoder, now network"):
+        train("graft_train", "none", tmp_path / "out", "--arch", "vit_test", *more, root)
+
+
+def test_a_run_that_starts_over_leaves_nothing_of_the_one_before(world, encoder, tmp_path,
+                                                                 monkeypatch):
+    train("mae_pretrain", encoder, tmp_path, "--epochs", "1")
+    monkeypatch.setattr(run.Job, "record", None)            # ends it before its first save
+    with pytest.raises(TypeError):
+        train("mae_pretrain", encoder, tmp_path, "--epochs", "1", "--resume", "never")
+    assert not (tmp_path / "last.pt").exists() and not log_of(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------ signals
 @pytest.mark.parametrize("stage, number", [
     ("mae_pretrain", signal.SIGTERM), ("graft_train", signal.SIGINT), ("finetune", signal.SIGUSR1)])

@@ -38,12 +38,18 @@ def fail(job):
     raise run.RunError(f"rank {job.env.rank}: 20 images in a row cannot be read")
 
 
+def machine_of_its_own():
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+
+
 def fewer_images():
+    machine_of_its_own()
     drawn = data.embedded
     data.embedded = lambda train=True, *more: drawn(train, *more).select(range(64 if train else 50))
 
 
 def no_last_pt():
+    machine_of_its_own()
     run.Job.path = lambda self, name: os.path.join(self.out, "elsewhere", name)
 
 
@@ -101,7 +107,8 @@ def test_an_error_of_one_process_is_told_once_and_ends_all(start, encoder, tmp_p
 
 def test_processes_that_see_different_images_are_named_at_once(start, encoder, tmp_path):
     job = start("finetune", *options("finetune", encoder, tmp_path / "out", *DISTRIBUTED),
-                processes=3, prepare={2: fewer_images})
+                processes=3,
+                prepare={0: machine_of_its_own, 1: machine_of_its_own, 2: fewer_images})
     assert job.codes() == [2, 2, 2], job.said()
     error, = job.errors()
     assert "different numbers of images: 96 on ranks 0, 1; 64 on rank 2" in error
@@ -112,7 +119,8 @@ def test_processes_with_different_folders_are_named(start, encoder, tmp_path):
     """--out on a disk of its own for each machine: only rank 0 finds the checkpoint."""
     more = options("mae_pretrain", encoder, tmp_path, "--epochs", "1")
     assert start("mae_pretrain", *more).codes() == [0]
-    job = start("mae_pretrain", *more, processes=2, prepare={1: no_last_pt})
+    job = start("mae_pretrain", *more, processes=2,
+                prepare={0: machine_of_its_own, 1: no_last_pt})
     assert job.codes() == [2, 2], job.said()
     error, = job.errors()
     assert "6 on rank 0; 0 on rank 1" in error and len(log_of(tmp_path)) == 6
@@ -252,6 +260,14 @@ def test_a_reading_process_that_is_killed_ends_the_run_in_a_line(start, tmp_path
     assert "DataLoader worker" in error
 
 
+def test_a_stop_of_the_whole_group_leaves_the_readers_to_the_run(start, tmp_path):
+    """torchrun, Slurm, timeout and a Ctrl-C signal all processes of a group, readers too."""
+    job = reading(start, tmp_path, os.setpgrp).until(" step 3/")
+    os.killpg(job.jobs[0].pid, signal.SIGTERM)
+    assert job.codes() == [128 + signal.SIGTERM], job.said()
+    assert "stopped by SIGTERM" in job.said() and saved(tmp_path / "out")["step"] >= 3
+
+
 def little_shared_memory():
     ctypes.CDLL(None).unshare(0x20000)                      # CLONE_NEWNS: mounts of its own
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
@@ -281,7 +297,6 @@ def test_a_reader_of_the_output_that_has_seen_enough_ends_it_without_a_traceback
 
 def only_the_first_reads():
     """Two processes of one machine, of which the second has no disk."""
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
     if os.environ["RANK"] == "1":
         def nothing(*args, **options):
             raise OSError("the second process reads")

@@ -251,14 +251,19 @@ def test_a_second_run_skips_what_is_done_and_a_broken_one_goes_on(tmp_path, stub
     assert not call()
     with pytest.raises(reproduce.UsageError, match="holds results with data None, now it is"):
         reproduce.main(arguments(tmp_path, "--only", "table3", "--data", str(tmp_path)))
-    (tmp_path / "results.jsonl").write_text("\n".join(lines[:5]) + "\n")
+    torn = "\n".join(lines[:5]) + "\n" + lines[5][:40]
+    (tmp_path / "results.jsonl").write_text(torn)
     assert [script for script, _ in call()].count("finetune") == 1
+    assert not call()                                                   # it was not lost again
 
 
 def test_a_typing_error_in_common_leaves_nothing_behind(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         reproduce.main(arguments(tmp_path, "--only", "table3", "--common", "--nonsense 3"))
     assert stop.value.code == 2 and "--nonsense" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        reproduce.main(arguments(tmp_path, "--common", "--epochs 2"))
+    assert "--epochs is each system's own" in capsys.readouterr().err
     assert not os.listdir(tmp_path)
 
 

@@ -14,6 +14,7 @@ import checkpoint
 import model
 import run
 import segment
+from conftest import log_of
 from data import DataError
 from figures import segmentation as figures
 from run import UsageError
@@ -312,7 +313,7 @@ def test_overfits_and_predicts(tmp_path):
     labels = [np.array(Image.open(os.path.join(found["path"], f"{i:02}.png"))) for i in range(2)]
     right = np.mean([label == scene(i)[1] for i, label in enumerate(labels)])
     assert 100 * right == pytest.approx(result["accuracy"], abs=0.01)
-    assert Image.open(os.path.join(found["path"], "00-overlay.png")).mode == "RGB"
+    assert Image.open(tmp_path / "out" / "predict-overlays" / "00.png").mode == "RGB"
 
 
 def test_the_range_of_values_goes_on_to_predictions(tmp_path, monkeypatch):
@@ -340,6 +341,28 @@ def test_masks_of_0_and_255_are_refused(tmp_path):
     for more in ([], ["--classes", str(tmp_path / "names.txt")]):
         with pytest.raises(DataError, match="if 255 is a class, write it as 1"):
             go(tmp_path, tmp_path / "out", *more)
+    path = tmp_path / "train" / "labels" / "00.png"
+    mask = np.array(Image.open(path))
+    mask[:2] = 128
+    Image.fromarray(mask).save(path)
+    with pytest.raises(DataError, match="ids 0, 128 alone and 255, which is ignored: write"):
+        go(tmp_path, tmp_path / "out")
+    path.unlink()
+    Image.fromarray(mask).save(path.with_suffix(".jpg"))
+    with pytest.raises(DataError, match="00.jpg: a JPEG does not keep class ids"):
+        go(tmp_path, tmp_path / "out")
+
+
+def test_two_processes_of_a_machine_are_as_one(start, folder, tmp_path):
+    found = []
+    for n in (1, 2):
+        out = tmp_path / str(n)
+        job = start("segment", *QUIET, *SMALL.split(), "--protocol", "linear4", "--data", folder,
+                    "--out", out, processes=n)              # UperNet's dropout is random
+        assert job.codes() == [0] * n, job.said()
+        result, = run.read_results(out / "results.jsonl")
+        found.append([result["miou"], result["accuracy"]] + [e["loss"] for e in log_of(out)])
+    assert len(found[0]) == 6 and found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("protocol", ["upernet", "linear4"])

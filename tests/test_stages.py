@@ -184,7 +184,8 @@ def test_micro_batches_are_found_by_the_memory_that_is_free(monkeypatch):
     (["--loss", "vicreg"], {"invariance", "variance", "covariance"}, "Layer grafted VICReg"),
     (["--loss", "simclr"], {"acc"}, "Layer grafted SimCLR"),
     (["--mim-weight", "1"], {"mim", "contrastive"}, "MTL (MAE + MoCo v3)"),
-    (["--freeze-blocks", "2"], {"acc"}, "MIM -> MoCo v3 grafting")])
+    (["--freeze-blocks", "2"], {"acc"}, "MIM -> MoCo v3 grafting"),
+    (["--lr", "0.01"], {"acc"}, "MoCo v3 from MAE's weights")])
 def test_the_other_systems_train(mae_folder, tmp_path, more, keys, system):
     out = train("graft", tmp_path, "--lr", "0.005,0.01,0.02", *more, init=mae_folder)
     for line in log_of(out):
