@@ -87,7 +87,7 @@ def get_args(argv=None):
             "checkpoint mask-ratio norm-pix-loss seed data split files show",
             checkpoint=dict(default=["out/mae"], help="MAE runs or files with its decoder"))
     command("augment", sheets.augment, "the views of a dataset, as the training sees them",
-            "seed img-size data split files show in-chans crop-min")
+            "seed img-size data split files show in-chans crop-min range")
     command("lr-grid", plots.lr_grid, "Figure 4: accuracy by the rates of three stages", "results")
     command("partial", plots.partial, "Figure 5: fine-tuning with the first blocks fixed",
             "results")

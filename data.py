@@ -192,12 +192,19 @@ class Encoded:
         return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
 
     def lacking(self, in_chans):
-        """What of a TIFF pillow would leave out unsaid, and what to do about it; else None."""
-        tags, bands = self.tags, len(self.image.getbands())
+        """What pillow would leave out of an image or misread unsaid, and what to do about it; else
+        None."""
+        tags, bands, form = self.tags, len(self.image.getbands()), self.image.format
         bits = max(tags.get(258, (8,)))
+        if form == "JPEG2000":                              # its marker SIZ, the first component
+            bits = (self.content[self.content.find(b"\xff\x4f\xff\x51") + 42] & 127) + 1
+        elif form == "PPM" and isinstance(self.image.tile[0][3], tuple):
+            bits = self.image.tile[0][3][-1].bit_length()
         if bands > 1 and bits > 8:
-            return (f"a TIFF whose colours have {bits} bits, of which pillow reads 8: save it as a "
-                    "PNG")
+            return (f"a {form} whose colours have {bits} bits, of which pillow reads 8: save it as "
+                    "a PNG")
+        if bits == 8 and 2 in tags.get(339, ()):
+            return "a TIFF of 8 bits with a sign, which pillow leaves out: save it with 16 bits"
         if in_chans == 4 and bands < 4 <= tags.get(277, 1):         # it is not called alpha
             return (f"a TIFF of {tags[277]} bands, of which {bands} are read: save it as an RGBA "
                     "PNG, the fourth band as alpha")

@@ -29,7 +29,7 @@ def shown_images(args, in_chans, value_range=None):
     if not files:
         raise UsageError(f"--files {' '.join(args.files)}: no images found there")
     dataset = data.Dataset(data.FileSource("", files), in_chans=in_chans, name="--files")
-    dataset.range = value_range
+    dataset.range = data.find_range(dataset, value_range)
     for i, path in enumerate(files):                    # a loader would leave it out
         try:
             dataset.read(i)
@@ -169,7 +169,7 @@ def augment(args):
     """A sheet of images, MAE's view of them and the two contrastive views, twice, as the training
     draws them."""
     size = args.img_size or ([224, 224] if args.data or args.files else [32, 32])
-    dataset = shown_images(args, args.in_chans)
+    dataset = shown_images(args, args.in_chans, args.range)
     specs = [view | dict(scale=(args.crop_min, 1.0)) for view in views.MOCO_VIEWS]
     specs += [views.MAE_VIEW, views.TEST_VIEW]
     arrays = {}

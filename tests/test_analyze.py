@@ -410,6 +410,12 @@ def test_the_sheet_shows_the_views_of_the_training(folder, tmp_path):
          "--show", 2, "--out", tmp_path)
     with np.load(tmp_path / "augment.npz") as found:
         assert found["view1_0"].shape == (2, 8, 16, 1)
+    deep = tmp_path / "deep.png"                                        # 12 bits in 16
+    Image.fromarray(np.linspace(0, 4095, 256).reshape(16, 16).astype(np.uint16)).save(deep)
+    for limits, brightest in (("0,65535", 16), ("auto", 255)):
+        call("augment", "--files", deep, "--range", limits, "--img-size", 16, "--out", tmp_path)
+        with np.load(tmp_path / "augment.npz") as found:
+            assert found["image"].max() == pytest.approx(brightest, abs=1)
 
 
 # ---------------------------------------------------------------------------------- result files

@@ -441,14 +441,14 @@ def test_stacks_are_said_to_be_read_by_their_first_frame(tmp_path, capsys):
     assert "1 of 2 images looked at have several frames" in capsys.readouterr().out
 
 
-def raw_tiff(width, bits, values, photometric, samples=1):
+def raw_tiff(width, bits, values, photometric, samples=1, sign=1):
     """A TIFF of one row, as bytes."""
     tags = {"width": (256, width), "height": (257, 1), "bits": (258, bits), "compression": (259, 1),
-            "photometric": (262, photometric), "offset": (273, 134), "samples": (277, samples),
-            "rows": (278, 1), "bytes": (279, len(values))}
+            "photometric": (262, photometric), "offset": (273, 146), "samples": (277, samples),
+            "rows": (278, 1), "bytes": (279, len(values)), "sign": (339, sign)}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.values())
     header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
-    return header.ljust(134, b"\0") + values
+    return header.ljust(146, b"\0") + values
 
 
 def test_a_tiff_whose_least_value_is_white_is_read_as_its_twin(tmp_path):
@@ -474,6 +474,23 @@ def test_a_range_of_8_bits_is_not_used_and_deep_colours_of_a_tiff_are_refused(tm
     (tmp_path / "2.png").write_bytes(raw_tiff(2, 16, bytes(range(12)), photometric=2, samples=3))
     dataset = data.Dataset(data.FileSource(str(tmp_path), ["2.png"]))
     with pytest.raises(data.BadFile, match="colours have 16 bits, of which pillow reads 8"):
+        dataset.read(0)
+    (tmp_path / "2.png").write_bytes(raw_tiff(2, 8, b"\1\xff", 1, sign=2))
+    with pytest.raises(data.BadFile, match="8 bits with a sign"):
+        dataset.read(0)
+    for maxval, values in ((4095, "<u2"), (255, "u1")):
+        (tmp_path / "2.png").write_bytes(b"P6 1 1 %d\n" % maxval + np.zeros(3, values).tobytes())
+        if maxval > 255:
+            with pytest.raises(data.BadFile, match="a PPM whose colours have 12 bits"):
+                dataset.read(0)
+    assert dataset.read(0).tolist() == [[[0, 0, 0]]]
+    folder_of(tmp_path, ["3.jp2"])
+    jp2 = bytearray((tmp_path / "3.jp2").read_bytes())
+    (tmp_path / "2.png").write_bytes(jp2)
+    assert dataset.read(0).shape == (16, 16, 3)
+    jp2[jp2.find(b"\xff\x51") + 40] = 11
+    (tmp_path / "2.png").write_bytes(jp2)
+    with pytest.raises(data.BadFile, match="a JPEG2000 whose colours have 12 bits"):
         dataset.read(0)
 
 
