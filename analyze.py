@@ -70,7 +70,7 @@ def get_args(argv=None):
             entry = OPTIONS[option] | other.get(option.replace("-", "_"), {})
             sub.add_argument(f"--{option}", **entry)
 
-    encoders = "checkpoint device workers seed data split batch-size"
+    encoders = "checkpoint weights heads init-size device workers seed data split batch-size"
     command("gradients", gradients, "Figures 1, 8: cosine between the losses' gradients",
             f"{encoders} batches",
             checkpoint=dict(default=["out/mtl"], help="MTL runs (their last.pt) or kept "
@@ -111,7 +111,9 @@ def load_encoders(args, device):
     for path in args.checkpoint:
         fine_tuned = os.path.join(path, "classifier.pt")
         alone = not os.path.exists(os.path.join(path, "encoder.pt")) and os.path.isfile(fine_tuned)
-        sources.append(checkpoint.read_encoder(fine_tuned if alone else path))
+        sources.append(checkpoint.read_encoder(fine_tuned if alone else path, args.weights,
+                                               args.heads, args.init_size))
+        print("\n".join(checkpoint.report(sources[-1])), flush=True)
     if len({source["config"]["in_chans"] for source in sources}) > 1:
         raise UsageError("--checkpoint: these encoders take different numbers of channels, no "
                          "image fits them all")

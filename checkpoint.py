@@ -268,6 +268,9 @@ ANCHORS = {"patch_embed.proj.weight": "timm", "conv_proj.weight": "torchvision",
 # facebook/vit-mae-base, not out/mae or a file
 HUB_NAME = re.compile(r"(?!out/)[\w.-]+/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
+# what a config of ours holds; others have some of these names
+OURS = {"img_size", "patch_size", "in_chans", "dim", "depth", "heads"}
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # name there -> official name; each row is applied to every name in turn
 RENAMES = {
@@ -296,9 +299,10 @@ RENAMES = {
 UNLIKE = (
     (r"\b(ls[12]|gamma_[12]|layer_scale\d?)\b", "layer scale"),
     (r"\b[qk]_norm\b", "normalised queries and keys (qk-norm)"),
-    (r"\b(reg_token|register_tokens)\b", "register tokens"),
+    (r"\b(reg_tokens?|registers|(register|storage)_tokens)\b", "register tokens"),
     (r"\b(dist_token|distillation_token)\b", "a distillation token"),
-    (r"\b(norm_pre|ln_pre|pre_layrnorm)\b", "a norm before the blocks, as CLIP (often quick-GELU)"),
+    (r"\b(norm_pre|pre_norm|ln_pre|pre_layrnorm)\b",
+     "a norm before the blocks, as CLIP (often quick-GELU)"),
     (r"\b(rope|relative_position_bias\w*|rel_pos\w*)\b", "relative positions"),
     (r"\b(w12|fc1_g|fc1_x|weights_in)\b", "gated MLPs"))
 
@@ -328,15 +332,18 @@ def locate(path):
         for name in ("encoder.pt", *HUB_FILES):
             if os.path.exists(os.path.join(path, name)):
                 return os.path.join(path, name)
+        others = [name for name in sorted(os.listdir(path)) if name.endswith(WEIGHTS)]
         if glob.glob(os.path.join(glob.escape(path), "*.index.json")):
             raise CheckpointError(f"{path}: its weights are in several files; save_pretrained with "
                                   "a larger max_shard_size writes one")
-    return in_folder(path)
+        what = f"; it has {others[0]}: give that file" if others else ""
+        raise CheckpointError(f"{path}: no encoder.pt, no such checkpoint in this folder{what}")
+    return path
 
 
 def beside(path, name):
-    """The settings in a JSON file of transformers, where one is beside its weights."""
-    if os.path.basename(path) in HUB_FILES:
+    """The settings in a JSON file of transformers or timm, where one is beside its weights."""
+    if path.endswith((".safetensors", ".bin")):
         try:
             with open(os.path.join(os.path.dirname(path), name), "rb") as f:
                 return dict(json.loads(f.read(1 << 20)))
@@ -368,6 +375,7 @@ def find(content, weights):
                 words = set(re.split(r"[._]", place.lower()))
                 kind = "ema" if "target" in words else next(        # target: I-JEPA's, MSN's
                     (k for k in ("ema", "momentum") if k in words), "base")
+                kind = "momentum" if {"encoder", "k"} <= words else kind        # MoCo v1's and v2's
                 rank = {"ema": 2, "momentum": 3}.get(kind, "student" in words)
                 found[place] = (rank, kind, group, prefix, layout)
     if not found:
@@ -428,7 +436,7 @@ def fused(state):
 
 def is_encoder(key):
     return (key in ("cls_token", "pos_embed")
-            or key.startswith(("patch_embed.proj.", "blocks.", "norm.")))
+            or key.startswith(("patch_embed.", "blocks.", "norm.")))
 
 
 def grid_of(pos, size, patch):
@@ -444,7 +452,8 @@ def grid_of(pos, size, patch):
     if side * side != n or not n:
         raise CheckpointError(f"{n} positions are no square grid after one class token; where they "
                               "are another grid, --init-size says which (no distilled models, no "
-                              "register tokens)")
+                              "register tokens, no tables without a class token, as timm's "
+                              "no_embed_class)")
     # rows of the true grid resemble their neighbours; those of a wrong one are scrambled
     table, steps = pos[0, 1:].float(), {side: math.inf}
     for h in (h for h in range(-(-side // 4), 4 * side + 1) if n % h == 0 and 1 < h < n):
@@ -459,7 +468,12 @@ def grid_of(pos, size, patch):
 
 def config_of(state, layout, known, heads, size):
     """(VisionTransformer's arguments, notes) for a state dict: from its shapes, and from `known`,
-    a transformers config, where there is one."""
+    the config of transformers or timm, where there is one."""
+    own = known.get("model_args")                       # timm's
+    own = own if isinstance(own, dict) else {}
+    for name, its in (("image_size", "img_size"), ("hidden_act", "act_layer"),
+                      ("num_attention_heads", "num_heads")):
+        known = {name: own[its]} | known if own.get(its) is not None else known
     weight, pos = state["patch_embed.proj.weight"], state.get("pos_embed", torch.zeros(0))
     if (weight.ndim != 4 or pos.ndim != 3 or weight.shape[2] != weight.shape[3]
             or pos.shape[2] != weight.shape[0] or 0 in weight.shape or 0 in pos.shape):
@@ -482,15 +496,15 @@ def config_of(state, layout, known, heads, size):
         size = size or ([stated, stated] if type(stated) is int else stated)
         if not isinstance(size, (list, tuple)) or [type(side) for side in size] != [int, int]:
             raise CheckpointError(f"its image_size is {stated!r:.40}")
-    own, notes = known.get("model_args"), []            # timm's
-    stated = own.get("num_heads") if isinstance(own, dict) else known.get("num_attention_heads")
+    stated, notes = known.get("num_attention_heads"), []
     if stated is not None and heads not in (None, stated):
         raise CheckpointError(f"its config.json says {stated!r:.20} heads, not {heads}")
     heads = stated or heads
     if heads is None:                                   # they leave no trace in the shapes
-        usual = {192: 3, 384: 12 if layout == "MoCo v3" else 6, 768: 12, 1024: 16, 1280: 16}
+        usual = {192: 3, 384: 12 if layout == "MoCo v3" else 6, 768: 12, 1024: 16, 1280: 16,
+                 1408: 16, 1664: 16}                    # giant and gigantic
         heads = usual.get(dim, max(dim // 64, 1))
-        more = "" if dim in usual else "; no published ViT has this width"
+        more = "" if dim in usual else "; no usual ViT has this width"
         more = "; a ViT-S has 6, that of MoCo v3 12" if dim == 384 else more
         notes.append(f"heads: {heads} assumed ({dim // heads} wide{more}); --heads says otherwise")
     if known.get("layer_norm_eps", 1e-6) != 1e-6:
@@ -540,13 +554,17 @@ def check_meta(meta, config):
     if not isinstance(meta.get("system", ""), str):
         wrong.append("system")
     if wrong:
-        raise CheckpointError(f"refused, its {wrong[0]} is {meta[wrong[0]]!r:.60}")
+        raise CheckpointError(f"refused, its {wrong[0]} is {meta[wrong[0]]!r:.60}, for images of "
+                              f"{channels} channels (in it, or in preprocessor_config.json)")
 
 
 def check_weights(state):
     """Refuse weights that are no numbers: NaN, infinite or beyond any use."""
     for name, tensor in state.items():
-        if not tensor.is_floating_point() or not (tensor.abs() < 1e30).all():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, no "
+                                  "floating-point numbers (quantised weights are not read)")
+        if not (tensor.float().abs() < 1e30).all():
             raise CheckpointError(f"{name} holds what is not a finite number")
 
 
@@ -581,7 +599,7 @@ def read_encoder(path, weights="base", heads=None, size=None):
     with naming(path):
         state, rest, layout, notes = unwrap(content, weights)
         config, meta = content.get("config"), content.get("meta")
-        if isinstance(config, dict) and {"img_size", "patch_size", "dim"} <= set(config):
+        if isinstance(config, dict) and OURS <= set(config):
             layout, meta = "ours", meta if isinstance(meta, dict) else {}
             for name, asked, stated in (("heads", heads, config.get("heads")),
                                         ("size", size and list(size), config["img_size"])):
@@ -622,7 +640,7 @@ def match(encoder, config):
 def foreign_meta(known, shown, config):
     """meta from the JSON files of transformers or timm: statistics, range, the MAE decoder's
     settings."""
-    meta, factor = {}, shown.get("rescale_factor", 1 / 255)
+    meta, factor = {}, shown.get("rescale_factor", 1 / 255) if shown.get("do_rescale", True) else 1
     if "decoder_num_attention_heads" in known:
         meta["decoder"] = dict(decoder_heads=known["decoder_num_attention_heads"],
                                norm_pix_loss=known.get("norm_pix_loss") is True)
@@ -634,8 +652,16 @@ def foreign_meta(known, shown, config):
         meta |= dict(mean=shown.get("image_mean"), std=shown.get("image_std"))
     else:
         meta |= dict(mean=[0.0] * config["in_chans"], std=[1.0] * config["in_chans"])
-    if finite([factor], 1e-12, 1e12) and factor != 1 / 255:
+    own = shown.get("value_range")                      # of our own exports
+    if finite(own, -1e30, 1e30) and len(own) == 2 and own[0] < own[1] and finite(
+            meta["mean"], -1e4, 1e4):
+        meta |= dict(range=own, mean=[m - own[0] / (own[1] - own[0]) for m in meta["mean"]])
+    elif finite([factor], 1e-12, 1e12) and 1 / factor > 256:                # of deeper images
         meta["range"] = [0.0, 1 / factor]
+    elif finite([factor], 1e-12, 1e12) and factor != 1 / 255:   # ours are divided by 255
+        for name in ("mean", "std"):
+            if finite(meta.get(name), -1e6, 1e6):
+                meta[name] = [value / (255 * factor) for value in meta[name]]
     return meta
 
 
@@ -700,6 +726,8 @@ def decoder_config(source, norm_pix_loss=None):
     dim, depth = rest["decoder_embed.weight"].shape[0], depth_of(rest, "decoder_blocks.")
     # heads leave no trace in the shapes; MAE's have a width of 32
     heads = known.get("decoder_heads", max(dim // 32, 1)) if isinstance(known, dict) else 0
+    if "decoder_heads" not in known:
+        source["notes"].append(f"decoder: {heads} heads assumed")
     if (type(heads) is not int or not 0 < heads <= LARGEST["heads"] or dim % heads
             or depth > LARGEST["depth"]):
         raise CheckpointError(f"{source['path']}: refused, it claims a decoder of {depth} blocks, "
@@ -875,4 +903,6 @@ def hf_settings(source):
     images = dict(image_processor_type="ViTImageProcessor", size=dict(height=height, width=width),
                   resample=3, rescale_factor=1 / (high - low),
                   image_mean=[m + low / (high - low) for m in mean], image_std=list(std))
+    if range_of(source):
+        images["value_range"] = [low, high]             # for `foreign_meta`; transformers keeps it
     return vit, images

@@ -983,8 +983,8 @@ def open_folder(path, train, in_chans, labels_file=None, val_share=0):
     """The images of a folder, or of a list beside its images: those to train or to test on, with
     the labels of the list, or else of their class folders."""
     if in_chans not in (1, 3, 4):
-        raise DataError(f"--in-chans {in_chans}: images are read with 1 (grey), 3 (RGB) or 4 "
-                        "(RGBA) channels")
+        raise DataError(f"{in_chans} channels are asked for: images are read with 1 (grey), 3 "
+                        "(RGB) or 4 (RGBA)")
     name, part, labels = path, train or val_share > 0, None
     is_list = os.path.isfile(path) and not find_tars(path)
     if is_list and labels_file:

@@ -30,8 +30,10 @@ class SizeError(ValueError):
 
 
 def decoder_of(config):
-    """MAE's decoder (dim, depth, heads) for an encoder of this width; by default ViT-B's."""
-    return next((d for e, d in ARCHS.values() if e[1] == config["dim"]), (512, 8, 16))
+    """MAE's decoder (dim, depth, heads) for an encoder of this width and depth, else of this width;
+    by default ViT-B's."""
+    alike = [(e[2] != config["depth"], d) for e, d in ARCHS.values() if e[1] == config["dim"]]
+    return min(alike, default=(True, (512, 8, 16)))[1]
 
 
 # ---------------------------------------------------------------------------------------- processes

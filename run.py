@@ -874,7 +874,8 @@ class Job:
         self.total = args.epochs * len(loader) if "epochs" in args else args.iterations
         self.settings = dict(network=type(net).__name__) | {
             k: v for k, v in vars(args).items() if k not in RUNTIME} | dict(
-            source=source and source["digest"], files=loader.dataset.digest)
+            source=source and source["digest"], files=loader.dataset.digest,
+            config=getattr(net, "base_encoder", net).config)
         if not encoder_file:                                                # it learns from them
             self.settings["labels_digest"] = loader.dataset.label_digest
         self.window, self.skipped, self.collapsed, self.warned = [], 0, 0, set()
@@ -1105,6 +1106,9 @@ class Job:
         step = state["step"]
         if path:
             self.refuse_changes(path, state["settings"])
+            written, here = state.get("meta", {}).get("commit"), self.meta.get("commit")
+            if written != here:
+                self.say(f"note: commit {written} of this code wrote it, now it is {here}")
             self.say(f"resumed {path} at step {step} of {self.total}")
         same("steps to go on from in --out", step)
         if self.args.resume == "never" and self.env.rank == 0:
@@ -1119,7 +1123,10 @@ class Job:
                 checkpoint.check_weights({k: v for k, v in state["model"].items()
                                           if v.is_floating_point()})
                 self.net.load_state_dict(state["model"])
+                built = self.rates()
                 self.optimizer.load_state_dict(state["optimizer"])
+                if built != self.rates():
+                    raise ValueError("the rates or decays of its groups are not those of this code")
                 self.scaler.load_state_dict(state["scaler"])
                 self.skipped, self.before = int(state["skipped"]), float(state.get("seconds", 0.0))
             except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -1127,6 +1134,9 @@ class Job:
                 raise UsageError(f"{path} is not of this run ({why}): use another --out, or "
                                  "--resume never to start over") from None
         return step
+
+    def rates(self):
+        return [(g.get("base_lr"), g["weight_decay"]) for g in self.optimizer.param_groups]
 
     def refuse_changes(self, path, settings):
         for k, now in self.settings.items():

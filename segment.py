@@ -65,7 +65,7 @@ def get_args(argv=None):
     add = parser.group("model")
     add("--init", nargs="+", default=["out/graft"], help="encoders, a row each: a run's folder, "
         "our files, MAE, MoCo v3, DINO, timm, transformers; or none")
-    run.add_options(add, "weights heads arch patch-size", arch="vit_base")
+    run.add_options(add, "weights heads init-size arch patch-size", arch="vit_base")
     add("--protocol", choices=DEFAULTS, default="upernet", help="linear, linear4: BatchNorm and a "
         "linear classifier on the last or four blocks' tokens of the frozen encoder")
     add("--channels", type=number(int, 1, 4096), help="of UperNet (default: the encoder's width)")
@@ -882,7 +882,7 @@ def load_pairs(args, in_chans, known):
 def train_and_test(args, env):
     """A row: (its result, the sheet's columns {title: images})."""
     # ------------------------------------------------------------- 1. images, network
-    size = dict(img_size=args.crop_size, init_size=None, in_chans=None)
+    size = dict(img_size=args.crop_size, in_chans=None)
     of_init = argparse.Namespace(**vars(args) | size)
     source, state, config = run.once_a_node(checkpoint.start, of_init)
     known = source["meta"] if source else {}

@@ -138,6 +138,9 @@ def test_weights_under_any_key_and_averages_beside_them(tmp_path):
         assert_identical(source["state"], state)
         assert "also there: " in said(source) and "(--weights ema)" in said(source)
         assert_identical(checkpoint.read_encoder(source["path"], "ema")["state"], other)
+    moco_v2 = prefixed("encoder_k.", other) | prefixed("encoder_q.", state)
+    assert_identical(read_as(moco_v2, tmp_path / "x.pt")["state"], state)
+    assert_identical(checkpoint.read_encoder(str(tmp_path / "x.pt"), "momentum")["state"], other)
     torch.save(state, tmp_path / "x.pt")
     for weights in ("ema", "momentum"):
         with pytest.raises(CheckpointError, match="x.pt: holds no (averaged|momentum)"):
@@ -154,7 +157,7 @@ def tiny_state(dim, prefix="", **more):
     (192, "", 3, "3 assumed (64 wide)"), (384, "", 6, "a ViT-S has 6, that of MoCo v3 12"),
     (384, "module.", 6, "--heads says"), (384, "module.base_encoder.", 12, "12 assumed (32 wide"),
     (768, "", 12, "12 assumed"), (1280, "", 16, "16 assumed (80 wide)"),
-    (512, "", 8, "no published ViT has this width")])
+    (512, "", 8, "no usual ViT has this width")])
 def test_heads_are_a_guess_that_is_said(tmp_path, dim, prefix, heads, words):
     source = read_as(tiny_state(dim, prefix), tmp_path / "x.pt")
     assert source["config"]["heads"] == heads and source["config"]["mlp_ratio"] == 4
@@ -182,6 +185,33 @@ def test_heads_that_timm_states_are_taken(tmp_path):
         assert checkpoint.read_encoder(str(tmp_path))["config"]["heads"] == heads
     with pytest.raises(CheckpointError, match="says 4 heads, not 2"):
         checkpoint.read_encoder(str(tmp_path), heads=2)
+    for more, message in ((dict(act_layer="relu"), "another activation"),
+                          (dict(img_size=[8, 24]), "images of 8x24 have 2x6 patches")):
+        (tmp_path / "config.json").write_text(json.dumps(dict(model_args=args | more)))
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.read_encoder(str(tmp_path))
+    os.rename(tmp_path / "model.safetensors", tmp_path / "model.fp16.safetensors")
+    with pytest.raises(CheckpointError, match="it has model.fp16.safetensors: give that file"):
+        checkpoint.read_encoder(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_args=args)))
+    source = checkpoint.read_encoder(str(tmp_path / "model.fp16.safetensors"))
+    assert source["config"]["heads"] == 4
+
+
+def test_a_config_of_others_is_not_taken_for_ours(tmp_path):
+    content = checkpoint.encoder_file(vit(), {})
+    for lacking in ("heads", "in_chans"):
+        config = {k: v for k, v in content["config"].items() if k != lacking}
+        source = read_as(content | dict(config=config), tmp_path / "x.pt")
+        assert source["layout"] != "ours" and "2 assumed" in said(source)
+
+
+def test_a_decoder_goes_by_width_and_depth(monkeypatch):
+    monkeypatch.setattr(model, "ARCHS", {"a": ((4, 96, 6, 3), (64, 1, 2)),
+                                         "b": ((4, 96, 12, 3), (128, 4, 4))})
+    found = [model.decoder_of(dict(dim=dim, depth=depth))
+             for dim, depth in ((96, 12), (96, 6), (96, 3), (48, 6))]
+    assert found == [(128, 4, 4), (64, 1, 2), (64, 1, 2), (512, 8, 16)]
 
 
 def test_positions_of_another_grid_are_never_scrambled(tmp_path):
@@ -231,7 +261,8 @@ def test_input_channels_are_summed_or_repeated():
 # --------------------------------------------------------------------- files of other libraries
 @pytest.mark.parametrize("options, words", [
     (dict(init_values=0.1), "layer scale"), (dict(qk_norm=True), "qk-norm"),
-    (dict(reg_tokens=4), "register tokens"), (dict(pre_norm=True), "a norm before the blocks"),
+    (dict(reg_tokens=4), "register tokens"), (dict(embed_norm_layer=torch.nn.LayerNorm), "unknown"),
+    (dict(pre_norm=True), "a norm before the blocks"),
     (dict(class_token=False, global_pool="avg"), "no class token"), (dict(fc_norm=True), None),
     (dict(qkv_bias=False), "encoder tensors missing")])
 def test_timm_models_are_read_or_refused_by_what_differs(tmp_path, options, words):
@@ -283,6 +314,23 @@ def test_statistics_that_timm_or_transformers_state():
     plain = checkpoint.foreign_meta({}, shown | dict(do_normalize=False), rgb)
     assert plain == dict(mean=[0.0] * 3, std=[1.0] * 3)
     assert checkpoint.foreign_meta({}, {}, rgb) == dict(mean=None, std=None)
+
+
+@pytest.mark.parametrize("more, low, high", [
+    (dict(do_rescale=False), 0, 255), (dict(rescale_factor=1 / 127.5), 0, 255),
+    (dict(rescale_factor=1.0), 0, 255), (dict(rescale_factor=1 / 65535), 0, 65535),
+    (dict(rescale_factor=1 / 4, value_range=[-1.0, 3.0]), -1, 3)])
+def test_images_are_scaled_as_a_processor_does(more, low, high):
+    """(x factor - mean) / std, whatever becomes 0 and 1 here."""
+    mean, std, x = [1.5, 2.0, 0.5], [0.5, 3.0, 2.0], torch.linspace(low, high, 9).double()
+    shown = dict(image_mean=mean, image_std=std) | more
+    meta = checkpoint.foreign_meta({}, shown, dict(in_chans=3))
+    start, end = meta.get("range") or (0, 255)
+    assert (start, end) == (low, pytest.approx(high))
+    factor = more.get("rescale_factor", 1.0)
+    for c in range(3):
+        ours = ((x - start) / (end - start) - meta["mean"][c]) / meta["std"][c]
+        torch.testing.assert_close(ours, (x * factor - mean[c]) / std[c])
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification", "ViTMAEModel",
@@ -378,6 +426,8 @@ def test_exports_load_in_their_libraries(tmp_path):
     checkpoint.export(source, "hf", str(tmp_path / "hf"))
     there = hf.AutoModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
     torch.testing.assert_close(there(x).last_hidden_state[:, 0], features, rtol=1e-4, atol=1e-5)
+    again = checkpoint.read_encoder(str(tmp_path / "hf"))["meta"]
+    assert again["range"] == [-1.0, 3.0] and again["mean"] == pytest.approx([0.4, 0.5, 0.6])
     processor = hf.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     raw = np.linspace(-1, 3, 768).reshape(3, 16, 16).astype(np.float32)
     shown = processor(raw, return_tensors="pt", input_data_format="channels_first",

@@ -1,7 +1,7 @@
 """What ends long runs, provoked: kills, signals, full disks, closed folders, numbers that are none,
 images that vanish.
 
-    KILLS=20 python -m pytest tests/test_faults.py -k kill_minus -s      # README's count
+    KILLS=20 python -m pytest tests/test_faults.py -k kill_minus -s      # FAULTS.md's count
 """
 import contextlib
 import os
@@ -22,6 +22,7 @@ import augment
 import checkpoint
 import data
 import mae_pretrain
+import model
 import run
 from conftest import (QUIET, ROOT, STAGES, assert_identical, assert_same_run, corrupt, essence,
                       folder_of, log_of, options, refused, saved, train)
@@ -168,6 +169,24 @@ def test_a_run_goes_on_where_its_files_lie_elsewhere_but_not_with_others(world, 
         train("mae_pretrain", None, tmp_path / "out", *more, other)
     with pytest.raises(run.UsageError, match="written with network MaskedAutoencoder, now network"):
         train("graft_train", "none", tmp_path / "out", "--arch", "vit_test", *more, root)
+
+
+def test_a_run_does_not_go_on_with_other_code_unsaid(world, tmp_path, monkeypatch, capsys):
+    more = ["--epochs", "1", "--init", "none"]
+    train("mae_pretrain", None, tmp_path, *more)
+    with monkeypatch.context() as patch:
+        patch.setitem(model.ARCHS, "vit_test", ((8, 24, 3, 2), (16, 1, 2)))     # 3 heads before
+        with pytest.raises(run.UsageError, match="with config .*'heads': 3.* now config"):
+            train("mae_pretrain", None, tmp_path, *more)
+    with monkeypatch.context() as patch:
+        built = mae_pretrain.param_groups
+        patch.setattr(mae_pretrain, "param_groups", lambda *a, **k: [
+            g | dict(base_lr=g["base_lr"] / 2) for g in built(*a, **k)])
+        with pytest.raises(run.UsageError, match="the rates or decays of its groups"):
+            train("mae_pretrain", None, tmp_path, *more)
+    monkeypatch.setattr(run, "commit", lambda: "another")
+    train("mae_pretrain", None, tmp_path, *more)
+    assert "of this code wrote it, now it is another" in capsys.readouterr().out
 
 
 def test_a_run_that_starts_over_leaves_nothing_of_the_one_before(world, encoder, tmp_path,
@@ -399,7 +418,7 @@ def test_infinite_gradients_are_skipped_and_many_end_the_run(world, encoder, tmp
 def a_job(tmp_path, dtype=None, **more):
     """A Job of one weight whose steps are noted by hand: (job, optimizer, scaler, log)."""
     net, images = torch.nn.Linear(2, 1), torch.zeros(100, 3, 2, 2, dtype=torch.uint8)
-    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    net.config, optimizer = {}, torch.optim.AdamW(net.parameters(), fused=True)
     scaler = torch.amp.GradScaler("cpu")
     loader = data.Loader(data.Dataset(images=images, name="three"), [augment.MAE_VIEW], (2, 2), 1)
     args = mae_pretrain.get_args(["--out", str(tmp_path), "--epochs", "1"])
