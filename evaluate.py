@@ -538,6 +538,8 @@ def predict(args, env):
     net, logits, content = saved_classifier(args, env)
     value_range = args.range or content.get("range")
     dataset = data.every_image(args.input, net.config["in_chans"], value_range)
+    # as the images to test on were read, to the same bits
+    dataset = data.into_memory(dataset, {size for _, size, _ in data.sample(dataset)}, 1.0)
     scores, readable = run.extract(net, dataset, env, workers=args.workers, mean=content["mean"],
                                    std=content["std"], function=logits, max_bad=1.0)
     classes, path = content["classes"], os.path.join(args.out, "predictions.csv")
@@ -695,6 +697,7 @@ def main(args):
             test.mean, test.std = train.mean, train.std
             run.same("numbers of images", len(train))
             run.same("numbers of test images", len(test))
+            run.say_what_was_seen(args, frozen.meta)
             loaded[key] = train, test
         train, test = loaded[key]
         for seed in args.seeds:

@@ -194,6 +194,7 @@ def load(args, source, env):
     test = data.same_classes(everything, test).hold(env.device)
     run.same("numbers of images", len(everything))
     run.same("numbers of test images", len(test))
+    run.say_what_was_seen(args, known)
     ids, how = data.labelled(everything, args.labels, args.seed)
     dataset = everything.select(ids).hold(env.device)
     if known.get("mean") and not args.stats:

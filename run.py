@@ -791,6 +791,15 @@ def training_images(args, config, source, env):
     return dataset.hold(env.device)
 
 
+def say_what_was_seen(args, meta):
+    """That the images which --val-share holds out to test on were trained on, without labels."""
+    known = meta.get("data")
+    if args.val_share and isinstance(known, str) and os.path.realpath(known) == os.path.realpath(
+            args.data or ""):
+        data.note(f"--val-share: the encoder has seen all images of {known}, those to test on too, "
+                  "without labels; a table with a column split, as --data, keeps them apart")
+
+
 def about(args, system, dataset, source):
     """What a checkpoint says of itself besides its weights."""
     return dict(system=system, data=dataset.name, mean=list(dataset.mean), std=list(dataset.std),

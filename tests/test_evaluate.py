@@ -287,12 +287,16 @@ def test_a_stopped_linear_evaluation_with_other_labels_starts_over(encoder_folde
     assert go("parts", 1) == every
 
 
-def test_labels_from_a_file_and_a_share_to_test_on(encoder_folder, tmp_path):
+def test_labels_from_a_file_and_a_share_to_test_on(encoder_folder, tmp_path, capsys):
     """A flat folder: labels from a CSV, a quarter of each class to test on."""
     names = [f"{c}{i}.png" for c in ("cat", "dog") for i in range(8)]
     flat, table = folder_of(tmp_path / "flat", names, (32, 32)), tmp_path / "labels.csv"
     table.write_text("file,label\n" + "\n".join(f"{name},{name[:3]}" for name in names))
     options = ["--data", flat, "--labels-file", table, "--val-share", 0.25]
+    seen = SimpleNamespace(val_share=0.25, data=f"{flat}/")
+    for trained_on, said in ((flat, 1), (tmp_path, 0)):
+        run.say_what_was_seen(seen, dict(data=str(trained_on)))
+        assert capsys.readouterr().out.count("has seen all images") == said
     entry, = run_mode(encoder_folder, tmp_path, "--mode", "knn", "--k", 3, *options)
     assert entry["labelled"] == 12 and entry["tested"] == 4
     run_mode(encoder_folder, tmp_path, "--mode", "features", *options)
