@@ -70,9 +70,10 @@ def get_args(argv=None):
             entry = OPTIONS[option] | other.get(option.replace("-", "_"), {})
             sub.add_argument(f"--{option}", **entry)
 
-    encoders = "checkpoint weights heads init-size device workers seed data split batch-size"
+    common = "checkpoint device workers seed data split batch-size"
+    encoders = f"{common} weights heads init-size"
     command("gradients", gradients, "Figures 1, 8: cosine between the losses' gradients",
-            f"{encoders} batches",
+            f"{common} batches",
             checkpoint=dict(default=["out/mtl"], help="MTL runs (their last.pt) or kept "
                             "epochNNNN.pt of one"),
             batch_size=dict(type=number(int, 2), help="default: as the run was trained"))

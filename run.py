@@ -1154,7 +1154,8 @@ class Job:
             told = f"{path} was written with {k} {settings[k]}, now {k} is {now}"
             if k in PLACES and settings[k] and now and os.path.exists(now) and all(
                     settings.get(each) == self.settings[each] for each in ("files", "source")):
-                self.say(f"note: {told}; the names of its files are the same")
+                self.say(f"note: {told}; the names of the images and the weights that it began "
+                         "with are the same")
                 continue
             if k != "epochs" or not self.encoder_file:
                 raise UsageError(f"{told}: use another --out, or --resume never to start over")

@@ -850,6 +850,9 @@ class Tester:
 # -------------------------------------------------------------------------------------------- a run
 def load_pairs(args, in_chans, known):
     """(training pairs in use, how they were chosen, test pairs); known: the encoder's meta."""
+    if in_chans not in (1, 3, 4):
+        raise DataError(f"--init takes {in_chans} channels: images are read with 1, 3 or 4")
+
     def pairs_of(part, classes):
         return Pairs(args.data, part, in_chans, classes, args.ignore, args.reduce_zero_label)
 

@@ -143,6 +143,7 @@ def reconstruct(args):
     loaded = [load_autoencoder(path, args.norm_pix_loss) for path in args.checkpoint]
     names = [source["meta"].get("system") for _, source in loaded]
     for label, (net, source) in zip(plots.labelled(args.checkpoint, names), loaded):
+        print("\n".join(checkpoint.report(source)), flush=True)
         if args.norm_pix_loss is None and source["layout"] != "ours":
             print(f"{source['path']}: taken as trained on plain pixels (--norm-pix-loss if it was "
                   "not)", flush=True)

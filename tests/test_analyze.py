@@ -224,6 +224,8 @@ def test_vic_of_several_models_with_a_fine_tuned_one(made, folder, tmp_path):
     grey = model.VisionTransformer(in_chans=1, **SHAPE)
     checkpoint.save(dict(model=grey.state_dict(), config=grey.config, meta={}), tmp_path / "g.pt")
     assert "numbers of channels" in fails(*options, tmp_path / "g.pt")
+    assert "its heads is" in fails(*options, "--heads", 7)
+    assert "holds no momentum encoder" in fails(*options, "--weights", "momentum")
 
 
 # ------------------------------------------------------------------------------------- attention

@@ -163,7 +163,7 @@ def test_a_run_goes_on_where_its_files_lie_elsewhere_but_not_with_others(world, 
     capsys.readouterr()
     train("mae_pretrain", None, tmp_path / "out", *more, f"{tmp_path}/b/")
     said = capsys.readouterr().out
-    assert "names of its files are the same" in said and "resumed" in said
+    assert "names of the images and the weights" in said and "resumed" in said
     other = folder_of(tmp_path / "c", [f"x/{i}.png" for i in range(48)], (32, 32))
     with pytest.raises(run.UsageError, match="was written with data"):
         train("mae_pretrain", None, tmp_path / "out", *more, other)

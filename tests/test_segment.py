@@ -394,6 +394,13 @@ def test_encoders_are_loaded_and_what_is_left_out_is_named(folder, tmp_path, cap
     results = go(folder, tmp_path / "t", "--init", "none", path, "--iterations", "1", "--lr",
                  "1e-9")
     assert [result["system"] for result in results] == ["random", "MAE"]
+    source = checkpoint.read_encoder(path)
+    assert [result["digest"] for result in results] == [None, checkpoint.encoder_digest(source)]
+    bands = model.VisionTransformer(**CONFIG | dict(in_chans=12))
+    torch.save(bands.state_dict(), tmp_path / "bands.pt")              # its images were 16x24
+    for more, message in (([], "--init-size"), (["--init-size", "16x24"], "takes 12 channels")):
+        with pytest.raises(ValueError, match=message):
+            go(folder, tmp_path / "t", "--init", str(tmp_path / "bands.pt"), *more)
     assert "left out: norm.weight, norm.bias" in capsys.readouterr().out
     net, content = segment.load_segmenter(str(tmp_path / "t" / "encoder.pt"))
     state = checkpoint.fit(checkpoint.read_encoder(path), [16, 24])[0]
