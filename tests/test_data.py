@@ -7,6 +7,7 @@ import pickle
 import random
 import resource
 import socket
+import sys
 import unicodedata
 
 import numpy as np
@@ -318,6 +319,29 @@ def test_colours_of_16_bits_keep_their_range(tmp_path):
         assert np.array_equal(pixels, np.rot90(expected, -1) if orientation == 6 else expected)
     assert data.load(str(tmp_path)).range == (0, 65535)
     assert data.Encoded(bytearray(file.read_bytes())).extremes() == (0, 4004)
+
+
+def test_an_output_that_lacks_letters_shows_every_name(monkeypatch):
+    for encoding, shown in (("ascii", "\\xb1 \\udce9"), ("utf-8", "\u00b1 \\udce9")):
+        output = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr(sys, "stdout", output)
+        data.show_all_names()
+        print("\u00b1 \udce9", end="", flush=True)
+        assert output.buffer.getvalue().decode(encoding) == shown
+        monkeypatch.undo()
+
+
+def test_progress_needs_no_terminal_and_no_stderr(monkeypatch):
+    class Logger(list):
+        write, flush = list.append, lambda self: None
+
+    for stream in (Logger(), None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        progress = data.Progress("x", 2)
+        progress.due = 0
+        progress.step()
+        monkeypatch.undo()
+        assert stream is None or "x: 1 of 2 images" in "".join(stream)
 
 
 def test_names_of_classes_need_not_be_text():

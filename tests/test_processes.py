@@ -295,6 +295,17 @@ def test_a_reader_of_the_output_that_has_seen_enough_ends_it_without_a_traceback
     assert job.codes() == [128 + signal.SIGPIPE] and not job.said()
 
 
+def nowhere_to_write():
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def test_a_full_disk_under_the_output_ends_in_a_line(start, tmp_path):
+    job = start("mae_pretrain", *options("mae_pretrain", None, tmp_path), prepare=nowhere_to_write)
+    assert job.codes() == [1], job.said()
+    error, = job.errors()
+    assert "what it prints: No space left on device" in error
+
+
 def only_the_first_reads():
     """Two processes of one machine, of which the second has no disk."""
     if os.environ["RANK"] == "1":
