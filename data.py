@@ -795,7 +795,8 @@ def choose_part(path, found, train):
         return wanted or ""
     missing = "train/" if train else "val/ or test/"
     if found:
-        raise DataError(f"{path}: no {missing} in this folder")
+        raise DataError(f"{path}: no {missing} in this folder; it has {', '.join(found.values())}: "
+                        "one that is a class needs another name")
     raise DataError(f"{path}: no train/ and no {missing} in this folder, so nothing to evaluate "
                     "on; --val-share splits a set that has neither")
 

@@ -72,6 +72,7 @@ def test_parts_of_any_case_and_common_names(tmp_path, train, test, capsys):
     (["boat/1.png", "bus/1.png", "plane/1.png", "train/1.png"], True,
      "train/, beside boat, bus, plane, a part or a class"),
     (["train/a/1.png"], False, "no val/ or test/"), (["1.png"], False, "no train/ and no val/"),
+    (["valid/1.png", "invalid/1.png"], True, "it has valid: one that is a class"),
     (["train/imagesTr/1.png", "train/labelsTr/1.png"], True, "labelsTr/ beside imagesTr/ looks"),
     ([".hidden.png"], True, "no images found")])
 def test_parts_that_are_in_doubt_or_missing_are_refused(tmp_path, names, train, message):
