@@ -553,7 +553,7 @@ def same_inputs(args, p, first):
     """Refuse an --out whose results are of other images, weights or options: what is done there is
     skipped. inputs.json holds what they are of."""
     inputs = dict(preset=args.preset, data=p["data"], mae=args.mae, moco=args.moco,
-                  labels=list(p["lists"]), common=args.common)
+                  labels=list(p["lists"]), common=args.common, ade20k=args.ade20k)
     path = os.path.join(args.out, "inputs.json")
     if os.path.exists(path):
         with open(path) as f:

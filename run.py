@@ -1149,8 +1149,8 @@ class Job:
 
     def refuse_changes(self, path, settings):
         for k, now in self.settings.items():
-            if settings.get(k, now) == now:
-                continue
+            if settings.get(k, now) == now or (k, settings[k]) == ("labels_digest", None):
+                continue                                    # segmenters were not looked at before
             told = f"{path} was written with {k} {settings[k]}, now {k} is {now}"
             if k in PLACES and settings[k] and now and os.path.exists(now) and all(
                     settings.get(each) == self.settings[each] for each in ("files", "source")):

@@ -15,11 +15,14 @@ import run  # first: a Ctrl-C while torch is imported ends in one line
 
 import argparse
 import contextlib
+import hashlib
 import math
 import os
 import time
+from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -55,13 +58,13 @@ def get_args(argv=None):
     add("--data", help="folder with train/images, train/labels, val/images and val/labels, or "
         "ADE20K's, Cityscapes' or VOC's folders as they are unpacked (default: $DATA)")
     add("--classes", metavar="FILE", help="their names, one a line (default: known, or numbers)")
-    add("--ignore", type=number(int, 0, 65535), action="append", metavar="ID",
+    add("--ignore", type=number(int, -2 ** 31, 2 ** 31), action="append", metavar="ID",
         help="a further id that counts for nothing, as 255 does; may be repeated")
     add("--reduce-zero-label", action=argparse.BooleanOptionalAction,
         help="id 0 counts for nothing, k becomes k - 1 (default: in ADE20K's own folders)")
     add("--labels", help="training images used: 32 or 10%%, drawn by --seed (default: all)")
     add("--test-part", choices=("val", "test"), help="what is tested (default: val, else test)")
-    run.add_options(add, "workers max-bad")
+    run.add_options(add, "range workers max-bad")
     add = parser.group("model")
     add("--init", nargs="+", default=["out/graft"], help="encoders, a row each: a run's folder, "
         "our files, MAE, MoCo v3, DINO, timm, transformers; or none")
@@ -113,7 +116,7 @@ def get_args(argv=None):
         if args.classes and not os.path.isfile(args.classes):
             parser.error(f"--classes {args.classes}: no such file")
     elif not os.path.isdir(args.predict):
-        parser.error(f"--predict {args.predict}: no such folder")
+        parser.error(f"--predict {args.predict}: no such folder (of images)")
     if args.amp == "auto" and (args.device == "cpu" or not torch.cuda.is_available()):
         args.amp = "off"        # convolutions in bf16 took 20 times as long on a CPU (torch 2.14)
     run.check(parser, args, [] if args.predict else args.init)
@@ -510,6 +513,9 @@ class Pairs(data.Dataset):
         images, labels, no_zero, names = find(root, part)
         for what, have, lack in (("label", images, labels), ("image", labels, images)):
             alone = sorted(have.keys() - lack.keys())
+            if alone and not lack:
+                raise DataError(f"{root}: {len(have)} files of {part}, and no {what}s (looked for "
+                                f"in {part}/{what}s, or as in ADE20K, Cityscapes and VOC)")
             if alone:
                 raise DataError(f"{os.path.join(root, have[alone[0]])}: no {what} goes with it "
                                 f"(so with {len(alone)} of {len(have)} files)")
@@ -520,7 +526,7 @@ class Pairs(data.Dataset):
         self.reduce_zero = no_zero if reduce_zero is None else reduce_zero
         if names and self.reduce_zero != no_zero:           # the ids move, and with them the names
             names = names[1:] if self.reduce_zero else ["other", *names]
-        self.ignored, self.classes = [IGNORED, *ignore], classes or names
+        self.ignored, self.classes, self.seen = [IGNORED, *ignore], classes or names, None
         progress = run.Progress(f"headers of {part}", len(keys))
         for i in range(len(keys)):
             self.check_headers(i)
@@ -538,14 +544,19 @@ class Pairs(data.Dataset):
         try:
             with data.open_image(path) as label:
                 mode, size, form = label.mode, label.size, label.format
+                label_turned = label.getexif().get(0x0112, 1) != 1
             with data.open_image(os.path.join(self.name, self.file(i))) as image:
                 turned = image.getexif().get(0x0112, 1) > 4
                 shown = image.size[::-1] if turned else image.size
+                if turned and image.format == "TIFF":       # pillow may have turned its header
+                    shown = size
         except data.BadFile:
             return
         if form in ("JPEG", "MPO", "GIF"):                  # JPEG blurs ids, GIF numbers them anew
             raise DataError(f"{path}: a {form} does not keep class ids; write labels as PNGs, from "
                             "what they were made of")
+        if label_turned:
+            raise DataError(f"{path}: a label with an EXIF orientation; save it as it is shown")
         if mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
             raise DataError(f"{path}: a label of {mode} pixels; needed is one channel of class ids "
                             "(a palette PNG is read by its indices)")
@@ -568,17 +579,39 @@ class Pairs(data.Dataset):
 
     def pair(self, i):
         """(image, label) as PIL images."""
-        return picture(self.read(i)), Image.fromarray(self.label(i))
+        image, label = picture(self.read(i)), Image.fromarray(self.label(i))
+        if image.size != label.size:
+            raise DataError(f"{self.targets[i]}: a label of {label.width}x{label.height} pixels "
+                            f"for an image of {image.width}x{image.height}")
+        return image, label
 
-    def largest_id(self):
-        """Of all labels, which are looked at: a DataError names the first with a wrong one."""
-        progress, largest = run.Progress(f"class ids of {self.part}", len(self), "labels"), 0
-        for i in range(len(self)):
+    def look(self):
+        """The largest id of all labels, at which it looks: a DataError names the first with a wrong
+        one, or says that none counts."""
+        progress = run.Progress(f"class ids of {self.part}", len(self), "labels")
+
+        def seen(i):
             with contextlib.suppress(data.BadFile):
                 ids = self.label(i)
-                largest = max(largest, int(ids[ids != IGNORED].max(initial=0)))
-            progress.step()
-        return largest
+                return int(ids[ids != IGNORED].max(initial=0)), (ids != IGNORED).any(), crc32(ids)
+            return 0, False, 0
+
+        found = []
+        with ThreadPool(os.cpu_count()) as pool:
+            for each in pool.imap(seen, range(len(self))):
+                found.append(each)
+                progress.step()
+        largest, counts, sums = zip(*found)
+        if not any(counts):
+            raise DataError(f"{self.name}: no pixel of the labels of {self.part} counts, all are "
+                            "ignored")
+        self.seen = hashlib.sha256(str(sums).encode()).hexdigest()[:16]
+        return max(largest)
+
+    @property
+    def label_digest(self):
+        """Changes when a label that was looked at does, or the classes' names."""
+        return hashlib.sha256(f"{self.seen} {self.classes}".encode()).hexdigest()[:16]
 
     def check_ids(self):
         """Refuse masks of 0 and 255, whose second class would count for nothing, and of 0, 128
@@ -842,6 +875,9 @@ class Tester:
         if env.processes > 1:
             dist.all_reduce(matrix)
         tested = sum(run.gather_objects(tested))
+        for i, error in sum(run.gather_objects(list(pairs.bad.items())), []):
+            pairs.bad.setdefault(i, error)
+        data.report_bad(pairs, max_bad, len(pairs.bad))     # of all processes together
         if not tested:
             raise DataError(f"{pairs.name}: none of the test images can be read", 1)
         return matrix.cpu(), tested
@@ -861,8 +897,11 @@ def load_pairs(args, in_chans, known):
         raise DataError(f"{args.data}: no training images (looked for train/images and "
                         "train/labels, and for ADE20K's, Cityscapes' and VOC's folders)")
     train.check_ids()
-    if train.classes is None:
-        train.classes = [str(i) for i in range(train.largest_id() + 1)]
+    largest = train.look()                  # now, not after days of training
+    train.classes = train.classes or [str(i) for i in range(largest + 1)]
+    if len(set(train.classes)) < len(train.classes):
+        raise DataError(f"{args.data}: two classes of one name, "
+                        f"{max(train.classes, key=train.classes.count)}")
     if not 2 <= len(train.classes) <= IGNORED:
         raise DataError(f"{args.data}: {len(train.classes)} classes; there must be 2 to {IGNORED}")
     test = pairs_of(args.test_part or "val", train.classes)
@@ -870,14 +909,17 @@ def load_pairs(args, in_chans, known):
         test = pairs_of("test", train.classes)
     if not len(test):
         raise DataError(f"{args.data}: no images to test on ({args.test_part or 'val or test'})")
-    test.largest_id()                       # now, not after days of training
+    test.look()
     used, how = train, "all"
+    if args.labels and "class" in args.labels:
+        raise DataError(f"--labels {args.labels}: a number of images or a share, 32 or 10%")
     if args.labels:
         every = SimpleNamespace(labels=torch.zeros(len(train)), classes=[""])   # as one class
         used = train.select(data.drawn(every, args.labels, args.seed, "natural").tolist())
         how = f"{args.labels}, drawn by seed {args.seed}"
+    values = data.find_range(train, args.range or known.get("range"))
     for pairs in (used, test):
-        pairs.range = known.get("range")
+        pairs.range = values
         pairs.mean, pairs.std = (tuple(known.get(k) or getattr(pairs, k)) for k in ("mean", "std"))
     return used, how, test
 
@@ -997,7 +1039,9 @@ def predict(args):
     """Writes palette PNGs of class ids, as trained, and overlays of the images in --predict."""
     env = run.setup(args)
     net, content = load_segmenter(args.segmenter or args.out)
-    files = stems(args.predict, "")
+    own = os.path.relpath(os.path.join(args.out, "predict"), args.predict)
+    files = {name: path for name, path in stems(args.predict, "").items()
+             if not path.startswith((own + "/", own + "-overlays/"))}
     if not files:
         raise DataError(f"{args.predict}: no images in this folder")
     images = data.Dataset(data.FileSource(args.predict, list(files.values())),
@@ -1039,7 +1083,8 @@ def main(args):
             row.out, row.results = os.path.join(args.out, name), args.results or args.out
         result, shown = train_and_test(row, env)
         results.append(result)
-        columns |= shown
+        columns |= {title if title in ("image", "truth") or len(names) == 1 else f"{name}, {title}":
+                    images for title, images in shown.items()}
     if env.rank == 0 and args.show:
         with run.atomic(os.path.join(args.out, "sheet.png")) as path:
             figures.sheet(path, columns, list(result["iou"]))

@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -233,7 +234,7 @@ def test_photometric():
 
 def test_batches_do_not_depend_on_processes_or_restarts(folder):
     pairs = segment.Pairs(str(folder), "train")
-    assert pairs.classes is None and pairs.largest_id() == 2
+    assert pairs.classes is None and pairs.look() == 2
 
     def batches(size, start=0, **more):
         env = SimpleNamespace(**(vars(ENV) | more))
@@ -353,13 +354,76 @@ def test_masks_of_0_and_255_are_refused(tmp_path):
         go(tmp_path, tmp_path / "out")
 
 
+def test_labels_that_change_or_say_nothing_are_met_before_training(folder, tmp_path):
+    """Between stop and resume too."""
+    root = tmp_path / "set"
+    shutil.copytree(folder, root)
+    go(root, tmp_path / "out")
+    path = root / "train" / "labels" / "00.png"
+    label = np.array(Image.open(path))
+    for other, classes, message in ((2 - label, "", "written with labels_digest"),
+                                    (label, "a\nb\na\n", "two classes of one name, a")):
+        Image.fromarray(other).save(path)
+        (tmp_path / "names.txt").write_text(classes)
+        with pytest.raises(ValueError, match=message):
+            go(root, tmp_path / "out", *["--classes", str(tmp_path / "names.txt")] * bool(classes))
+    for path in (root / "val" / "labels").iterdir():
+        Image.fromarray(np.full_like(np.array(Image.open(path)), 255)).save(path)
+    with pytest.raises(DataError, match="no pixel of the labels of val counts"):
+        go(root, tmp_path / "out")
+    shutil.rmtree(root / "val" / "labels")
+    with pytest.raises(DataError, match=r"3 files of val, and no labels \(looked for in val/labels"):
+        go(root, tmp_path / "out")
+    with pytest.raises(DataError, match="a number of images or a share"):
+        go(folder, tmp_path / "out", "--labels", "2 per class")
+
+
+def test_images_that_are_turned_go_with_labels_as_they_are_shown(tmp_path):
+    for name in "ab":
+        for part in ("train", "val"):
+            write(tmp_path / name, part, 1)
+    for place in (tmp_path / "a" / "train", tmp_path / "b" / "train"):
+        image = Image.open(place / "images" / "00.png")
+        (place / "images" / "00.png").unlink()
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(place / "images" / "00.tif", exif=exif)              # shown as 16 x 24
+    label = tmp_path / "b" / "train" / "labels" / "00.png"
+    Image.open(label).rotate(-90, expand=True).save(label)
+    image, turned = segment.Pairs(str(tmp_path / "b"), "train").pair(0)
+    assert image.size == turned.size == (16, 24)
+    with pytest.raises(DataError, match="a label of 24x16 pixels for an image of 16x24"):
+        segment.Pairs(str(tmp_path / "a"), "train").pair(0)
+    Image.open(label).save(label, exif=exif)
+    with pytest.raises(DataError, match="a label with an EXIF orientation"):
+        segment.Pairs(str(tmp_path / "b"), "train")
+
+
+def test_values_of_images_have_the_range_that_is_asked(folder, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(folder, root)
+    for part in ("train", "val"):
+        for path in (root / part / "images").iterdir():
+            values = np.array(Image.open(path).convert("L")).astype(np.uint16) * 4
+            Image.fromarray(values).save(path)
+    args = segment.get_args([*QUIET, *SMALL.split(), "--data", str(root), "--range", "0,1020"])
+    train, _, test = segment.load_pairs(args, 1, {})
+    assert train.range == test.range == (0, 1020) and train.read(0).max() > 100
+    args.range = None
+    assert segment.load_pairs(args, 1, {})[0].range == (0, 65535)
+    assert segment.load_pairs(args, 1, dict(range=[0, 1020]))[2].range == (0, 1020)
+
+
 def test_two_processes_of_a_machine_are_as_one(start, folder, tmp_path):
-    found = []
+    found, root = [], tmp_path / "set"
+    shutil.copytree(folder, root)
+    (root / "val" / "images" / "11.png").write_text("junk")
     for n in (1, 2):
-        out = tmp_path / str(n)
-        job = start("segment", *QUIET, *SMALL.split(), "--protocol", "linear4", "--data", folder,
-                    "--out", out, processes=n)              # UperNet's dropout is random
+        out = tmp_path / str(n)                             # UperNet's dropout is random
+        job = start("segment", *QUIET, *SMALL.split(), "--protocol", "linear4", "--data", root,
+                    "--max-bad", "0.4", "--show", "3", "--out", out, processes=n)
         assert job.codes() == [0] * n, job.said()
+        assert (out / "sheet.png").exists()
         result, = run.read_results(out / "results.jsonl")
         found.append([result["miou"], result["accuracy"]] + [e["loss"] for e in log_of(out)])
     assert len(found[0]) == 6 and found[0] == pytest.approx(found[1], rel=1e-4)
