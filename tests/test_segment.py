@@ -372,7 +372,7 @@ def test_labels_that_change_or_say_nothing_are_met_before_training(folder, tmp_p
     with pytest.raises(DataError, match="no pixel of the labels of val counts"):
         go(root, tmp_path / "out")
     shutil.rmtree(root / "val" / "labels")
-    with pytest.raises(DataError, match=r"3 files of val, and no labels \(looked for in val/labels"):
+    with pytest.raises(DataError, match=r"3 files of val, and no labels \(looked for in val/l"):
         go(root, tmp_path / "out")
     with pytest.raises(DataError, match="a number of images or a share"):
         go(folder, tmp_path / "out", "--labels", "2 per class")
