@@ -343,13 +343,16 @@ def locate(path):
 
 def beside(path, name):
     """The settings in a JSON file of transformers or timm, where one is beside its weights."""
-    if path.endswith((".safetensors", ".bin")):
+    of_hub = os.path.basename(path) in HUB_FILES
+    if of_hub or path.endswith((".safetensors", ".bin")):
         try:
             with open(os.path.join(os.path.dirname(path), name), "rb") as f:
                 return dict(json.loads(f.read(1 << 20)))
         except FileNotFoundError:
             pass
         except (ValueError, TypeError, OSError, RecursionError) as error:
+            if not of_hub:                                  # it may be another's
+                return {}
             raise CheckpointError(f"{name} beside it is not readable ({str(error):.80})") from None
     return {}
 
@@ -606,10 +609,14 @@ def read_encoder(path, weights="base", heads=None, size=None):
                 if asked is not None and asked != stated:
                     raise CheckpointError(f"its {name} is {stated!r:.40}, not {asked}")
         else:
-            known = beside(path, "config.json")
+            known, shown = beside(path, "config.json"), beside(path, "preprocessor_config.json")
+            widths = known.get("hidden_size"), known.get("num_features")
+            if os.path.basename(path) not in HUB_FILES and state["patch_embed.proj.weight"].shape[
+                    0] not in widths:                       # of other weights in this folder
+                known = shown = {}
             config, more = config_of(state, layout, known, heads, size)
             notes += more
-            meta = foreign_meta(known, beside(path, "preprocessor_config.json"), config)
+            meta = foreign_meta(known, shown, config)
         check_config(config, state)
         check_meta(meta, config)
         encoder = {k: v for k, v in state.items() if is_encoder(k)}

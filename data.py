@@ -17,7 +17,6 @@ import functools
 import gc
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -154,6 +153,11 @@ class Encoded:
         is_16 = mode.startswith("I;16") or mode == "I" and form in ("PNG", "PPM") or self.is_deep
         self.bits = 16 if is_16 else 32 if mode in ("I", "F") else 8
         self.tags = getattr(self.image, "tag_v2", {})                   # a TIFF's
+        self.depth = max(self.tags.get(258, (8,)))                      # bits of a stored value
+        if form == "JPEG2000":                              # its marker SIZ, the first component
+            self.depth = (content[content.find(b"\xff\x4f\xff\x51") + 42] & 127) + 1
+        elif form == "PPM" and isinstance(self.image.tile[0][3], tuple):
+            self.depth = self.image.tile[0][3][-1].bit_length()
         # MinIsWhite, which pillow turns in 8 bits alone
         self.whites_least = mode.startswith("I;16") and self.tags.get(262) == 0
 
@@ -195,15 +199,10 @@ class Encoded:
         """What pillow would leave out of an image or misread unsaid, and what to do about it; else
         None."""
         tags, bands, form = self.tags, len(self.image.getbands()), self.image.format
-        bits = max(tags.get(258, (8,)))
-        if form == "JPEG2000":                              # its marker SIZ, the first component
-            bits = (self.content[self.content.find(b"\xff\x4f\xff\x51") + 42] & 127) + 1
-        elif form == "PPM" and isinstance(self.image.tile[0][3], tuple):
-            bits = self.image.tile[0][3][-1].bit_length()
-        if bands > 1 and bits > 8:
-            return (f"a {form} whose colours have {bits} bits, of which pillow reads 8: save it as "
-                    "a PNG")
-        if bits == 8 and 2 in tags.get(339, ()):
+        if bands > 1 and self.depth > 8:
+            return (f"a {form} whose colours have {self.depth} bits, of which pillow reads 8: save "
+                    "it as a PNG")
+        if self.depth == 8 and 2 in tags.get(339, ()):
             return "a TIFF of 8 bits with a sign, which pillow leaves out: save it with 16 bits"
         if in_chans == 4 and bands < 4 <= tags.get(277, 1):         # it is not called alpha
             return (f"a TIFF of {tags[277]} bands, of which {bands} are read: save it as an RGBA "
@@ -439,7 +438,10 @@ def tars_below(folder, depth=2):
             if entry.name.lower().endswith(EXTENSIONS):
                 return None
             if entry.name.endswith(".tar") and entry.name[0] != ".":
-                tars.append(entry.path)
+                if not os.path.exists(entry.path):
+                    raise DataError(f"{entry.path}: a link to a tar that is not there")
+                if entry.is_file():
+                    tars.append(entry.path)
             elif entry.is_dir() and entry.name[0] != ".":
                 below = depth and tars_below(entry.path, depth - 1)
                 if not below:
@@ -881,7 +883,9 @@ def read_table(path):
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     lines = [line.strip(" ") for line in text.splitlines() if line.strip(' \t"')]
-    lines = [*itertools.dropwhile(lambda line: line.lower().startswith(("sep=", "# ")), lines)]
+    while lines and lines[0].lower().startswith(("sep=", "# ")) and not lines[0].lower().endswith(
+            EXTENSIONS):
+        lines.pop(0)
     rows = table_of(lines, path)
     if rows is None:
         rows = []
@@ -925,16 +929,21 @@ def table_of(lines, path):
                     continue
             else:
                 continue
-            # an apostrophe guards what a spreadsheet would compute, as in our own predictions.csv
-            return [tuple(None if at is None or at >= len(row)
-                          else re.sub(r"^'(?=[-+=@])", "", row[at].strip())
-                          for at in places) for row in rows]
+            rows = [[None if at is None or at >= len(row) else row[at].strip() for at in places]
+                    for row in rows]
+            return [(name, None if label == "nan" else label, split)    # pandas' for no label
+                    for name, label, split in rows]
 
 
 def other_part(folders, listed):
     """Whether an image's folders say train, val or test, and those of the listed one another."""
     own, asked = (set(map(part_kind, names)) - {None} for names in (folders, listed))
     return bool(own and asked) and not own & asked
+
+
+def same_folder(one, other):
+    """Whether two folders have one name, or both that of the same part, Train/ and training/."""
+    return one == other or part_kind(one) is not None and part_kind(one) == part_kind(other)
 
 
 def find_listed(source, rows, where):
@@ -951,6 +960,8 @@ def find_listed(source, rows, where):
         if not listed:
             raise DataError(f"{where}: row {row} of the table names no file")
         name = nfc(listed if "/" in listed else listed.replace("\\", "/"))
+        if re.match("'[-+=@]", name) and name.split("/")[-1] not in position:
+            name = name[1:]                                 # as write_csv guards it
         if name.startswith("/"):
             name = os.path.relpath(os.path.realpath(name), os.path.realpath(source.root))
         parts = os.path.normpath(name).split("/")
@@ -959,12 +970,13 @@ def find_listed(source, rows, where):
         hits = {i: nfc(source.names[i]).split("/")[:-1] for i in position.get(parts[-1], ())}
         fits = [i for i, folders in hits.items() if folders == parts[:-1]] or [
             i for i, folders in hits.items()    # a file in no folder goes by its name alone
-            if all(map(str.__eq__, folders[::-1], parts[-2::-1]))
+            if all(map(same_folder, folders[::-1], parts[-2::-1]))
             and not other_part(folders, parts[:-1])]
         if len(fits) == 1:
             chosen += fits
         else:
-            (doubtful if fits else missing).append(listed)
+            near = f" (there is {source.names[min(hits)]})" if hits else ""
+            (doubtful if fits else missing).append(listed + near * (not fits))
     if missing:
         table = "; a table begins with a line that names its columns, file and label"
         raise DataError(f"{where}: {len(missing)} of {len(rows)} listed images do not exist, "
@@ -1039,13 +1051,14 @@ def listed_images(source, rows, table, parts, train):
     else:
         kinds = [name.split("/")[0] for name in named]
     chosen = choose_part(table, parts, train)
-    mine = [(i, "" if (label or "").lower() == "nan" else nfc(label or ""))    # pandas' for none
-            for i, kind, (_, label, _) in zip(ids, kinds, rows)
+    mine = [(i, nfc(label or "")) for i, kind, (_, label, _) in zip(ids, kinds, rows)
             if not chosen or kind == chosen]
     if not mine:
         raise DataError(f"{table}: no row of it names an image of {chosen}/; to test on some of "
                         "the others give their folder, with --val-share")
     source, labels = source.select([i for i, _ in mine]), [label for _, label in mine]
+    if not any(labels) and any(label for _, label, _ in rows):
+        raise DataError(f"{table}: no image of {chosen} has a label in it, others have")
     if not any(labels):
         return source, None, parts
     known = {}
@@ -1801,12 +1814,22 @@ def pack(args):
         raise DataError(f"{path} is there already; remove it to pack again")
     if dataset.source.labels is not None:
         raise DataError(f"{args.folder}: has its labels in .cls files, which pack does not write")
+    begun = os.path.getmtime(part) if os.path.exists(part) else 0
     with open(part, "a+b") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(f"{part} is being written by another process") from None
         done = go_on(f, part)
+        root = getattr(dataset.source, "root", "")
+        files = {name: os.path.join(root, name) for name in done}
+        changed = [file for name, file in files.items() if os.path.exists(file)
+                   and os.path.getmtime(file) > begun] + sorted(done - set(dataset.files))
+        if changed:
+            say(f"{part} was begun with other images, such as {changed[0]}: starts over")
+            done = set()
+            f.seek(0)
+            f.truncate()
         todo = [i for i, name in enumerate(dataset.files) if name not in done]
         if done:
             say(f"going on: {len(done)} of {len(dataset)} images are packed already")

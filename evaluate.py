@@ -340,7 +340,8 @@ def fit_on_features(sweeps, frozen, x, labels, readable, folds, batch_size, seed
 
 def part_of(frozen, seed):
     """Where a linear evaluation keeps what it has done, until its result is written."""
-    return os.path.join(frozen.args.out, f"linear-{frozen.digest}-seed{seed}.part.pt")
+    block = f"-block{frozen.args.block}" if frozen.args.block else ""
+    return os.path.join(frozen.args.out, f"linear-{frozen.digest}{block}-seed{seed}.part.pt")
 
 
 def fit_on_crops(sweeps, frozen, fit, folds, batch_size, seed):
@@ -356,7 +357,7 @@ def fit_on_crops(sweeps, frozen, fit, folds, batch_size, seed):
     folds, bad = folds.to(env.device), torch.zeros_like(labels)
     path = part_of(frozen, seed)
     asked = dict(lr=args.lr, epochs=args.epochs, batch_size=batch_size, batchnorm=args.batchnorm,
-                 data=args.data, images=fit.digest, labels=fit.label_digest,
+                 images=fit.digest, labels=fit.label_digest,
                  stats=[fit.mean, fit.std, fit.range], block=args.block, sweeps=len(sweeps))
     first = resume_linear([*(sweep.tensors() for sweep in sweeps), [bad]], path, asked)
     if first and env.rank == 0:
@@ -388,11 +389,14 @@ def resume_linear(state, path, asked):
     if os.path.exists(path):
         try:
             content = checkpoint.read(path)
+            content["asked"].pop("data", None)              # of files of before
             if content["asked"] == asked:
                 for ours, theirs in zip(state, content["state"], strict=True):
                     for own, kept in zip(ours, theirs, strict=True):
                         own.copy_(kept)
                 epoch = content["epoch"]
+            else:
+                data.note(f"{path} is of an evaluation with other settings, this one starts over")
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             print(f"warning: {path} is damaged, linear evaluation starts over "
                   f"({str(error).splitlines()[0]})", flush=True)
@@ -571,7 +575,7 @@ def table(entries):
                 own = [i for i, other in enumerate(names) if other == name]
                 if apart([entries[i] for i in own]):
                     for i in own:
-                        names[i] += f", {told(entries[i], field)}"
+                        names[i] += f", {told(entries[i], field)}" if field in entries[i] else ""
         return names
 
     def told(entry, field):
@@ -615,6 +619,8 @@ def make_folder(option, folder):
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{option} {folder}: cannot write there ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{option} {folder}: cannot write there")
 
 
 def print_table(args):
@@ -624,6 +630,8 @@ def print_table(args):
         named = all(isinstance(entry.get(k), str) for k in ("system", "protocol"))
         if not named or type(entry.get("top1")) not in (int, float):
             raise UsageError(f"{path}: an entry lacks system, protocol or top1: {str(entry)[:80]}")
+    if not entries:
+        raise UsageError(f"{path}: no results but those of segment.py")
     print(table(entries))
     return entries
 

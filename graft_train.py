@@ -74,11 +74,12 @@ def system_name(args, source):
     name = {"moco": "MoCo v3", "vicreg": "VICReg", "simclr": "SimCLR"}[args.loss]
     if args.mim_weight:
         return f"MTL (MAE + {name})"
+    goes_on = source is None or source["meta"].get("system") == name
     lower = args.freeze_blocks or 0 in args.lr
-    if source and lower:
+    if lower and not goes_on:
         return f"MIM -> {name} grafting"
-    if source is None or len(set(args.lr)) == 1:
-        return f"{name} from MAE's weights" if source else name
+    if goes_on or len(set(args.lr)) == 1:
+        return name if goes_on else f"{name} from {source['meta'].get('system', 'other')} weights"
     return "Layer grafted" if args.loss == "moco" else f"Layer grafted {name}"
 
 

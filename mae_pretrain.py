@@ -52,7 +52,7 @@ def get_args(argv=None):
 
 def system_name(args, source):
     """What the paper calls this run."""
-    goes_on = source is None or source["meta"].get("system") == "MAE"
+    goes_on = source is None or "MAE" in (source["layout"], source["meta"].get("system"))
     lower = args.freeze_blocks or 0 in args.lr
     return "CL -> MIM grafting" if lower and not goes_on else "MAE"
 

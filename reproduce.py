@@ -574,7 +574,7 @@ def reproduce(args):
     first = int(os.environ.get("RANK", 0)) == 0
     say = functools.partial(print, flush=True) if first else lambda line: None
     path = os.path.join(args.out, "results.jsonl")
-    results = run.read_results(path) if os.path.exists(path) else []
+    results = results_of(path)
     done = {(e["seed"], e["name"], e["protocol_name"]) for e in results}
     todo = {key: job for key, job in jobs(p, args.seeds).items() if key not in done}
     of_job = {(seed, name): [each for each in needed(p, name) if each not in p["given"]]
@@ -616,13 +616,13 @@ def reproduce(args):
             entry["lr"] = [float(rate) for rate in name.removeprefix("grid ").split(",")]
         if first:
             run.append_line(path, json.dumps(entry))
-            results = run.read_results(path)                # another process may have written too
-            with open(os.path.join(args.out, "results.md"), "w") as f:
-                f.write(markdown(results, p) + "\n")
+            results = results_of(path)                      # another process may have written too
     if run.peers is not None:                               # the figures are one process's
         run.peers.part()
         run.peers = None
     if first and not args.dry_run:
+        with run.atomic(os.path.join(args.out, "results.md")) as name, open(name, "w") as f:
+            f.write(markdown(results, p) + "\n")
         if ANALYSES in args.only:
             draw(p, args.seeds[0], bool(todo))
         say(markdown(results, p))

@@ -33,6 +33,7 @@ import csv
 import ctypes
 import errno
 import fcntl
+import glob
 import inspect
 import json
 import math
@@ -925,7 +926,7 @@ class Job:
         self.enter()
         try:
             step = self.vote_at = self.last_vote = self.resume()
-            self.describe()
+            self.describe(step)
             while step < self.total:
                 epoch, start = divmod(step, self.epoch_steps)
                 for batch in self.loader.epoch(epoch, start=start):
@@ -935,6 +936,9 @@ class Job:
                     yield step, batch
                     step += 1
                     self.after(step)
+            self.written()
+            if number := max(gather_objects(self.signal)):  # one that came since the last vote
+                raise Stopped(number)
         finally:
             self.leave()
 
@@ -989,15 +993,15 @@ class Job:
                 self.lock = open(self.path("lock"), "a+")
                 # not flock's lock: processes forked to read images outlive a killed run by seconds
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.lock.truncate(0)
+                self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+                self.lock.flush()
             except BlockingIOError:
                 self.lock.seek(0)
                 raise UsageError(f"--out {self.out} is in use by {self.lock.read()}") from None
             except OSError as error:
                 raise UsageError(f"--out {self.out}: cannot write there "
                                  f"({error.strerror})") from None
-            self.lock.truncate(0)
-            self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            self.lock.flush()
         main = threading.current_thread() is threading.main_thread()    # no other gets signals
         self.handlers = {s: signal.signal(s, self.on_signal) for s in self.SIGNALS if main}
         self.marked = self.saved = self.voted = time.perf_counter()
@@ -1061,7 +1065,7 @@ class Job:
             files[f"epoch{epoch:04}.pt"] = kept | dict(epoch=epoch)
         files["fresh.pt"] = kept | dict(
             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-            skipped=self.skipped, seconds=self.seconds())
+            skipped=self.skipped, seconds=self.seconds(), bad=dict(self.loader.dataset.bad))
         self.under_way = self.writer.submit(self.write, self.copied(files))
 
     def copied(self, content):
@@ -1121,9 +1125,8 @@ class Job:
             self.say(f"resumed {path} at step {step} of {self.total}")
         same("steps to go on from in --out", step)
         if self.args.resume == "never" and self.env.rank == 0:
-            for name in ("last.pt", "previous.pt"):         # not of what is logged from now on
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(self.path(name))
+            for path in glob.glob(os.path.join(glob.escape(self.out), "*.pt")):
+                os.remove(path)                             # not of what is logged from now on
         self.cut_log(step)
         if path:
             try:
@@ -1132,11 +1135,12 @@ class Job:
                 checkpoint.check_weights({k: v for k, v in state["model"].items()
                                           if v.is_floating_point()})
                 self.net.load_state_dict(state["model"])
-                built = self.rates()
+                built = self.group_rates()
                 self.optimizer.load_state_dict(state["optimizer"])
-                if built != self.rates():
+                if built != self.group_rates():
                     raise ValueError("the rates or decays of its groups are not those of this code")
                 self.scaler.load_state_dict(state["scaler"])
+                self.loader.dataset.bad |= state.get("bad", {})
                 self.skipped, self.before = int(state["skipped"]), float(state.get("seconds", 0.0))
             except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
                 why = str(error).splitlines()[0]
@@ -1144,7 +1148,7 @@ class Job:
                                  "--resume never to start over") from None
         return step
 
-    def rates(self):
+    def group_rates(self):
         return [(g.get("base_lr"), g["weight_decay"]) for g in self.optimizer.param_groups]
 
     def refuse_changes(self, path, settings):
@@ -1161,10 +1165,10 @@ class Job:
                 raise UsageError(f"{told}: use another --out, or --resume never to start over")
             raise UsageError(f"{told}: its rates followed the other schedule. Go on from its "
                              f"weights with python {os.path.basename(sys.argv[0])} --init "
-                             f"{self.out} --out {self.out}-longer, or start over with --resume "
-                             "never")
+                             f"{self.out} --lr {shown(self.args.lr)} --out "
+                             f"{self.out.rstrip('/')}-longer, or start over with --resume never")
 
-    def describe(self):
+    def describe(self, step):
         """args.json: what was asked, what was filled in, which code, versions and hardware."""
         env = self.env
         if env.rank:
@@ -1178,7 +1182,7 @@ class Job:
         if getattr(self.args, "tensorboard", False):
             try:
                 from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(self.out)
+                self.board = SummaryWriter(self.out, purge_step=step + 1)
             except ImportError:
                 self.say("warning: --tensorboard: pip install tensorboard first; log.jsonl has "
                          "the same")

@@ -193,9 +193,11 @@ def test_heads_that_timm_states_are_taken(tmp_path):
     os.rename(tmp_path / "model.safetensors", tmp_path / "model.fp16.safetensors")
     with pytest.raises(CheckpointError, match="it has model.fp16.safetensors: give that file"):
         checkpoint.read_encoder(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(dict(model_args=args)))
-    source = checkpoint.read_encoder(str(tmp_path / "model.fp16.safetensors"))
-    assert source["config"]["heads"] == 4
+    for config, heads in ((dict(model_args=args, num_features=128), 4), ([1], 2),
+                          (dict(num_attention_heads=4, hidden_size=768), 2)):      # of others
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        source = checkpoint.read_encoder(str(tmp_path / "model.fp16.safetensors"))
+        assert source["config"]["heads"] == heads
 
 
 def test_a_config_of_others_is_not_taken_for_ours(tmp_path):

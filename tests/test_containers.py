@@ -256,6 +256,20 @@ def test_bad_images_are_skipped_named_and_counted(tmp_path, capsys):
     assert "199 of 199 images are good" in capsys.readouterr().out
 
 
+def test_formats_whose_header_goes_with_their_pixels_are_packed(tmp_path):
+    """Pillow forgets where the pixels of a PPM begin once they are read."""
+    root = images(tmp_path / "f", ["a.ppm", "b.pgm"], [(60, 80), (60, 80)])
+    path = pack(root, tmp_path / "x.tar", "--short-side", "30")
+    assert [data.load(path).read(i).shape[0] for i in (0, 1)] == [30, 30]
+
+
+def test_a_dangling_link_among_tars_is_named(folder, packed, tmp_path):
+    shutil.copy(packed, tmp_path / "a.tar")
+    os.symlink("nowhere.tar", tmp_path / "b.tar")
+    with pytest.raises(data.DataError, match="b.tar: a link to a tar that is not there"):
+        opened(tmp_path)
+
+
 def test_packing_goes_on_after_kill_9(start, tmp_path, capsys):
     root = images(tmp_path / "f", ["00.jpg"], [(500, 600)])
     for i in range(1, 80):
@@ -277,3 +291,8 @@ def test_packing_goes_on_after_kill_9(start, tmp_path, capsys):
         assert path.read_bytes() == whole
         path.unlink()
     assert capsys.readouterr().out.count("going on: ") == 1
+    part.write_bytes(lost[:-100])
+    os.remove(f"{root}/00.jpg")                             # then it was begun with another set
+    pack(root, path, *small)
+    assert "was begun with other images, such as 00.jpg: starts over" in capsys.readouterr().out
+    assert len(data.load(str(path)).files) == 79

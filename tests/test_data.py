@@ -27,6 +27,11 @@ def classes_in(root, part="train", classes=("cat", "dog"), each=3):
                                                 for i in range(each)])
 
 
+def two_classes(dataset):
+    dataset.label(["a", "b"], ["a", "b"])
+    return dataset
+
+
 def checked(capsys, *arguments):
     """(exit code, what it printed, its errors) of python data.py check."""
     capsys.readouterr()
@@ -268,6 +273,8 @@ def test_labels_file_with_and_without_a_split(tmp_path, capsys):
     (["b/a/1.png,x,train", "c/a/1.png,y,train"], "stand for one image, a/1.png"),
     (["a/1.png,x,train", "2.png,left, x,train"], "row 3 has more cells than the first line names"),
     (["a/1.png,nan,train", "2.png,x,train"], r"a/1.png has no label \(so 1 of 2\)"),
+    (["a/1.png,nan,train", "2.png,nan,train"], "no column of labels"),
+    (["a/1.png,nan,train", "2.png,x,val"], "no image of train has a label in it"),
     (["c/2.png,x,train", "d/2.png,y,train"], "c/2.png and d/2.png stand for one image, 2.png")])
 def test_tables_that_would_mislead_are_refused(tmp_path, rows, message):
     names = ["val/a/1.png"] if rows[0].startswith("train") else ["a/1.png", "2.png"]
@@ -292,11 +299,16 @@ def test_what_a_table_says_goes_before_what_folders_are_called(tmp_path, capsys)
     names = ["A/p/1.png", "B/p/1.png", "B/p/2.png"]
     root = folder_of(tmp_path / "more", names)
     table.write_text("file,label\nA/p/1.png,a\nA/p/2.png,b\n")        # of another p
-    with pytest.raises(data.DataError, match="1 of 2 listed images do not exist, first A/p/2.png"):
+    with pytest.raises(data.DataError, match=r"first A/p/2.png \(there is B/p/2.png\)"):
         data.load(root, labels_file=str(table))
+    names = ["Train/c/# 1.png", "Train/c/2.png"]
+    root = folder_of(tmp_path / "parts", names)
+    (tmp_path / "list.txt").write_text("# 1.png\nold/train/c/2.png\n")
+    ids, _ = data.labelled(two_classes(data.load(root)), f"{tmp_path}/list.txt")
+    assert ids.tolist() == [0, 1]
     (tmp_path / "more" / "t.csv").write_text("file,grade\nB/p/1.png,1\n")
     capsys.readouterr()
-    data.load(f"{root}/t.csv")
+    data.load(f"{tmp_path}/more/t.csv")
     assert "no column of labels in it, of grade" in capsys.readouterr().out
 
 

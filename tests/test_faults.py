@@ -195,7 +195,7 @@ def test_a_run_that_starts_over_leaves_nothing_of_the_one_before(world, encoder,
     monkeypatch.setattr(run.Job, "record", None)            # ends it before its first save
     with pytest.raises(TypeError):
         train("mae_pretrain", encoder, tmp_path, "--epochs", "1", "--resume", "never")
-    assert not (tmp_path / "last.pt").exists() and not log_of(tmp_path)
+    assert not [*tmp_path.glob("*.pt")] and not log_of(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------ signals
@@ -213,6 +213,16 @@ def test_a_signal_saves_and_ends_with_its_code(start, encoder, tmp_path, stage, 
     assert 6 <= stopped < 12 and log_of(parts)[-1]["step"] == stopped
     assert start(stage, *options(stage, encoder, parts, *more)).codes() == [0]
     assert_identical(saved(parts)["model"], saved(whole)["model"])
+
+
+def test_a_signal_during_the_last_save_is_not_lost(world, encoder, tmp_path, monkeypatch):
+    """Else reproduce.py would go on with its next system."""
+    written = run.Job.written
+    monkeypatch.setattr(run.Job, "written", lambda job: [
+        written(job), job.on_signal(15, None) if job.step == job.total - 1 else None][0])
+    with pytest.raises(run.Stopped):
+        train("mae_pretrain", encoder, tmp_path, "--epochs", "1")
+    assert saved(tmp_path)["step"] == 6
 
 
 def test_a_second_ctrl_c_ends_at_once(start, encoder, tmp_path):

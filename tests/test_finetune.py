@@ -127,7 +127,7 @@ def test_full_fine_tuning_moves_everything(made, tmp_path):
     entry, content = tune(made["graft"], tmp_path, *HARD)
     start = checkpoint.read_encoder(made["graft"])
     expected = dict(protocol="fine-tune", labels="all", labelled=96, tested=50, unreadable=0,
-                    system="MoCo v3 from MAE's weights")    # one rate for all
+                    system="MoCo v3 from MAE weights")    # one rate for all
     assert {k: entry[k] for k in expected} == expected
     for name, value in start["state"].items():
         assert torch.equal(content["model"][name], value) == (name == "pos_embed"), name

@@ -185,7 +185,7 @@ def test_micro_batches_are_found_by_the_memory_that_is_free(monkeypatch):
     (["--loss", "simclr"], {"acc"}, "Layer grafted SimCLR"),
     (["--mim-weight", "1"], {"mim", "contrastive"}, "MTL (MAE + MoCo v3)"),
     (["--freeze-blocks", "2"], {"acc"}, "MIM -> MoCo v3 grafting"),
-    (["--lr", "0.01"], {"acc"}, "MoCo v3 from MAE's weights")])
+    (["--lr", "0.01"], {"acc"}, "MoCo v3 from MAE weights")])
 def test_the_other_systems_train(mae_folder, tmp_path, more, keys, system):
     out = train("graft", tmp_path, "--lr", "0.005,0.01,0.02", *more, init=mae_folder)
     for line in log_of(out):
@@ -193,6 +193,16 @@ def test_the_other_systems_train(mae_folder, tmp_path, more, keys, system):
         if "mim" in keys:
             assert line["loss"] == pytest.approx(line["contrastive"] + line["mim"], rel=1e-5)
     assert saved(out, "encoder.pt")["meta"]["system"] == system
+
+
+def test_a_longer_run_of_a_system_is_that_system(mae_folder, tmp_path):
+    plain = train("graft", tmp_path / "plain", "--lr", "0.01", init="none")
+    longer = train("graft", tmp_path / "longer", "--lr", "0.01", init=plain)
+    assert saved(longer, "encoder.pt")["meta"]["system"] == "MoCo v3"
+    kept = train("mae", tmp_path / "kept", "--freeze-blocks", "1", init=plain)
+    assert saved(kept, "encoder.pt")["meta"]["system"] == "CL -> MIM grafting"
+    kept = train("mae", tmp_path / "more", "--freeze-blocks", "1", init=mae_folder)
+    assert saved(kept, "encoder.pt")["meta"]["system"] == "MAE"
 
 
 def test_the_anchor_holds_the_lower_layers_near_their_weights(mae_folder, tmp_path):
