@@ -87,7 +87,7 @@ def printable(text):
 
 def show_all_names():
     """Have the output escape what it cannot show, in place of a UnicodeEncodeError."""
-    with contextlib.suppress(AttributeError):               # a notebook's, or closed
+    with contextlib.suppress(AttributeError, OSError):      # a notebook's, or closed
         sys.stdout.reconfigure(errors="backslashreplace")
 
 

@@ -549,6 +549,12 @@ def train(args, p, seed, name, say):
         run.same("systems", name)                   # what one process wrote is there for all
 
 
+def results_of(path):
+    """The entries that were filed here; evaluate.py may have written others beside them."""
+    there = run.read_results(path) if os.path.exists(path) else []
+    return [entry for entry in there if "protocol_name" in entry]
+
+
 def same_inputs(args, p, first):
     """Refuse an --out whose results are of other images, weights or options: what is done there is
     skipped. inputs.json holds what they are of."""

@@ -937,8 +937,11 @@ class Job:
                     step += 1
                     self.after(step)
             self.written()
-            if number := max(gather_objects(self.signal)):  # one that came since the last vote
-                raise Stopped(number)
+            number = torch.tensor(self.signal, device=self.env.device)
+            if self.env.processes > 1:
+                dist.all_reduce(number, dist.ReduceOp.MAX)
+            if number:                                      # one that came since the last vote
+                raise Stopped(number.item())
         finally:
             self.leave()
 
@@ -1125,8 +1128,8 @@ class Job:
             self.say(f"resumed {path} at step {step} of {self.total}")
         same("steps to go on from in --out", step)
         if self.args.resume == "never" and self.env.rank == 0:
-            for path in glob.glob(os.path.join(glob.escape(self.out), "*.pt")):
-                os.remove(path)                             # not of what is logged from now on
+            for old in glob.glob(os.path.join(glob.escape(self.out), "*.pt")):
+                os.remove(old)                              # not of what is logged from now on
         self.cut_log(step)
         if path:
             try:

@@ -129,7 +129,7 @@ def test_grafting_starts_from_the_file_with_its_positions(mae_folder, tmp_path):
         assert_identical({k: start[f"{net}.{k}"] for k in content["model"]}, content["model"])
     encoder = saved(train("graft", tmp_path / "out", init=path), "encoder.pt")
     assert torch.equal(encoder["model"]["pos_embed"], content["model"]["pos_embed"])
-    assert encoder["meta"]["system"] == "Layer grafted"
+    assert encoder["meta"]["system"] == "MoCo v3 from MAE weights"
 
 
 @pytest.mark.parametrize("stage, more, lowest", [
@@ -247,7 +247,7 @@ def test_a_finished_run_is_left_alone_and_never_starts_over(world, tmp_path):
     first = saved(out)["model"]
     with pytest.raises(run.UsageError, match="with seed 0, now seed is 1.*--resume never"):
         train("mae", out, "--seed", "1")
-    with pytest.raises(run.UsageError, match=f"Go on from its weights .* --init {out} --out"):
+    with pytest.raises(run.UsageError, match=f"Go on from its weights .* --init {out} --lr 0.02 --out"):
         train("mae", out, "--epochs", "3")
     result = mae_pretrain.main(arguments("mae", out))
     assert result["step"] == 8 and result["path"] == str(out / "encoder.pt")
