@@ -247,7 +247,7 @@ def test_a_finished_run_is_left_alone_and_never_starts_over(world, tmp_path):
     first = saved(out)["model"]
     with pytest.raises(run.UsageError, match="with seed 0, now seed is 1.*--resume never"):
         train("mae", out, "--seed", "1")
-    with pytest.raises(run.UsageError, match=f"Go on from its weights .* --init {out} --lr 0.02 --out"):
+    with pytest.raises(run.UsageError, match=f"Go on from its .* --init {out} --lr 0.02 --out"):
         train("mae", out, "--epochs", "3")
     result = mae_pretrain.main(arguments("mae", out))
     assert result["step"] == 8 and result["path"] == str(out / "encoder.pt")
