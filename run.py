@@ -33,7 +33,6 @@ import csv
 import ctypes
 import errno
 import fcntl
-import glob
 import inspect
 import json
 import math
@@ -1128,8 +1127,11 @@ class Job:
             self.say(f"resumed {path} at step {step} of {self.total}")
         same("steps to go on from in --out", step)
         if self.args.resume == "never" and self.env.rank == 0:
-            for old in glob.glob(os.path.join(glob.escape(self.out), "*.pt")):
-                os.remove(old)                              # not of what is logged from now on
+            for old in os.listdir(self.out):                # not of what is logged from now on
+                own = r"(last|previous|encoder|classifier|segmenter|epoch\d+)\.pt"
+                begun_with = self.source and os.path.realpath(self.source["path"])
+                if re.fullmatch(own, old) and os.path.realpath(self.path(old)) != begun_with:
+                    os.remove(self.path(old))
         self.cut_log(step)
         if path:
             try:

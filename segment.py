@@ -502,6 +502,13 @@ def find(root, part):
     return stems(root, f"{part}/images"), stems(root, f"{part}/labels"), False, None
 
 
+def orientation(image):
+    """The EXIF orientation of a PIL image, 1 to 8; of a PNG without, pillow would decode all."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    return image.getexif().get(0x0112, 1)
+
+
 class Pairs(data.Dataset):
     """Images with labels: `targets`, the paths of the labels; `classes`, their names.
 
@@ -544,9 +551,9 @@ class Pairs(data.Dataset):
         try:
             with data.open_image(path) as label:
                 mode, size, form = label.mode, label.size, label.format
-                label_turned = label.getexif().get(0x0112, 1) != 1
+                label_turned = orientation(label) != 1
             with data.open_image(os.path.join(self.name, self.file(i))) as image:
-                turned = image.getexif().get(0x0112, 1) > 4
+                turned = orientation(image) > 4
                 shown = image.size[::-1] if turned else image.size
                 if turned and image.format == "TIFF":       # pillow may have turned its header
                     shown = size

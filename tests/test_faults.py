@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -192,10 +193,16 @@ def test_a_run_does_not_go_on_with_other_code_unsaid(world, tmp_path, monkeypatc
 def test_a_run_that_starts_over_leaves_nothing_of_the_one_before(world, encoder, tmp_path,
                                                                  monkeypatch):
     train("mae_pretrain", encoder, tmp_path, "--epochs", "1")
+    (tmp_path / "mine.pt").write_text("not the run's")
     monkeypatch.setattr(run.Job, "record", None)            # ends it before its first save
     with pytest.raises(TypeError):
         train("mae_pretrain", encoder, tmp_path, "--epochs", "1", "--resume", "never")
-    assert not [*tmp_path.glob("*.pt")] and not log_of(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["mine.pt"] and not log_of(tmp_path)
+    place = tmp_path / "begun"
+    shutil.copytree(encoder, place)                         # what a run begins with stays
+    with pytest.raises(TypeError):
+        train("graft_train", place, place, "--epochs", "1", "--resume", "never")
+    assert (place / "encoder.pt").exists() and not (place / "last.pt").exists()
 
 
 # ------------------------------------------------------------------------------------------ signals
